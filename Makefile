@@ -1,0 +1,35 @@
+# Every target works on a fresh machine with Python >= 3.10: the environment is made when missing.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint bench gpu clean
+
+$(READY): setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $(READY)
+
+demo: $(READY)  ## dense, token-wise and segment-wise forecasters on one series
+	$(RUN) examples/train_forecaster.py --demo
+
+test: $(READY)  ## every test that needs no GPU
+	$(RUN) -m pytest -q -m "not slow"
+
+lint: $(READY)  ## style and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+bench: $(READY)  ## traffic and launches of every plan, and CPU timing of the reference
+	$(RUN) -m benchmarks.traffic
+	$(RUN) -m benchmarks.reference_cpu
+
+# The machine with the GPU has its own torch and triton, so no environment is made for it.
+gpu:  ## tests and stage timings on a GPU; results go to $OUT, else benchmarks/results/
+	$(PYTHON) -m benchmarks.gpu
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,143 @@
+"""What the measurements share: shapes, the environment, interleaved timing, JSON output."""
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import segmoe_kernels
+
+__all__ = ["SHAPES", "Shape", "Timing", "environment", "interleaved", "write_json"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One call of a layer with token-wise experts, "concat" pooling and no shared expert.
+
+    Attributes:
+        batch: B, sequences.
+        length: T, time steps.
+        d_model: D.
+        d_ff: F.
+        num_experts: E.
+        top_k: experts of a segment.
+        segment_size: P.
+    """
+
+    batch: int
+    length: int
+    d_model: int
+    d_ff: int
+    num_experts: int
+    top_k: int
+    segment_size: int
+
+    def __str__(self) -> str:
+        return (
+            f"B{self.batch}-T{self.length}-D{self.d_model}-F{self.d_ff}-E{self.num_experts}"
+            f"-k{self.top_k}-P{self.segment_size}"
+        )
+
+
+SHAPES = (
+    Shape(64, 65, 64, 128, 4, 1, 5),
+    Shape(32, 64, 128, 256, 8, 2, 4),
+    Shape(96, 66, 256, 512, 8, 1, 3),
+)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one function, over all rounds.
+
+    Attributes:
+        times_ms: one for each round, in order.
+    """
+
+    times_ms: tuple[float, ...]
+
+    def quartiles(self) -> tuple[float, float, float]:
+        """Return the lower quartile, the median and the upper quartile, in ms."""
+        return _quartiles(self.times_ms)
+
+    def ratio(self, other: "Timing") -> tuple[float, float, float]:
+        """Quartiles of ``self / other``, round by round: drift of the machine cancels."""
+        return _quartiles([a / b for a, b in zip(self.times_ms, other.times_ms, strict=True)])
+
+
+def _quartiles(values: Any) -> tuple[float, float, float]:
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, median, high
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 3
+) -> dict[str, Timing]:
+    """Time functions in turns on the CPU, every other round in reverse order.
+
+    Args:
+        functions: what to time, by name.
+        rounds: timed calls of each; at least 2.
+        warmup: rounds before the first that counts.
+
+    Returns:
+        A Timing for each name.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for index in range(warmup + rounds):
+        for name in list(functions)[:: 1 if index % 2 else -1]:
+            start = time.perf_counter()
+            functions[name]()
+            elapsed = time.perf_counter() - start
+            if index >= warmup:
+                times[name].append(1e3 * elapsed)
+    return {name: Timing(tuple(values)) for name, values in times.items()}
+
+
+def environment() -> dict[str, str]:
+    """Versions, commit, processor and threads: what a measurement depends on."""
+    try:
+        from triton import __version__ as triton_version
+    except ImportError:
+        triton_version = "none"
+    return {
+        "segmoe_kernels": segmoe_kernels.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "torch_threads": str(torch.get_num_threads()),
+    }
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    folder = Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def write_json(rows: list[dict[str, Any]], path: str) -> None:
+    """Write ``{"environment": ..., "rows": rows}``.
+
+    Args:
+        rows: one for each measurement; numbers carry their unit in the key.
+        path: of the file, or "-" for standard output.
+    """
+    text = json.dumps({"environment": environment(), "rows": rows}, indent=2) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+    else:
+        Path(path).write_text(text, encoding="utf-8")

@@ -1,0 +1,270 @@
+"""Training with early stopping on validation, and checkpoints that resume exactly."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from forecaster_data import Score, Windows
+from torch import Tensor, nn
+from tqdm import tqdm
+
+CHECKPOINT_VERSION = 1
+
+
+class DivergedError(RuntimeError):
+    """No epoch had a finite validation error."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """How to train.
+
+    Attributes:
+        epochs: at most; the learning-rate schedule spans them.
+        patience: stop after this many epochs without a better validation MSE.
+        batch_size: windows (each with all its channels) per step.
+        learning_rate: highest, after warm-up; cosine down to a hundredth.
+        weight_decay: of AdamW, on matrices only.
+        loss: "mse", "mae" or "huber".
+        clip: largest norm of the gradient.
+        train_fraction: share of the train windows seen in an epoch, drawn anew each time;
+            neighbours differ in one step only, so a quarter is enough between two validations.
+        seed: of initialisation, order and dropout.
+        device: "cpu" or "cuda".
+    """
+
+    epochs: int = 8
+    patience: int = 5
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    loss: str = "huber"
+    clip: float = 1.0
+    train_fraction: float = 0.25
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "patience", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.train_fraction <= 1:
+            raise ValueError(f"train_fraction must be in (0, 1], got {self.train_fraction}")
+
+
+LOSSES: dict[str, Callable[[], nn.Module]] = {
+    "mse": nn.MSELoss,
+    "mae": nn.L1Loss,
+    "huber": nn.HuberLoss,
+}
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, windows: Windows, device: str, batch_size: int = 64) -> Score:
+    """Score a model on every window, in eval mode; the mode is restored."""
+    was_training = model.training
+    model.eval()
+    score = Score()
+    for start in range(0, len(windows), batch_size):
+        past, truth = windows.batch(slice(start, start + batch_size))
+        score.add(model(past.to(device)), truth.to(device))
+    model.train(was_training)
+    return score
+
+
+class Trainer:
+    """Trains one model; all of its state can be saved and restored.
+
+    Args:
+        model: to train, already on its device.
+        train: windows of the train split.
+        val: windows of the validation split; they alone decide when to stop and what to keep.
+        options: see `TrainOptions`.
+        checkpoint: file written after every epoch, or None.
+        identity: what must agree between a checkpoint and the run that resumes it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Windows,
+        val: Windows,
+        options: TrainOptions,
+        checkpoint: Path | None = None,
+        identity: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.train_windows, self.val_windows = model, train, val
+        self.options, self.checkpoint = options, checkpoint
+        self.identity = {"options": dataclasses.asdict(options), **(identity or {})}
+        self.loss = LOSSES[options.loss]()
+        self.optimizer = make_optimizer(model, options)
+        used = max(1, round(len(train) * options.train_fraction))
+        self.windows_per_epoch = used
+        self.steps_per_epoch = math.ceil(used / options.batch_size)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, warmup_cosine(options.epochs * self.steps_per_epoch)
+        )
+        self.order = torch.Generator().manual_seed(options.seed)
+        self.history: list[dict[str, float]] = []
+        self.best_epoch = -1
+        self.best_state: dict[str, Tensor] = {}
+
+    def fit(self, progress: bool = True) -> None:
+        """Train to the end (or on from where a restored checkpoint stood) and keep the best.
+
+        Raises:
+            DivergedError: if no epoch had a finite validation MSE.
+        """
+        for epoch in range(len(self.history), self.options.epochs):
+            if self._out_of_patience():
+                break
+            self.history.append({"epoch": epoch, **self._epoch(epoch, progress)})
+            if self.history[-1]["val_mse"] < self.best_val_mse:
+                self.best_epoch = epoch
+                self.best_state = copy.deepcopy(self.model.state_dict())
+            if self.checkpoint is not None:
+                self.save(self.checkpoint)
+        if self.best_epoch < 0:
+            raise DivergedError(
+                f"training diverged: validation MSE was {self.history[-1]['val_mse']} after "
+                f"{len(self.history)} epochs; try a lower learning_rate"
+            )
+        self.model.load_state_dict(self.best_state)
+
+    @property
+    def best_val_mse(self) -> float:
+        """Lowest validation MSE so far."""
+        return self.history[self.best_epoch]["val_mse"] if self.best_epoch >= 0 else math.inf
+
+    @property
+    def step_ms(self) -> float:
+        """Median over the epochs of the mean time of a step, in ms."""
+        times = sorted(epoch["train_s"] for epoch in self.history)
+        return 1000 * times[len(times) // 2] / self.steps_per_epoch
+
+    def _out_of_patience(self) -> bool:
+        return bool(self.history) and (
+            len(self.history) - 1 - self.best_epoch >= self.options.patience
+        )
+
+    def _epoch(self, epoch: int, progress: bool) -> dict[str, float]:
+        order = torch.randperm(len(self.train_windows), generator=self.order)
+        batches = order[: self.windows_per_epoch].split(self.options.batch_size)
+        begin = time.perf_counter()
+        total = torch.zeros((), device=self.options.device)
+        self.model.train()
+        bar = tqdm(batches, desc=f"epoch {epoch + 1}", disable=not progress, leave=False)
+        for ids in bar:
+            total += self._step(ids) * len(ids)
+        train_s = time.perf_counter() - begin
+        val = evaluate(self.model, self.val_windows, self.options.device)
+        result = {
+            "train_loss": float(total) / self.windows_per_epoch,
+            "val_mse": val.mse,
+            "val_mae": val.mae,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "train_s": train_s,
+            "epoch_s": time.perf_counter() - begin,
+        }
+        if progress:
+            tqdm.write(
+                f"epoch {epoch + 1:3d}  train loss {result['train_loss']:.4f}  "
+                f"val MSE {val.mse:.4f}  val MAE {val.mae:.4f}  {result['epoch_s']:.1f} s"
+            )
+        return result
+
+    def _step(self, ids: Tensor) -> Tensor:
+        past, truth = self.train_windows.batch(ids)
+        past, truth = past.to(self.options.device), truth.to(self.options.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(self.model(past), truth)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
+        self.optimizer.step()
+        self.scheduler.step()
+        return loss.detach()
+
+    def save(self, path: Path) -> None:
+        """Write everything that the rest of the run depends on; the old file lives until then."""
+        state = {
+            "version": CHECKPOINT_VERSION,
+            "identity": self.identity,
+            "model": self.model.state_dict(),
+            "best_state": self.best_state,
+            "best_epoch": self.best_epoch,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "history": self.history,
+            "order": self.order.get_state(),
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                torch.save(state, stream)
+            Path(temporary).replace(path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    def restore(self, path: Path) -> None:
+        """Continue as if the run that wrote the checkpoint had not stopped.
+
+        Args:
+            path: written by `save`.
+
+        Raises:
+            ValueError: if the checkpoint is of another run.
+        """
+        state = torch.load(path, map_location=self.options.device, weights_only=True)
+        if state["version"] != CHECKPOINT_VERSION or state["identity"] != self.identity:
+            rule = f"must come from a run with {self.identity}"
+            raise ValueError(f"checkpoint {path} {rule}, got {state['identity']}")
+        self.model.load_state_dict(state["model"])
+        self.best_state, self.best_epoch = state["best_state"], state["best_epoch"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.history = state["history"]
+        self.order.set_state(state["order"].cpu())
+        torch.set_rng_state(state["torch_rng"].cpu())
+        if torch.cuda.is_available() and state["cuda_rng"]:
+            torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
+
+
+def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
+    """AdamW that decays matrices and leaves vectors (norms, biases) alone."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {
+            "params": [parameter for parameter in parameters if parameter.ndim >= 2],
+            "weight_decay": options.weight_decay,
+        },
+        {
+            "params": [parameter for parameter in parameters if parameter.ndim < 2],
+            "weight_decay": 0.0,
+        },
+    ]
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95))
+
+
+def warmup_cosine(num_steps: int, warmup: float = 0.1) -> Callable[[int], float]:
+    """Factor on the learning rate: linear over a tenth of the steps, then cosine to 1 %."""
+    first = max(1, round(num_steps * warmup))
+
+    def factor(step: int) -> float:
+        if step < first:
+            return (step + 1) / first
+        done = (step - first) / max(1, num_steps - first)
+        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+    return factor

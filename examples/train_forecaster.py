@@ -1,0 +1,292 @@
+"""Train and score a segment-wise mixture-of-experts forecaster, or its dense or token-wise twin.
+
+    python examples/train_forecaster.py --demo
+    python examples/train_forecaster.py --data ETTh1 --ffn segment --segment-sizes 5,5,4,4
+
+A run writes its checkpoint, ``result.json``, ``history.csv`` and plots under ``--out``; the same
+command with ``--resume`` goes on where an interrupted run stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from forecaster_data import (
+    Series,
+    Windows,
+    fit_linear,
+    load_series,
+    score_linear,
+    score_repeat,
+)
+from forecaster_model import (
+    Forecaster,
+    ForecasterConfig,
+    active_flops_per_token,
+    count_parameters,
+)
+from forecaster_report import (
+    baseline_row,
+    expert_loads,
+    format_table,
+    plot_expert_load,
+    plot_forecast,
+    plot_timeline,
+    versions,
+    write_csv,
+    write_json,
+)
+from forecaster_sources import DataUnavailableError
+from forecaster_training import LOSSES, DivergedError, Trainer, TrainOptions, evaluate
+
+from segmoe_kernels import segment_schedule
+
+KINDS = ("dense", "token", "segment")
+# Chosen on the validation split of ETTh1, for all three kinds at once.
+DEMO = {"segment_sizes": "5,4"}
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, except where there is none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shown = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if shown else action.help
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line: one option for each field of the two settings, and what surrounds them."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n", maxsplit=1)[0],
+        formatter_class=_HelpFormatter,
+    )
+    add = parser.add_argument
+    add("--demo", action="store_true", help="compare the three kinds on ETTh1 within minutes")
+    add("--data", default="ETTh1", help="data set, csv file or 'multiscale'")
+    add("--data-dir", type=Path, help="folder with the csv files, plain or gzipped")
+    add("--out", type=Path, help="folder for results; default runs/<data>_<ffn>_h<H>_s<seed>")
+    add("--resume", action="store_true", help="go on from the checkpoint in the folder")
+    add("--threads", type=int, default=2, help="CPU threads")
+    add("--no-plots", action="store_true", help="write no pictures")
+    add("--quiet", action="store_true", help="no progress bars and epoch lines")
+    choices = {
+        "ffn": KINDS,
+        "positions": ("rope", "learned"),
+        "instance_norm": ("mean", "last"),
+        "shared_expert": ("token", "segment", "none"),
+        "loss": tuple(LOSSES),
+        "device": ("cpu", "cuda"),
+    }
+    for settings in (ForecasterConfig, TrainOptions):
+        group = parser.add_argument_group(settings.__name__)
+        for field in dataclasses.fields(settings):
+            flag, text = "--" + field.name.replace("_", "-"), describe(settings, field.name)
+            if field.name == "segment_sizes":
+                group.add_argument(flag, default="5,5,4,4", help=f"{text}; one number serves all")
+            elif field.name == "num_layers":
+                group.add_argument(flag, type=int, help=f"{text}; default: one per segment size")
+            elif isinstance(field.default, bool):
+                group.add_argument(flag, action="store_true", help=text)
+            else:
+                kind, options = type(field.default), choices.get(field.name)
+                group.add_argument(
+                    flag, type=kind, default=field.default, choices=options, help=text
+                )
+    return parser
+
+
+def describe(settings: type, name: str) -> str:
+    """What the docstring of a settings class says of one of its attributes, on one line."""
+    found = re.search(rf"^ {{8}}{name}: (.+?)\.$", settings.__doc__ or "", re.DOTALL | re.MULTILINE)
+    return " ".join(found[1].split()).replace("%", "%%") if found else ""
+
+
+def settings_from(args: argparse.Namespace) -> tuple[ForecasterConfig, TrainOptions]:
+    """Split the parsed command line into the model's and the trainer's settings."""
+    values = dict(vars(args))
+    values["num_layers"] = args.num_layers or args.segment_sizes.count(",") + 1
+    values["segment_sizes"] = tuple(segment_schedule(args.segment_sizes, values["num_layers"]))
+    values["shared_expert"] = None if args.shared_expert == "none" else args.shared_expert
+
+    def pick(settings: type) -> dict[str, Any]:
+        return {field.name: values[field.name] for field in dataclasses.fields(settings)}
+
+    return ForecasterConfig(**pick(ForecasterConfig)), TrainOptions(**pick(TrainOptions))
+
+
+def make_windows(
+    series: Series, config: ForecasterConfig, dtype: torch.dtype
+) -> dict[str, Windows]:
+    """Windows of the three splits."""
+    return {
+        split: Windows(series, split, config.look_back, config.horizon, dtype)
+        for split in ("train", "val", "test")
+    }
+
+
+def baseline_rows(series: Series, config: ForecasterConfig) -> list[dict[str, Any]]:
+    """Score "repeat the last value" and the closed-form linear map on every window."""
+    windows = make_windows(series, config, torch.float64)
+    weight = fit_linear(windows["train"])
+    repeat = [score_repeat(windows[split]) for split in ("val", "test")]
+    linear = [score_linear(weight, windows[split]) for split in ("val", "test")]
+    rows = [
+        baseline_row("repeat last value", *repeat),
+        baseline_row("linear, closed form", *linear),
+    ]
+    rows[1]["parameters"] = weight.numel()
+    return rows
+
+
+def train_one(
+    series: Series,
+    config: ForecasterConfig,
+    options: TrainOptions,
+    out: Path,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+) -> tuple[Forecaster, dict[str, Any]]:
+    """Train one model and score it once on the test windows.
+
+    Args:
+        series: scaled.
+        config: of the model.
+        options: of the training.
+        out: folder of the checkpoint.
+        resume: go on from the checkpoint if there is one.
+        quiet: show no progress.
+
+    Returns:
+        The model of the best validation epoch, and its record for the result file.
+    """
+    windows = make_windows(series, config, torch.float32)
+    torch.manual_seed(options.seed)
+    model = Forecaster(config).to(options.device)
+    checkpoint = out / "checkpoint.pt"
+    identity = {"data": series.name, "config": dataclasses.asdict(config)}
+    trainer = Trainer(model, windows["train"], windows["val"], options, checkpoint, identity)
+    if resume and checkpoint.is_file():
+        trainer.restore(checkpoint)
+        print(f"{config.ffn}: going on after epoch {len(trainer.history)}")
+    trainer.fit(progress=not quiet)
+    test = evaluate(model, windows["test"], options.device)
+    best = trainer.history[trainer.best_epoch]
+    record = {
+        "model": config.ffn,
+        "parameters": count_parameters(model),
+        "active_flops_per_token": active_flops_per_token(config),
+        "step_ms": trainer.step_ms,
+        "val_mse": best["val_mse"],
+        "test_mse": test.mse,
+        "test_mae": test.mae,
+        "seconds": sum(epoch["epoch_s"] for epoch in trainer.history),
+        "best_epoch": trainer.best_epoch,
+        "train_windows": len(windows["train"]),
+        "validation": {
+            "mse": best["val_mse"],
+            "mae": best["val_mae"],
+            "windows": len(windows["val"]),
+        },
+        "test": {
+            "mse": test.mse,
+            "mae": test.mae,
+            "windows": len(windows["test"]),
+            "values": test.count,
+        },
+        "config": dataclasses.asdict(config),
+        "options": dataclasses.asdict(options),
+        "history": trainer.history,
+    }
+    return model, record
+
+
+def write_plots(model: Forecaster, series: Series, out: Path) -> None:
+    """Forecast against truth; for routed models also expert load and the timeline of segments."""
+    config = model.config
+    test = Windows(series, "test", config.look_back, config.horizon)
+    plot_forecast(model, test, out / "forecast.png")
+    if config.ffn != "dense":
+        sizes = [config.layer_segment(layer) for layer in range(config.num_layers)]
+        plot_expert_load(expert_loads(model, test), sizes, out / "expert_load.png")
+        plot_timeline(model, test, out / "timeline.png")
+
+
+def load_for(args: argparse.Namespace) -> Series:
+    """Load ``--data``; the demo falls back to the built-in series, and says so."""
+    try:
+        return load_series(args.data, args.data_dir)
+    except DataUnavailableError as error:
+        if not args.demo:
+            raise
+        print(f"{error}\nThe demo goes on with the built-in series 'multiscale' instead.\n")
+        return load_series("multiscale")
+
+
+def run(args: argparse.Namespace, command: str) -> list[dict[str, Any]]:
+    """Do what the command line says; returns the rows of the printed table."""
+    torch.set_num_threads(args.threads)
+    config, options = settings_from(args)
+    series = load_for(args)
+    name = f"{series.name}_{config.ffn}_h{config.horizon}_s{options.seed}"
+    out = args.out or Path("runs") / (f"demo_{series.name}" if args.demo else name)
+    rows = baseline_rows(series, config)
+    records = []
+    for kind in KINDS if args.demo else (config.ffn,):
+        config = dataclasses.replace(config, ffn=kind)
+        folder = out / kind if args.demo else out
+        if not args.quiet:
+            print(f"{series.name}, horizon {config.horizon}: training the {kind} model")
+        model, record = train_one(
+            series, config, options, folder, resume=args.resume, quiet=args.quiet
+        )
+        records.append(record)
+        write_csv(folder / "history.csv", record["history"])
+        if not args.no_plots:
+            write_plots(model, series, folder)
+    shown = ("model", "parameters", "active_flops_per_token", "step_ms", "val_mse", "test_mse")
+    rows += [{key: record[key] for key in (*shown, "test_mae")} for record in records]
+    content = {
+        "command": command,
+        "versions": versions(),
+        "threads": args.threads,
+        "data": series.name,
+        "rows": rows,
+        "runs": records,
+    }
+    write_json(out / "result.json", content)
+    write_csv(out / "result.csv", rows)
+    print(f"\n{series.name}, look-back {config.look_back}, horizon {config.horizon}")
+    print(format_table(rows))
+    print(f"\nresults and plots: {out}")
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    if "--demo" in argv:
+        parser.set_defaults(**DEMO)
+    args = parser.parse_args(argv)
+    try:
+        run(args, shlex.join(["python", "examples/train_forecaster.py", *argv]))
+    except (DataUnavailableError, DivergedError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command with --resume goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""Segment-wise mixture-of-experts layers: fused Triton kernels and a plain PyTorch reference.
+
+Shape letters, used in every docstring: ``B`` batch, ``T`` time steps, ``P`` segment_size,
+``J`` segments of one sequence (``ceil(T / P)``), ``S`` segments in the batch (``B * J``),
+``D`` d_model, ``F`` d_ff, ``E`` num_experts, ``R`` routed rows (``S * top_k``).
+"""
+
+from segmoe_kernels.convert import load_official, segment_schedule, to_official
+from segmoe_kernels.layer import SegMoE
+from segmoe_kernels.losses import load_balancing_loss, router_z_loss
+from segmoe_kernels.routing import FFNWeights, Permutation, RouterOutput, Routing
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FFNWeights",
+    "Permutation",
+    "RouterOutput",
+    "Routing",
+    "SegMoE",
+    "load_balancing_loss",
+    "load_official",
+    "router_z_loss",
+    "segment_schedule",
+    "to_official",
+]

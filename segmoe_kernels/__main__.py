@@ -1,0 +1,128 @@
+"""``python -m segmoe_kernels doctor``: what is installed, which backend would run, and a check."""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Sequence
+
+import torch
+
+import segmoe_kernels
+from segmoe_kernels.functional import resolve_backend
+from segmoe_kernels.layer import SegMoE
+from segmoe_kernels.testing import assert_as_accurate, make_inputs, oracle, route_ids, run_layer
+
+VARIABLES = ("SEGMOE_BACKEND", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
+NAME_WIDTH = 24
+
+# Small layers that together pass through every stage.
+CHECKS = (
+    ("token scope", {"expert_scope": "token", "top_k": 2, "pooling": "mean"}),
+    ("segment scope", {"expert_scope": "segment", "gated": True, "activation": "silu"}),
+    ("projected scope", {"expert_scope": "projected", "bias": True}),
+)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _print_row(name: str, value: object) -> None:
+    print(f"{name:<{NAME_WIDTH}}{value}")
+
+
+def _print_environment() -> None:
+    _print_row("segmoe_kernels", segmoe_kernels.__version__)
+    _print_row("python", platform.python_version())
+    _print_row("torch", torch.__version__)
+    for package in ("triton", "numpy", "einops"):
+        _print_row(package, _version(package))
+    count = torch.cuda.device_count()
+    for index in range(count):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"compute capability {properties.major}.{properties.minor}"
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        _print_row(f"cuda:{index}", f"{properties.name}, {capability}, {memory}")
+    if not count:
+        _print_row("GPU", "none that PyTorch can use")
+    for name in VARIABLES:
+        _print_row(name, os.environ.get(name, "not set"))
+
+
+def _explain_backend(device: torch.device) -> str:
+    """The backend for ``backend="auto"`` on device, and the reason, as one line."""
+    x = torch.empty(0, device=device)
+    backend = resolve_backend("auto", x)
+    if os.environ.get("SEGMOE_BACKEND", "auto") != "auto":
+        return f"{backend} on {device}: SEGMOE_BACKEND says so"
+    if backend == "triton":
+        return f"triton on {device}: a GPU, and triton is installed"
+    try:
+        resolve_backend("triton", x)
+    except RuntimeError as error:
+        return f"reference on {device}: {str(error).removeprefix('segmoe_kernels: ')}"
+    return f"reference on {device}: for CPU tensors; backend='triton' would run interpreted"
+
+
+def _check(options: dict[str, object], device: torch.device) -> None:
+    """Compare forward and all gradients of a small layer with float64."""
+    torch.manual_seed(0)
+    layer = SegMoE(16, 32, 4, segment_size=3, device=device, **options)  # type: ignore[arg-type]
+    inputs = make_inputs(3, 10, 16, device=device, masked=0.2)
+    ids = route_ids(layer, *inputs)
+    actual = run_layer(layer, *inputs)
+    eager = run_layer(layer, *inputs, backend="reference", topk_ids=ids)
+    assert_as_accurate(actual, eager, oracle(layer, *inputs, topk_ids=ids))
+
+
+def doctor() -> int:
+    """Print versions, devices and the backend, and run a self-check.
+
+    Returns:
+        0 if the self-check passes, else 1.
+    """
+    _print_environment()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        _print_row("backend", _explain_backend(device))
+    except (RuntimeError, ValueError) as error:
+        _print_row("backend", f"none: {error}")
+        return 1
+    failed = False
+    for name, options in CHECKS:
+        try:
+            _check(options, device)
+        except Exception:  # whatever goes wrong is the diagnosis
+            failed = True
+            _print_row(f"check, {name}", "FAILED")
+            traceback.print_exc()
+        else:
+            _print_row(f"check, {name}", "ok, forward and gradients against float64")
+    return int(failed)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: of the command line; None takes the process's.
+
+    Returns:
+        Exit code: 0, or 1 if a check failed. An unknown command exits with 2.
+    """
+    parser = argparse.ArgumentParser(prog="python -m segmoe_kernels")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    text = "print versions, devices and the backend that would run, and check it"
+    commands.add_parser("doctor", help=text, description=f"{text.capitalize()}.")
+    parser.parse_args(arguments)
+    return doctor()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What two or more stages share: device functions, tile choice, operator registration."""

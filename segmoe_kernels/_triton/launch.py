@@ -1,0 +1,77 @@
+"""Operator registration, the device guard, and what every launcher needs to know about a dtype."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("segmoe_kernels", "FRAGMENT")
+
+
+def define_operator(
+    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Register ``segmoe_kernels::<schema>`` for CPU (the interpreter) and GPU tensors.
+
+    Operators are opaque and carry no autograd formula: the outer ``autograd.Function`` does, so
+    that forward-mode AD and vmap refuse loudly. ``torch.library.triton_op`` does not run in the
+    interpreter, hence not here.
+
+    Args:
+        schema: "name(Tensor x, ...) -> ...".
+        implementation: launches the kernels.
+        fake: allocates the outputs' metadata, for tracing.
+
+    Returns:
+        The operator.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def guarded(*args: Any) -> Any:
+        with device_guard(args[0]):
+            return implementation(*args)
+
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, guarded, key)
+    torch.library.register_fake(f"segmoe_kernels::{name}", fake, lib=_LIBRARY)
+    operator: Callable[..., Any] = getattr(torch.ops.segmoe_kernels, name).default
+    return operator
+
+
+def device_guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Make the GPU of x current: Triton launches on the current one."""
+    return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
+
+
+def accumulator(dtype: torch.dtype) -> Any:
+    """The dtype that products of ``dtype`` are summed in."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """`accumulator`, as PyTorch names it."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """How ``tl.dot`` rounds float32 operands: as PyTorch's own matmul is told to."""
+    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return "ieee"
+
+
+def padded(size: int, minimum: int = 16) -> int:
+    """The power of two that a block of ``size`` takes; 16 is the least ``tl.dot`` accepts."""
+    return max(minimum, int(triton.next_power_of_2(size)))
+
+
+def refuse_double_backward() -> None:
+    """Raise for a second derivative through the kernels, which have no formula for it."""
+    raise RuntimeError(
+        "segmoe_kernels: backend='triton' has no second derivatives; use backend='reference'."
+    )

@@ -1,0 +1,165 @@
+"""Where rows live: device functions that find the expert of a tile and the steps of its rows."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def find_group(
+    pid,
+    expert_offsets_ptr,  # (E + 1,) int32
+    num_experts,
+    num_slots,
+    ROWS_PER_SLOT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Return ``(group, first row, end row)`` of tile ``pid`` over rows grouped by expert.
+
+    Group E holds the slots without an expert; a tile behind the last one gets a group above E.
+    Rows are steps: ``ROWS_PER_SLOT`` consecutive ones for each slot. Tiles start anew with each
+    group, so their number is at most ``cdiv(rows, BLOCK_M) + E``. Rows are counted in 32 bits,
+    which launchers check; a register in two is saved, and only addresses need 64.
+    """
+    groups = tl.arange(0, GROUPS)
+    lo = tl.load(expert_offsets_ptr + groups, mask=groups <= num_experts, other=num_slots)
+    hi = tl.load(expert_offsets_ptr + groups + 1, mask=groups < num_experts, other=num_slots)
+    tiles = ((hi - lo) * ROWS_PER_SLOT + BLOCK_M - 1) // BLOCK_M
+    ends = tl.cumsum(tiles, 0)
+    group = tl.sum((ends <= pid).to(tl.int32), 0)
+    here = groups == group
+    first_tile = tl.sum(tl.where(here, ends - tiles, 0), 0)
+    row_start = tl.sum(tl.where(here, lo, 0), 0) * ROWS_PER_SLOT
+    row_end = tl.sum(tl.where(here, hi, 0), 0) * ROWS_PER_SLOT
+    return group, row_start + (pid - first_tile) * BLOCK_M, row_end
+
+
+@triton.jit
+def find_steps(
+    rows,  # (M,) int32, sorted rows
+    mask_m,
+    sorted_to_slot_ptr,  # (R,) int32
+    segments_per_sequence,
+    TOP_K: tl.constexpr,
+    SEGMENT_SIZE: tl.constexpr,
+    ROWS_PER_SLOT: tl.constexpr,
+):
+    """Return ``(slot, choice, sequence, step)`` of sorted rows; step is a row's first time step."""
+    slot = tl.load(sorted_to_slot_ptr + rows // ROWS_PER_SLOT, mask=mask_m, other=0)
+    segment = slot // TOP_K
+    step = (segment % segments_per_sequence) * SEGMENT_SIZE + rows % ROWS_PER_SLOT
+    return slot, slot % TOP_K, segment // segments_per_sequence, step
+
+
+@triton.jit
+def real_steps(
+    padding_mask_ptr,  # (B, T) bool, contiguous, or None
+    sequence,
+    step,
+    mask,
+    length,
+):
+    """Return mask narrowed to steps inside the sequence that are not padding."""
+    real = mask & (step < length)
+    if padding_mask_ptr is not None:
+        flags = padding_mask_ptr + (sequence.to(tl.int64) * length + step)
+        real &= tl.load(flags, mask=real, other=0) != 0
+    return real
+
+
+@triton.jit
+def load_rows(
+    ptr,  # (top_k, B, T, D)
+    padding_mask_ptr,
+    choice,
+    sequence,
+    step,
+    mask_m,
+    cols,  # (N,), up to D, or P * D where rows are whole segments
+    width,
+    length,
+    stride_k,
+    stride_b,
+    stride_t,
+    D: tl.constexpr,
+    CONCAT: tl.constexpr,
+):
+    """Return rows of sequences, (M, N); 0 where a step is missing or masked.
+
+    With ``CONCAT`` a row is a whole segment and its columns run over the steps.
+    """
+    base = choice.to(tl.int64) * stride_k + sequence.to(tl.int64) * stride_b
+    base += step.to(tl.int64) * stride_t
+    if CONCAT:
+        steps = step[:, None] + (cols // D)[None, :]
+        real = (mask_m[:, None] & (cols < width)[None, :]) & (steps < length)
+        if padding_mask_ptr is not None:
+            flags = (padding_mask_ptr + sequence.to(tl.int64) * length)[:, None] + steps
+            real &= tl.load(flags, mask=real, other=0) != 0
+        offs = (cols // D) * stride_t + cols % D
+    else:
+        rows_real = real_steps(padding_mask_ptr, sequence, step, mask_m, length)
+        real = rows_real[:, None] & (cols < width)[None, :]
+        offs = cols
+    return tl.load((ptr + base)[:, None] + offs[None, :], mask=real, other=0.0)
+
+
+@triton.jit
+def store_segments(
+    ptr,  # (top_k, B, T, D), contiguous
+    value,  # (M, N)
+    padding_mask_ptr,
+    choice,
+    sequence,
+    step,
+    mask_m,
+    cols,  # (N,), up to P * D
+    width,
+    length,
+    stride_k,
+    D: tl.constexpr,
+):
+    """Store rows that are whole segments, 0 at masked steps; steps past the end are dropped."""
+    steps = step[:, None] + (cols // D)[None, :]
+    inside = (mask_m[:, None] & (cols < width)[None, :]) & (steps < length)
+    if padding_mask_ptr is not None:
+        flags = (padding_mask_ptr + sequence.to(tl.int64) * length)[:, None] + steps
+        value = tl.where(tl.load(flags, mask=inside, other=0) != 0, value, 0.0)
+    # A segment is consecutive steps of a contiguous tensor, so its P * D columns are too.
+    base = choice.to(tl.int64) * stride_k + (sequence.to(tl.int64) * length + step) * D
+    tl.store((ptr + base)[:, None] + cols[None, :], value.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def place_steps(
+    padding_mask_ptr,
+    choice,
+    sequence,
+    step,
+    mask_m,
+    num_sequences,
+    length,
+):
+    """Return ``(row, inside, real)`` of steps in a contiguous (top_k, B, T, D).
+
+    Computed before a kernel's loop: one 32-bit number a row stays alive through it, not four.
+    """
+    inside = mask_m & (step < length)
+    real = real_steps(padding_mask_ptr, sequence, step, mask_m, length)
+    return (choice * num_sequences + sequence) * length + step, inside, real
+
+
+@triton.jit
+def store_steps(
+    ptr,  # (top_k, B, T, D), contiguous
+    value,  # (M, N)
+    row,
+    inside,
+    real,
+    cols,  # (N,), up to D
+    D: tl.constexpr,
+):
+    """Store steps where `place_steps` said, 0 where they are not real."""
+    value = tl.where(real[:, None], value, 0.0).to(ptr.dtype.element_ty)
+    ptrs = (ptr + row.to(tl.int64) * D)[:, None] + cols[None, :]
+    tl.store(ptrs, value, mask=inside[:, None] & (cols < D)[None, :])

@@ -1,0 +1,553 @@
+"""The layer as functions: four differentiable stages, and `seg_moe` which runs them in order.
+
+Every function checks its arguments, then hands them to the reference (plain PyTorch) or to the
+Triton kernels; both have the same names and give the same results.
+"""
+
+import math
+import os
+import warnings
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from segmoe_kernels import reference
+from segmoe_kernels import validation as check
+from segmoe_kernels.routing import FFNWeights, Permutation, RouterOutput, Routing
+
+__all__ = [
+    "combine",
+    "expert_ffn",
+    "grouped_gemm",
+    "permute",
+    "resolve_backend",
+    "route",
+    "seg_moe",
+]
+
+
+def resolve_backend(backend: str, x: Tensor) -> str:
+    """Say which backend runs for ``x``: "triton" or "reference".
+
+    Args:
+        backend: "auto" takes Triton for GPU tensors where it is installed, else the reference;
+            the environment variable SEGMOE_BACKEND overrides "auto". "triton" never falls back.
+        x: the input; only its device is looked at.
+
+    Returns:
+        "triton" or "reference".
+
+    Raises:
+        ValueError: if backend (or SEGMOE_BACKEND) is not one of the three names.
+        RuntimeError: if "triton" is asked for and can't run here, with what to do about it.
+    """
+    check.check_choice("resolve_backend", "backend", backend, check.BACKENDS)
+    if backend == "auto":
+        backend = os.environ.get("SEGMOE_BACKEND", "auto")
+        check.check_choice("resolve_backend", "SEGMOE_BACKEND", backend, check.BACKENDS)
+    if backend == "reference":
+        return "reference"
+    missing = _why_not_triton(x.device.type)
+    if missing is None:
+        interpreted = x.device.type == "cpu"
+        return "reference" if interpreted and backend == "auto" else "triton"
+    if backend == "triton":
+        raise RuntimeError(f"segmoe_kernels: backend='triton' {missing}")
+    if x.device.type == "cuda":
+        _warn_once(f"segmoe_kernels: the reference runs, because backend='triton' {missing}")
+    return "reference"
+
+
+def _why_not_triton(device_type: str) -> str | None:
+    if device_type not in {"cuda", "cpu"}:
+        return f"needs a CUDA or ROCm device, got {device_type} tensors; use backend='reference'."
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"needs the triton package ({error}): pip install triton"
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return (
+            "needs a GPU, got cpu tensors; use backend='auto' or 'reference', or set "
+            "TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter."
+        )
+    return None
+
+
+_WARNED: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _WARNED and not torch.compiler.is_compiling():
+        _WARNED.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def _stages(backend: str, x: Tensor) -> ModuleType:
+    if resolve_backend(backend, x) == "reference":
+        return reference
+    from segmoe_kernels import stages
+
+    return stages
+
+
+def route(
+    x: Tensor,
+    router_weight: Tensor,
+    *,
+    segment_size: int,
+    top_k: int,
+    pooling: str = "concat",
+    router_temperature: float = 1.0,
+    router_dropout: float = 0.0,
+    renormalize: bool | None = None,
+    router_start: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    backend: str = "auto",
+) -> RouterOutput:
+    """Stage 1: pool each segment and choose its experts, in one pass over x.
+
+    ``router_probs = dropout(softmax(pooled @ router_weight.T / router_temperature))``; the
+    ``top_k`` largest are chosen, the lower expert first among equals.
+
+    Args:
+        x: (B, T, D).
+        router_weight: (E, W), W the pooled width: ``P * D`` for "concat", else D. Dtype of x.
+        segment_size: P, steps in a segment.
+        top_k: experts per segment, 1 to E.
+        pooling: "concat", or over the real steps "mean", "max", "first", "last".
+        router_temperature: divides the logits.
+        router_dropout: probability of dropping an expert's *probability* (official behaviour).
+        renormalize: divide the chosen probabilities by their sum; None does so for top_k > 1.
+        router_start: (W,). Makes the router causal: segment j is routed on the pooled segment
+            j - 1, and segment 0 on this vector.
+        padding_mask: (B, T) bool, True = real. A segment without a real step is not routed.
+        backend: see `resolve_backend`.
+
+    Returns:
+        RouterOutput; logits, probabilities and weights carry gradients.
+
+    Raises:
+        TypeError: for a wrong type or dtype.
+        ValueError: for a wrong shape, value or device.
+
+    Source: arXiv 2601.21641; ``MoESegment`` in evortigosa/segmoe_forecast, model/MoE.py.
+    """
+    if not torch.compiler.is_compiling():
+        check.check_sequences("route", x, padding_mask)
+        check.check_route("route", x, router_weight, segment_size, top_k, pooling, router_start)
+        check.check_positive("route", "router_temperature", router_temperature)
+        check.check_probability("route", "router_dropout", router_dropout)
+        check.check_flag("route", "renormalize", renormalize, optional=True)
+    out: RouterOutput = _stages(backend, x).route(
+        x,
+        router_weight,
+        segment_size=segment_size,
+        top_k=top_k,
+        pooling=pooling,
+        router_temperature=router_temperature,
+        router_dropout=router_dropout,
+        renormalize=renormalize,
+        router_start=router_start,
+        padding_mask=padding_mask,
+    )
+    return out
+
+
+def permute(topk_ids: Tensor, num_experts: int, *, backend: str = "auto") -> Permutation:
+    """Stage 2: group the slots (``segment * top_k + choice``) by expert, by a stable counting sort.
+
+    Args:
+        topk_ids: (S, top_k) int32; -1 for a segment that is not routed.
+        num_experts: E.
+        backend: see `resolve_backend`.
+
+    Returns:
+        Permutation; slots without an expert come last.
+
+    Raises:
+        TypeError: for a wrong type or dtype.
+        ValueError: for a wrong shape or value.
+    """
+    if not torch.compiler.is_compiling():
+        check.check_integer("permute", "num_experts", num_experts, 1)
+        check.check_index("permute", "topk_ids", topk_ids, topk_ids)
+        if topk_ids.ndim != 2 or topk_ids.shape[1] < 1:
+            check.fail_value("permute", "topk_ids", "have shape (S, top_k)", tuple(topk_ids.shape))
+    out: Permutation = _stages(backend, topk_ids).permute(topk_ids, num_experts)
+    return out
+
+
+def grouped_gemm(
+    x: Tensor,
+    weight: Tensor,
+    expert_offsets: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Rows of expert e times its matrix: ``act(x[rows of e] @ weight[e].T + bias[e])``.
+
+    Args:
+        x: (M, K), rows grouped by expert.
+        weight: (E, N, K), dtype of x.
+        expert_offsets: (E + 1,) int32; rows of e are ``[offsets[e], offsets[e + 1])``.
+        bias: (E, N) or None.
+        activation: "gelu", "gelu_tanh", "silu", "relu" or None.
+        backend: see `resolve_backend`.
+
+    Returns:
+        (M, N), dtype of x. Rows from ``expert_offsets[E]`` on are ``act(0)``, which is 0.
+
+    Raises:
+        TypeError: for a wrong type or dtype.
+        ValueError: for a wrong shape or device.
+    """
+    if not torch.compiler.is_compiling():
+        check.check_tensor("grouped_gemm", "x", x)
+        if x.ndim != 2:
+            check.fail_value("grouped_gemm", "x", "have shape (M, K)", tuple(x.shape))
+        check.check_tensor("grouped_gemm", "weight", weight)
+        if weight.ndim != 3:
+            shape = tuple(weight.shape)
+            check.fail_value("grouped_gemm", "weight", "have shape (E, N, K)", shape)
+        shape = (weight.shape[0], weight.shape[1], x.shape[1])
+        check.check_like("grouped_gemm", "weight", weight, x, shape)
+        if bias is not None:
+            check.check_like("grouped_gemm", "bias", bias, x, shape[:2])
+        check.check_offsets("grouped_gemm", expert_offsets, x, weight.shape[0])
+        check.check_choice("grouped_gemm", "activation", activation, (*check.ACTIVATIONS, None))
+    out: Tensor = _stages(backend, x).grouped_gemm(x, weight, expert_offsets, bias, activation)
+    return out
+
+
+def expert_ffn(
+    x: Tensor,
+    topk_weights: Tensor,
+    permutation: Permutation,
+    experts: FFNWeights,
+    *,
+    segment_size: int,
+    expert_scope: str = "token",
+    activation: str = "gelu",
+    dropout: float = 0.0,
+    padding_mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Stage 3: run each slot's expert on its segment and scale by the slot's weight.
+
+    Hidden: ``act(up(x))``, or gated ``act(gate(x)) * up(x)``; then dropout; then ``down``.
+
+    Args:
+        x: (B, T, D).
+        topk_weights: (S, top_k) float32 (float64 where x is).
+        permutation: of the slots, from `permute`.
+        experts: FFNWeights stacked over E, of width D ("token") or ``P * D`` ("segment").
+        segment_size: P.
+        expert_scope: "token" applies the expert to each of the P steps, "segment" to their
+            concatenation.
+        activation: exact "gelu", "gelu_tanh", "silu" or "relu".
+        dropout: probability; random numbers come from PyTorch's generator of the device.
+        padding_mask: (B, T) bool, True = real.
+        backend: see `resolve_backend`.
+
+    Returns:
+        (top_k, B, T, D), dtype of x: the weighted output of each choice, at the place of its
+        steps. Masked steps are 0.
+
+    Raises:
+        TypeError: for a wrong type or dtype.
+        ValueError: for a wrong shape, value or device.
+
+    Source: arXiv 2601.21641; ``FeedForward`` in evortigosa/segmoe_forecast, model/MoE.py.
+    """
+    if not torch.compiler.is_compiling():
+        name = "expert_ffn"
+        check.check_sequences(name, x, padding_mask)
+        check.check_integer(name, "segment_size", segment_size, 1)
+        check.check_choice(name, "expert_scope", expert_scope, ("token", "segment"))
+        check.check_choice(name, "activation", activation, check.ACTIVATIONS)
+        check.check_probability(name, "dropout", dropout)
+        check.check_tensor(name, "topk_weights", topk_weights)
+        num_segments = x.shape[0] * -(-x.shape[1] // segment_size)
+        if topk_weights.ndim != 2 or topk_weights.shape[0] != num_segments:
+            rule = f"have shape (S={num_segments}, top_k)"
+            check.fail_value(name, "topk_weights", rule, tuple(topk_weights.shape))
+        if not isinstance(permutation, Permutation):
+            check.fail_type(name, "permutation", "be a Permutation", type(permutation).__name__)
+        num_experts = permutation.expert_offsets.shape[0] - 1
+        check.check_offsets(name, permutation.expert_offsets, x, num_experts)
+        for field in ("sorted_to_slot", "slot_to_sorted"):
+            index = getattr(permutation, field)
+            check.check_index(name, f"permutation.{field}", index, x)
+            if index.shape != (topk_weights.numel(),):
+                rule = f"have shape (R={topk_weights.numel()},)"
+                check.fail_value(name, f"permutation.{field}", rule, tuple(index.shape))
+        width = x.shape[-1] * (segment_size if expert_scope == "segment" else 1)
+        check.check_ffn(name, "experts", experts, x, width, num_experts)
+    out: Tensor = _stages(backend, x).expert_ffn(
+        x,
+        topk_weights,
+        permutation,
+        experts,
+        segment_size=segment_size,
+        expert_scope=expert_scope,
+        activation=activation,
+        dropout=dropout,
+        padding_mask=padding_mask,
+    )
+    return out
+
+
+def combine(
+    expert_out: Tensor,
+    shared_out: Tensor | None = None,
+    shared_gate_logits: Tensor | None = None,
+    *,
+    padding_mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Stage 4: sum the choices of each step, add the gated shared path, mask and crop.
+
+    ``y = sum_k expert_out[k] + sigmoid(shared_gate_logits) * shared_out``.
+
+    Args:
+        expert_out: (top_k, B, T, D), already weighted, 0 where masked.
+        shared_out: (B, J, P * D) or None; what lies behind T is cropped.
+        shared_gate_logits: (B, J), one for each row of shared_out.
+        padding_mask: (B, T) bool, True = real; needed where shared_out is.
+        backend: see `resolve_backend`.
+
+    Returns:
+        (B, T, D), dtype of expert_out.
+
+    Raises:
+        TypeError: for a wrong type or dtype.
+        ValueError: for a wrong shape or device.
+    """
+    if not torch.compiler.is_compiling():
+        check.check_tensor("combine", "expert_out", expert_out)
+        if expert_out.ndim != 4 or expert_out.shape[0] < 1:
+            shape = tuple(expert_out.shape)
+            check.fail_value("combine", "expert_out", "have shape (top_k, B, T, D)", shape)
+        check.check_mask("combine", padding_mask, expert_out[0])
+        if (shared_out is None) != (shared_gate_logits is None):
+            got = "only one of them"
+            check.fail_value("combine", "shared_out", "come with shared_gate_logits", got)
+        if shared_out is not None and shared_gate_logits is not None:
+            check.check_shared_out(expert_out, shared_out, shared_gate_logits)
+    out: Tensor = _stages(backend, expert_out).combine(
+        expert_out, shared_out, shared_gate_logits, padding_mask=padding_mask
+    )
+    return out
+
+
+def seg_moe(
+    x: Tensor,
+    router_weight: Tensor,
+    experts: FFNWeights,
+    *,
+    segment_size: int,
+    top_k: int = 1,
+    pooling: str = "concat",
+    expert_scope: str = "token",
+    shared: FFNWeights | None = None,
+    shared_gate: Tensor | None = None,
+    in_proj: tuple[Tensor, Tensor | None] | None = None,
+    out_proj: tuple[Tensor, Tensor | None] | None = None,
+    activation: str = "gelu",
+    dropout: float = 0.0,
+    router_dropout: float = 0.0,
+    router_temperature: float = 1.0,
+    renormalize: bool | None = None,
+    router_start: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Routing]:
+    """The whole layer: route, permute, run the experts, combine with the shared path.
+
+    Dense products that belong to no expert (the shared expert, the projections of
+    ``expert_scope="projected"``) run as PyTorch's own GEMMs on both backends.
+
+    Under ``torch.autocast`` the router stays in float32, the products run in the autocast dtype
+    and the result has the dtype of x.
+
+    Args:
+        x: (..., T, D).
+        router_weight: (E, W); W is D for "projected", else the pooled width.
+        experts: FFNWeights stacked over E.
+        segment_size: P.
+        top_k: experts per segment, 1 to E.
+        pooling: see `route`.
+        expert_scope: "token", "segment" (see `expert_ffn`), or "projected": the segment is
+            projected to width D, handled like one token, and projected back to its P steps.
+        shared: FFNWeights of the always-on expert or None; its width, a multiple of D, says how
+            many steps one of its rows sees: ``P * D`` (the official layer) or D.
+        shared_gate: (1, width of shared).
+        in_proj: weight (D, P * D) and bias (D,) or None; "projected" only.
+        out_proj: weight (P * D, D) and bias (P * D,) or None; "projected" only.
+        activation: see `expert_ffn`.
+        dropout: see `expert_ffn`; in the shared expert as well.
+        router_dropout: see `route`.
+        router_temperature: see `route`.
+        renormalize: see `route`.
+        router_start: see `route`.
+        padding_mask: (..., T) bool, True = real. Masked steps contribute nothing and get 0.
+        backend: see `resolve_backend`.
+
+    Returns:
+        ``(y, routing)``: y has the shape and dtype of x.
+
+    Raises:
+        TypeError: for a wrong type or dtype.
+        ValueError: for a wrong shape, value or device, or options that exclude each other.
+        RuntimeError: if backend="triton" can't run here.
+
+    Source: arXiv 2601.21641; evortigosa/segmoe_forecast, model/MoE.py: ``MoESegment`` ("token"),
+    ``MoESegmentV0`` ("segment"), ``MoESegmentV1`` ("projected"), ``MoEFeedForward`` (P = 1).
+    """
+    if not torch.compiler.is_compiling():
+        check.check_x("seg_moe", x)
+        check.check_mask("seg_moe", padding_mask, x)
+        check.check_integer("seg_moe", "segment_size", segment_size, 1)
+        check.check_choice("seg_moe", "expert_scope", expert_scope, check.EXPERT_SCOPES)
+        check.check_projections(
+            x, segment_size, expert_scope, pooling, in_proj, out_proj, router_start
+        )
+    batch_shape, (length, d_model) = x.shape[:-2], x.shape[-2:]
+    batch = math.prod(batch_shape)  # not numel(), which export would make a constant
+    sequences = x.reshape(batch, length, d_model)
+    mask = None if padding_mask is None else padding_mask.reshape(batch, length)
+    compute_dtype = x.dtype
+    kind = x.device.type
+    has_autocast = torch.amp.is_autocast_available(kind)  # the meta device has none
+    if has_autocast and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        compute_dtype = torch.get_autocast_dtype(kind)
+        experts = experts.to(compute_dtype)
+        shared = None if shared is None else shared.to(compute_dtype)
+        router_weight = router_weight.to(x.dtype)
+
+    options: dict[str, Any] = {
+        "top_k": top_k,
+        "pooling": pooling,
+        "activation": activation,
+        "dropout": dropout,
+        "router_dropout": router_dropout,
+        "router_temperature": router_temperature,
+        "renormalize": renormalize,
+        "router_start": router_start,
+        "shared_gate": shared_gate,
+        "compute_dtype": compute_dtype,
+        "backend": backend,
+    }
+    if expert_scope == "projected" and in_proj is not None and out_proj is not None:
+        # A projected segment is one token of width D: the rest of the layer sees P = 1.
+        rows = reference.segments(sequences, segment_size, mask).flatten(-2)
+        # Back from the autocast dtype: the router sees x's.
+        tokens = torch.nn.functional.linear(rows, *in_proj).to(x.dtype)
+        real = None
+        if mask is not None:
+            real = reference.valid_steps(sequences, segment_size, mask).any(-1)
+        y, routing = _run(
+            tokens, router_weight, experts, shared, real, "token", segment_size=1, **options
+        )
+        y = torch.nn.functional.linear(y.to(tokens.dtype), *out_proj)
+        y = y.unflatten(-1, (segment_size, d_model)).flatten(1, 2)[:, :length]
+        if mask is not None:
+            y = y.masked_fill(~mask[..., None], 0)
+    else:
+        y, routing = _run(
+            sequences,
+            router_weight,
+            experts,
+            shared,
+            mask,
+            expert_scope,
+            segment_size=segment_size,
+            **options,
+        )
+    return y.to(x.dtype).reshape(x.shape), routing
+
+
+def _run(
+    x: Tensor,
+    router_weight: Tensor,
+    experts: FFNWeights,
+    shared: FFNWeights | None,
+    padding_mask: Tensor | None,
+    expert_scope: str,
+    *,
+    segment_size: int,
+    top_k: int,
+    pooling: str,
+    activation: str,
+    dropout: float,
+    router_dropout: float,
+    router_temperature: float,
+    renormalize: bool | None,
+    router_start: Tensor | None,
+    shared_gate: Tensor | None,
+    compute_dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Routing]:
+    """The stages, in order, on (B, T, D)."""
+    if not torch.compiler.is_compiling():
+        num_experts = router_weight.shape[0] if isinstance(router_weight, Tensor) else 0
+        width = x.shape[-1] * (segment_size if expert_scope == "segment" else 1)
+        rows = x.to(compute_dtype)[:0] if compute_dtype != x.dtype else x
+        check.check_route("seg_moe", x, router_weight, segment_size, top_k, pooling, router_start)
+        check.check_positive("seg_moe", "router_temperature", router_temperature)
+        check.check_probability("seg_moe", "router_dropout", router_dropout)
+        check.check_probability("seg_moe", "dropout", dropout)
+        check.check_flag("seg_moe", "renormalize", renormalize, optional=True)
+        check.check_choice("seg_moe", "activation", activation, check.ACTIVATIONS)
+        check.check_ffn("seg_moe", "experts", experts, rows, width, num_experts)
+        check.check_shared(rows, shared, shared_gate, segment_size)
+    stages = _stages(backend, x)
+    routed, weights, tokens = stages.route_and_pass(
+        x,
+        router_weight,
+        segment_size=segment_size,
+        top_k=top_k,
+        pooling=pooling,
+        router_temperature=router_temperature,
+        router_dropout=router_dropout,
+        renormalize=renormalize,
+        router_start=router_start,
+        padding_mask=padding_mask,
+    )
+    permutation = stages.permute(routed.topk_ids, router_weight.shape[0], routed.block_counts)
+    expert_out = stages.expert_ffn(
+        tokens.to(compute_dtype),
+        # Whole segments have one row, hence one weight, for each slot.
+        weights if expert_scope == "token" else routed.topk_weights,
+        permutation,
+        experts,
+        segment_size=segment_size,
+        expert_scope=expert_scope,
+        activation=activation,
+        dropout=dropout,
+        padding_mask=padding_mask,
+    )
+    shared_out = shared_gate_logits = None
+    if shared is not None and shared_gate is not None:
+        shared_out, shared_gate_logits = reference.shared_expert(
+            x.to(compute_dtype),
+            shared,
+            shared_gate.to(compute_dtype),
+            segment_size=shared.up_proj.shape[-1] // x.shape[-1],
+            activation=activation,
+            dropout=dropout,
+            padding_mask=padding_mask,
+        )
+    y = stages.combine(expert_out, shared_out, shared_gate_logits, padding_mask=padding_mask)
+    routing = Routing(
+        routed.router_logits,
+        routed.router_probs,
+        routed.topk_weights,
+        routed.topk_ids,
+        permutation.expert_counts,
+    )
+    return y, routing

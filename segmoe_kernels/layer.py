@@ -1,0 +1,438 @@
+"""`SegMoE`, the drop-in layer, and the modules that hold its parameters."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from segmoe_kernels import reference
+from segmoe_kernels import validation as check
+from segmoe_kernels.functional import resolve_backend, seg_moe
+from segmoe_kernels.losses import inject_loss, load_balancing_loss, router_z_loss
+from segmoe_kernels.routing import FFNWeights, Routing
+
+__all__ = ["Experts", "FeedForward", "SegMoE", "SegmentRouter"]
+
+
+def _xavier_uniform_(weight: Tensor) -> None:
+    """Xavier over the last two dimensions: each expert has the fan of its own matrix."""
+    bound = math.sqrt(6.0 / (weight.shape[-1] + weight.shape[-2]))
+    nn.init.uniform_(weight, -bound, bound)
+
+
+class SegmentRouter(nn.Module):
+    """Holds ``weight (E, W)`` and, for causal models, ``start (W,)``; W is the pooled width."""
+
+    def __init__(
+        self,
+        width: int,
+        num_experts: int,
+        *,
+        causal: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, width, device=device, dtype=dtype))
+        start = torch.empty(width, device=device, dtype=dtype) if causal else None
+        self.start = nn.Parameter(start) if start is not None else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier for the weight; the start vector looks like a normalised segment."""
+        _xavier_uniform_(self.weight)
+        if self.start is not None:
+            nn.init.normal_(self.start)
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``repr``."""
+        width, causal = self.weight.shape[1], self.start is not None
+        return f"width={width}, num_experts={self.weight.shape[0]}, causal={causal}"
+
+
+class Experts(nn.Module):
+    """E FFNs stacked: ``up_proj (E, F, D)``, ``down_proj (E, D, F)``, optional gate and biases."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        d_model: int,
+        d_ff: int,
+        *,
+        gated: bool = False,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
+
+        self.up_proj = parameter(d_ff, d_model)
+        self.gate_proj = parameter(d_ff, d_model) if gated else None
+        self.down_proj = parameter(d_model, d_ff)
+        self.up_proj_bias = parameter(d_ff) if bias else None
+        self.gate_proj_bias = parameter(d_ff) if bias and gated else None
+        self.down_proj_bias = parameter(d_model) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier for each expert on its own, zero biases (official initialisation)."""
+        for parameter in self.parameters():
+            if parameter.ndim == 3:
+                _xavier_uniform_(parameter)
+            else:
+                nn.init.zeros_(parameter)
+
+    def weights(self) -> FFNWeights:
+        """The parameters as the functions take them."""
+        return FFNWeights(
+            self.up_proj,
+            self.down_proj,
+            self.gate_proj,
+            self.up_proj_bias,
+            self.gate_proj_bias,
+            self.down_proj_bias,
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``repr``."""
+        _, d_ff, d_model = self.up_proj.shape
+        gated, bias = self.gate_proj is not None, self.up_proj_bias is not None
+        return (
+            f"num_experts={self.num_experts}, d_model={d_model}, d_ff={d_ff}, "
+            f"gated={gated}, bias={bias}"
+        )
+
+
+class FeedForward(nn.Module):
+    """One FFN held as `nn.Linear` modules: the shared expert, or the whole layer at E = 0."""
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        *,
+        gated: bool = False,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(d_model, d_ff, bias=bias, device=device, dtype=dtype)
+        self.gate_proj = (
+            nn.Linear(d_model, d_ff, bias=bias, device=device, dtype=dtype) if gated else None
+        )
+        self.down_proj = nn.Linear(d_ff, d_model, bias=bias, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier weights, zero biases (official initialisation)."""
+        for module in (self.up_proj, self.gate_proj, self.down_proj):
+            if module is not None:
+                _reset_linear(module)
+
+    def weights(self) -> FFNWeights:
+        """The parameters as the functions take them."""
+        gate = self.gate_proj
+        return FFNWeights(
+            self.up_proj.weight,
+            self.down_proj.weight,
+            None if gate is None else gate.weight,
+            self.up_proj.bias,
+            None if gate is None else gate.bias,
+            self.down_proj.bias,
+        )
+
+
+def _reset_linear(linear: nn.Linear) -> None:
+    _xavier_uniform_(linear.weight)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+
+
+class SegMoE(nn.Module):
+    """Mixture of experts that routes segments of contiguous time steps; replaces an FFN.
+
+    A sequence is cut into segments of ``segment_size`` steps (the last one as if padded with
+    zeros); a router looks at the whole segment and sends it to ``top_k`` experts; a shared expert
+    serves every segment. ``y = layer(x)`` has the shape and dtype of x.
+
+    With ``shared_expert="segment"``, ``expert_scope="token"`` and the other defaults this is the
+    layer of the official code; `load_official` reads its checkpoints. Differences: an expert
+    without a segment gets a zero gradient instead of none; ties go to the lowest expert.
+
+    Args:
+        d_model: D, width of the model.
+        d_ff: F, width of an expert's hidden layer (``P * F`` in segment-wide experts).
+        num_experts: E; 0 gives the plain dense FFN of width D.
+        top_k: experts per segment, 1 to E.
+        segment_size: P, steps in a segment; 1 is the ordinary token-wise mixture.
+        pooling: what the router sees of a segment: "concat" (its P steps side by side), or over
+            its real steps "mean", "max", "first", "last".
+        expert_scope: "token" applies an expert to each step (official), "segment" to the
+            concatenated steps (the paper's wording), "projected" to a D-wide projection of the
+            segment.
+        shared_expert: "segment" (official), "token", or None. With "projected" both names mean
+            the same: one FFN on the projected segment.
+        activation: exact "gelu", "gelu_tanh", "silu" or "relu".
+        gated: hidden is ``act(gate(x)) * up(x)`` instead of ``act(up(x))``.
+        bias: biases in every FFN and projection; the router has none.
+        dropout: on the hidden layers, in training.
+        router_dropout: on the router's probabilities, in training (official behaviour).
+        router_temperature: divides the router's logits.
+        renormalize: divide the chosen probabilities by their sum. None: only where top_k > 1.
+            Official checkpoints older than 2026-06-28 were trained with True at top_k = 1.
+        causal: route segment j on segment j - 1, so that ``y[t]`` never depends on ``x[>t]``.
+        aux_loss_weight: weight of the load-balancing loss, whose gradient the returned tensor
+            carries in training (the training loop stays as it is); 0.02 in the official recipe.
+        z_loss_weight: likewise for the router z-loss.
+        backend: "auto", "triton" or "reference"; see `functional.resolve_backend`.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Attributes:
+        aux_loss: () tensor, detached: the weighted auxiliary losses of the last call in training.
+
+    Raises:
+        TypeError: for an argument of the wrong type.
+        ValueError: for a value out of range, or options that exclude each other.
+
+    Source: arXiv 2601.21641; evortigosa/segmoe_forecast, model/MoE.py, class ``MoESegment``.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        num_experts: int,
+        *,
+        top_k: int = 1,
+        segment_size: int = 1,
+        pooling: str = "concat",
+        expert_scope: str = "token",
+        shared_expert: str | None = "segment",
+        activation: str = "gelu",
+        gated: bool = False,
+        bias: bool = False,
+        dropout: float = 0.0,
+        router_dropout: float = 0.0,
+        router_temperature: float = 1.0,
+        renormalize: bool | None = None,
+        causal: bool = False,
+        aux_loss_weight: float = 0.0,
+        z_loss_weight: float = 0.0,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.d_model, self.d_ff, self.num_experts = d_model, d_ff, num_experts
+        self.top_k, self.segment_size = top_k, segment_size
+        self.pooling, self.expert_scope = pooling, expert_scope
+        self.shared_expert_scope = shared_expert
+        self.activation, self.gated, self.bias = activation, gated, bias
+        self.dropout, self.router_dropout = dropout, router_dropout
+        self.router_temperature, self.renormalize = router_temperature, renormalize
+        self.causal = causal
+        self.aux_loss_weight, self.z_loss_weight = aux_loss_weight, z_loss_weight
+        self.backend = backend
+        self._check_options()
+        if dtype is not None and dtype not in check.FLOAT_DTYPES:
+            rule = "be float32, float16, bfloat16 or float64"
+            check.fail_type("SegMoE", "dtype", rule, dtype)
+
+        def feed_forward(width_factor: int) -> FeedForward:
+            return FeedForward(
+                d_model * width_factor,
+                d_ff * width_factor,
+                gated=gated,
+                bias=bias,
+                device=device,
+                dtype=dtype,
+            )
+
+        self.router: SegmentRouter | None = None
+        self.experts: Experts | None = None
+        self.shared_expert: FeedForward | None = None
+        self.shared_gate: nn.Linear | None = None
+        self.in_proj: nn.Linear | None = None
+        self.out_proj: nn.Linear | None = None
+        self.register_buffer("_aux_loss", torch.zeros((), device=device), persistent=False)
+        if num_experts == 0:
+            self.shared_expert = feed_forward(1)
+            return
+        wide = d_model * segment_size
+        projected = expert_scope == "projected"
+        if projected:
+            self.in_proj = nn.Linear(wide, d_model, bias=bias, device=device, dtype=dtype)
+            self.out_proj = nn.Linear(d_model, wide, bias=bias, device=device, dtype=dtype)
+            _reset_linear(self.in_proj)
+            _reset_linear(self.out_proj)
+        pooled = wide if pooling == "concat" and not projected else d_model
+        self.router = SegmentRouter(pooled, num_experts, causal=causal, device=device, dtype=dtype)
+        factor = segment_size if expert_scope == "segment" else 1
+        self.experts = Experts(
+            num_experts,
+            d_model * factor,
+            d_ff * factor,
+            gated=gated,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
+        if shared_expert is not None:
+            factor = segment_size if shared_expert == "segment" and not projected else 1
+            self.shared_expert = feed_forward(factor)
+            self.shared_gate = nn.Linear(
+                d_model * factor, 1, bias=False, device=device, dtype=dtype
+            )
+            _reset_linear(self.shared_gate)
+
+    def _check_options(self) -> None:
+        name = "SegMoE"
+        check.check_integer(name, "d_model", self.d_model, 1)
+        check.check_integer(name, "d_ff", self.d_ff, 1)
+        check.check_integer(name, "num_experts", self.num_experts, 0)
+        check.check_integer(name, "top_k", self.top_k, 1)
+        check.check_integer(name, "segment_size", self.segment_size, 1)
+        if self.top_k > self.num_experts > 0:
+            rule = f"be in [1, num_experts={self.num_experts}]"
+            check.fail_value(name, "top_k", rule, self.top_k)
+        check.check_choice(name, "pooling", self.pooling, check.POOLINGS)
+        check.check_choice(name, "expert_scope", self.expert_scope, check.EXPERT_SCOPES)
+        shared = self.shared_expert_scope
+        check.check_choice(name, "shared_expert", shared, check.SHARED_EXPERTS)
+        check.check_choice(name, "activation", self.activation, check.ACTIVATIONS)
+        for flag in ("gated", "bias", "causal"):
+            check.check_flag(name, flag, getattr(self, flag))
+        check.check_flag(name, "renormalize", self.renormalize, optional=True)
+        check.check_probability(name, "dropout", self.dropout)
+        check.check_probability(name, "router_dropout", self.router_dropout)
+        check.check_positive(name, "router_temperature", self.router_temperature)
+        check.check_positive(name, "aux_loss_weight", self.aux_loss_weight, zero=True)
+        check.check_positive(name, "z_loss_weight", self.z_loss_weight, zero=True)
+        check.check_choice(name, "backend", self.backend, check.BACKENDS)
+        if self.expert_scope == "projected" and self.pooling != "concat":
+            rule = "be 'concat' with expert_scope='projected'"
+            check.fail_value(name, "pooling", rule, repr(self.pooling))
+        if self.causal and (self.expert_scope != "token" or shared == "segment"):
+            rule = (
+                "be False unless expert_scope='token' and shared_expert is 'token' or None "
+                "(a wider scope would let a step see later ones)"
+            )
+            got = f"expert_scope={self.expert_scope!r}, shared_expert={shared!r}"
+            check.fail_value(name, "causal", rule, got)
+
+    @property
+    def aux_loss(self) -> Tensor:
+        """() tensor, detached: the weighted auxiliary losses of the last call in training."""
+        loss: Tensor = self._aux_loss
+        return loss
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter anew (after ``to_empty`` on a meta-device module too)."""
+        for module in (self.router, self.experts, self.shared_expert):
+            if module is not None:
+                module.reset_parameters()
+        for linear in (self.shared_gate, self.in_proj, self.out_proj):
+            if linear is not None:
+                _reset_linear(linear)
+        nn.init.zeros_(self._aux_loss)
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            x: (..., T, D).
+            padding_mask: (..., T) bool, True = real. Masked steps contribute nothing and get 0.
+
+        Returns:
+            (..., T, D), dtype of x.
+
+        Raises:
+            TypeError: for a wrong type or dtype.
+            ValueError: for a wrong shape or device.
+            RuntimeError: if backend="triton" can't run here.
+        """
+        return self.forward_with_routing(x, padding_mask)[0]
+
+    def forward_with_routing(
+        self, x: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
+        """As `forward`, and the routing decisions.
+
+        Args:
+            x: (..., T, D).
+            padding_mask: (..., T) bool, True = real.
+
+        Returns:
+            ``(y, routing)``; router_logits and router_probs carry gradients, for explicit losses.
+        """
+        if not torch.compiler.is_compiling():
+            check.check_x("SegMoE.forward", x, self.d_model)
+            check.check_mask("SegMoE.forward", padding_mask, x)
+        if self.router is None or self.experts is None:
+            return self._forward_dense(x, padding_mask)
+        shared, in_proj, out_proj = self.shared_expert, self.in_proj, self.out_proj
+        y, routing = seg_moe(
+            x,
+            self.router.weight,
+            self.experts.weights(),
+            segment_size=self.segment_size,
+            top_k=self.top_k,
+            pooling=self.pooling,
+            expert_scope=self.expert_scope,
+            shared=None if shared is None else shared.weights(),
+            shared_gate=None if self.shared_gate is None else self.shared_gate.weight,
+            in_proj=None if in_proj is None else (in_proj.weight, in_proj.bias),
+            out_proj=None if out_proj is None else (out_proj.weight, out_proj.bias),
+            activation=self.activation,
+            dropout=self.dropout if self.training else 0.0,
+            router_dropout=self.router_dropout if self.training else 0.0,
+            router_temperature=self.router_temperature,
+            renormalize=self.renormalize,
+            router_start=self.router.start,
+            padding_mask=padding_mask,
+            backend=self.backend,
+        )
+        return self._inject_losses(y, routing), routing
+
+    def _forward_dense(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Routing]:
+        assert self.shared_expert is not None
+        if not torch.compiler.is_compiling():
+            resolve_backend(self.backend, x)
+        if padding_mask is not None:
+            x = x.masked_fill(~padding_mask[..., None], 0)
+        dropout = self.dropout if self.training else 0.0
+        y = reference.dense_ffn(x, self.shared_expert.weights(), self.activation, dropout)
+        y = y.to(x.dtype)
+        if padding_mask is not None:
+            y = y.masked_fill(~padding_mask[..., None], 0)
+        num_segments = math.prod(x.shape[:-2]) * -(-x.shape[-2] // self.segment_size)
+        accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+        nothing = x.new_zeros(num_segments, 0, dtype=accumulate)
+        ids = nothing.to(torch.int32)
+        return y, Routing(nothing, nothing, nothing, ids, ids.new_zeros(0))
+
+    def _inject_losses(self, y: Tensor, routing: Routing) -> Tensor:
+        if not self.training or (self.aux_loss_weight == 0 and self.z_loss_weight == 0):
+            return y
+        loss = routing.router_probs.new_zeros(())
+        if self.aux_loss_weight:
+            loss = loss + self.aux_loss_weight * load_balancing_loss(routing)
+        if self.z_loss_weight:
+            loss = loss + self.z_loss_weight * router_z_loss(routing)
+        self._aux_loss = loss.detach()
+        return inject_loss(y, loss) if torch.is_grad_enabled() else y
+
+    def extra_repr(self) -> str:
+        """The options, for ``repr``."""
+        names = ["d_model", "d_ff", "num_experts", "top_k", "segment_size", "pooling"]
+        names += ["expert_scope", "activation", "gated", "bias", "dropout", "router_dropout"]
+        names += ["router_temperature", "renormalize", "causal", "aux_loss_weight"]
+        names += ["z_loss_weight", "backend"]
+        shared = f"shared_expert={self.shared_expert_scope!r}"
+        return ", ".join([*(f"{name}={getattr(self, name)!r}" for name in names), shared])

@@ -1,0 +1,133 @@
+"""Auxiliary losses of the router, as pure functions, and their injection through autograd."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from segmoe_kernels import validation as check
+from segmoe_kernels.routing import Routing
+
+__all__ = ["inject_loss", "load_balancing_loss", "router_z_loss"]
+
+
+def _as_sequence(function: str, routings: Any) -> Sequence[Routing]:
+    if isinstance(routings, Routing):
+        return [routings]
+    layers: list[Routing] = list(routings)
+    if not layers or not all(isinstance(layer, Routing) for layer in layers):
+        got = [type(layer).__name__ for layer in layers]
+        check.fail_type(function, "routings", "be a Routing or a sequence of at least one", got)
+    return layers
+
+
+def load_balancing_loss(
+    routings: Routing | Sequence[Routing],
+    *,
+    reduction: str = "global",
+    normalization: str = "official",
+) -> Tensor:
+    """Switch load balancing, ``E * sum_e f_e * P_e``, over the routed segments.
+
+    ``f_e`` is the share of expert e in the choices, ``P_e`` the mean of its probability (after
+    router dropout). The gradient flows through ``P_e`` only; perfectly balanced routing gives 1.
+
+    Args:
+        routings: of one layer, or of several with the same number of experts.
+        reduction: "global" pools the segments of all layers before ``f * P`` (official);
+            "per_layer" averages the layers' losses.
+        normalization: "official" has ``sum_e f_e = 1``; "switch" has ``f_e = count / segments``,
+            which sums to top_k (Hugging Face, Time-MoE; balanced routing gives top_k).
+
+    Returns:
+        () float32 (float64 where the routing is). Zero where nothing was routed.
+
+    Raises:
+        TypeError: if routings are not Routing objects.
+        ValueError: for an unknown option, or layers with different numbers of experts.
+
+    Source: Fedus et al. 2022 (arXiv 2101.03961), equations 4 to 6; utils/LoadBalancingLoss.py of
+    evortigosa/segmoe_forecast.
+    """
+    layers = _as_sequence("load_balancing_loss", routings)
+    check.check_choice("load_balancing_loss", "reduction", reduction, ("global", "per_layer"))
+    choices = ("official", "switch")
+    check.check_choice("load_balancing_loss", "normalization", normalization, choices)
+    sizes = {layer.router_probs.shape[1] for layer in layers}
+    if len(sizes) > 1:
+        rule = "have one number of experts"
+        check.fail_value("load_balancing_loss", "routings", rule, sorted(sizes))
+    sums = [layer.router_probs.sum(0) for layer in layers]
+    counts = [layer.expert_counts.to(layer.router_probs.dtype) for layer in layers]
+    segments = [(layer.topk_ids[:, :1] >= 0).sum().to(layer.router_probs.dtype) for layer in layers]
+    if reduction == "global":
+        sums, counts = [torch.stack(sums).sum(0)], [torch.stack(counts).sum(0)]
+        segments = [torch.stack(segments).sum()]
+    losses = []
+    for prob_sum, count, number in zip(sums, counts, segments, strict=True):
+        share = count / (count.sum() if normalization == "official" else number).clamp_min(1)
+        losses.append(prob_sum.shape[0] * (share * prob_sum).sum() / number.clamp_min(1))
+    return torch.stack(losses).mean()
+
+
+def router_z_loss(routings: Routing | Sequence[Routing]) -> Tensor:
+    """Mean over the routed segments of ``logsumexp(router_logits) ** 2``; keeps logits small.
+
+    Args:
+        routings: of one layer or of several; segments of all layers count alike.
+
+    Returns:
+        () float32 (float64 where the routing is).
+
+    Raises:
+        TypeError: if routings are not Routing objects.
+
+    Source: Zoph et al. 2022 (arXiv 2202.08906), equation 5.
+    """
+    layers = _as_sequence("router_z_loss", routings)
+    total = number = None
+    for layer in layers:
+        routed = layer.topk_ids[:, 0] >= 0
+        squares = torch.where(routed, torch.logsumexp(layer.router_logits, dim=-1).square(), 0)
+        total = squares.sum() if total is None else total + squares.sum()
+        count = routed.sum().to(squares.dtype)
+        number = count if number is None else number + count
+    assert total is not None and number is not None  # noqa: PT018  there is at least one layer
+    return total / number.clamp_min(1)
+
+
+class _InjectLoss(torch.autograd.Function):
+    """Pass y through; in backward give ``loss`` the gradient 1. Saves nothing."""
+
+    @staticmethod
+    def forward(y: Tensor, loss: Tensor) -> Tensor:  # noqa: ARG004
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG004
+        ctx.loss_dtype, ctx.loss_device = inputs[1].dtype, inputs[1].device
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        one = torch.ones((), dtype=ctx.loss_dtype, device=ctx.loss_device)
+        return grads[0], one
+
+
+def inject_loss(y: Tensor, loss: Tensor) -> Tensor:
+    """Return y, carrying ``loss``: whatever is made of y, backward adds the gradient of ``loss``.
+
+    So an auxiliary loss needs no return path through models and training loops. The gradient of
+    ``loss`` has the scale 1, whatever scale reaches y: with a loss scaler, scale ``loss`` first.
+
+    Args:
+        y: any shape.
+        loss: ().
+
+    Returns:
+        y, same values.
+
+    Source: ``MoEAuxLossAutoScaler`` of Megatron-LM.
+    """
+    out: Tensor = _InjectLoss.apply(y, loss)
+    return out

@@ -1,0 +1,272 @@
+"""The definition of correct: the stages of `functional` in plain PyTorch, and the CPU backend.
+
+Everything is differentiable twice, works in float64 and under ``torch.compile(fullgraph=True)``,
+and nothing waits for the device while it is traced. Semantics: ``MoESegment`` of the official code
+(evortigosa/segmoe_forecast, model/MoE.py) and arXiv 2601.21641; differences are in `SegMoE`.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor
+
+from segmoe_kernels.grouped_mm import gather_rows, grouped_mm
+from segmoe_kernels.routing import FFNWeights, Permutation, RouterOutput
+
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+}
+
+
+def segments(x: Tensor, segment_size: int, padding_mask: Tensor | None = None) -> Tensor:
+    """Cut sequences into segments: (B, T, D) -> (B, J, P, D); masked and missing steps are 0."""
+    if padding_mask is not None:
+        x = x.masked_fill(~padding_mask[..., None], 0)
+    missing = -x.shape[1] % segment_size
+    if missing:
+        x = F.pad(x, (0, 0, 0, missing))
+    batch, length, d_model = x.shape
+    return x.reshape(batch, length // segment_size, segment_size, d_model)
+
+
+def valid_steps(x: Tensor, segment_size: int, padding_mask: Tensor | None = None) -> Tensor:
+    """(B, J, P) bool: True where a segment has a real step."""
+    if padding_mask is None:
+        padding_mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    return segments(padding_mask[..., None], segment_size)[..., 0]
+
+
+def pool(x: Tensor, valid: Tensor, pooling: str) -> Tensor:
+    """Summarise each segment over its real steps; a segment without one gives zeros.
+
+    Args:
+        x: (B, J, P, D), zero where not valid.
+        valid: (B, J, P) bool.
+        pooling: "concat" (P steps side by side, missing ones 0), "mean", "max", "first", "last".
+
+    Returns:
+        (B, J, P * D) for "concat", else (B, J, D).
+    """
+    if pooling == "concat":
+        return rearrange(x, "b j p d -> b j (p d)")
+    if pooling == "mean":
+        count = valid.sum(-1, keepdim=True).clamp_min(1)
+        return x.sum(2) / count.to(x.dtype)
+    if pooling == "max":
+        # One step takes the gradient of a tie: the rule of torch.max over a dimension.
+        best = x.masked_fill(~valid[..., None], -torch.inf).max(2).values
+        return torch.where(valid.any(-1)[..., None], best, 0)
+    steps = torch.arange(valid.shape[-1], device=x.device)
+    if pooling == "first":
+        step = torch.where(valid, steps, valid.shape[-1] - 1).amin(-1)
+    else:
+        step = torch.where(valid, steps, 0).amax(-1)
+    chosen = (steps == step[..., None])[..., None]
+    return torch.where(chosen, x, 0).sum(2)
+
+
+def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()  # the meta device
+
+
+def route(
+    x: Tensor,
+    router_weight: Tensor,
+    *,
+    segment_size: int,
+    top_k: int,
+    pooling: str = "concat",
+    router_temperature: float = 1.0,
+    router_dropout: float = 0.0,
+    renormalize: bool | None = None,
+    router_start: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+) -> RouterOutput:
+    """Stage 1: pool each segment and choose its experts. See `functional.route`."""
+    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+    valid = valid_steps(x, segment_size, padding_mask)
+    pooled = pool(segments(x, segment_size, padding_mask), valid, pooling)
+    if router_start is not None:
+        start = repeat(router_start, "w -> b j w", b=x.shape[0], j=min(1, pooled.shape[1]))
+        pooled = torch.cat([start, pooled[:, :-1]], dim=1)
+    # The tail of a batch without a mask always has a real step: nothing to blank then.
+    routed = None if padding_mask is None else rearrange(valid.any(-1), "b j -> (b j) 1")
+    with _no_autocast(x.device.type):
+        pooled = rearrange(pooled, "b j w -> (b j) w").to(accumulate)
+        router_logits = pooled @ router_weight.to(accumulate).t()
+        if routed is not None:
+            router_logits = torch.where(routed, router_logits, 0)
+        router_probs = torch.softmax(router_logits / router_temperature, dim=-1)
+    router_probs = F.dropout(router_probs, router_dropout)
+    if routed is not None:
+        router_probs = torch.where(routed, router_probs, 0)
+    # A stable descending sort puts the lower index first among equals; topk promises no order.
+    order = torch.sort(router_probs.detach(), dim=-1, descending=True, stable=True).indices
+    topk_ids = order[:, :top_k]
+    topk_weights = router_probs.gather(-1, topk_ids)
+    if top_k > 1 if renormalize is None else renormalize:
+        topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True).clamp_min(1e-6)
+    if routed is not None:
+        topk_ids = torch.where(routed, topk_ids, -1)
+    return RouterOutput(router_logits, router_probs, topk_weights, topk_ids.int())
+
+
+def route_and_pass(
+    x: Tensor, router_weight: Tensor, **options: Any
+) -> tuple[RouterOutput, Tensor, Tensor]:
+    """`route`, and what `expert_ffn` takes of it: the weights and x."""
+    routed = route(x, router_weight, **options)
+    return routed, routed.topk_weights, x
+
+
+def permute(
+    topk_ids: Tensor,
+    num_experts: int,
+    block_counts: Tensor | None = None,  # noqa: ARG001  the kernels' shortcut, of no use here
+) -> Permutation:
+    """Stage 2: group the slots by expert, stable. See `functional.permute`."""
+    ids = topk_ids.reshape(-1)
+    ids = torch.where(ids < 0, num_experts, ids)
+    sorted_to_slot = torch.sort(ids, stable=True).indices
+    slots = torch.arange(ids.shape[0], device=ids.device)
+    slot_to_sorted = torch.zeros_like(slots).scatter(0, sorted_to_slot, slots)
+    counts = (ids[:, None] == torch.arange(num_experts, device=ids.device)).sum(0)
+    expert_offsets = F.pad(counts.cumsum(0), (1, 0))
+    return Permutation(
+        sorted_to_slot.int(), slot_to_sorted.int(), expert_offsets.int(), counts.int()
+    )
+
+
+def grouped_gemm(
+    x: Tensor,
+    weight: Tensor,
+    expert_offsets: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """Stage 3': rows of expert e times its matrix. See `functional.grouped_gemm`."""
+    y = grouped_mm(x, weight, expert_offsets)
+    if bias is not None:
+        ones = x.new_ones(x.shape[0], 1)
+        y = y + grouped_mm(ones, bias[..., None], expert_offsets)
+    return y if activation is None else ACTIVATION_FUNCTIONS[activation](y)
+
+
+def expert_ffn(
+    x: Tensor,
+    topk_weights: Tensor,
+    permutation: Permutation,
+    experts: FFNWeights,
+    *,
+    segment_size: int,
+    expert_scope: str = "token",
+    activation: str = "gelu",
+    dropout: float = 0.0,
+    padding_mask: Tensor | None = None,
+) -> Tensor:
+    """Stage 3: each slot's expert, times the slot's weight. See `functional.expert_ffn`."""
+    batch, length, _ = x.shape
+    top_k = topk_weights.shape[-1]
+    rows_per_segment = segment_size if expert_scope == "token" else 1
+    offsets = permutation.expert_offsets * rows_per_segment
+    slots = rearrange(segments(x, segment_size, padding_mask), "b j p d -> (b j) (p d)")
+    if top_k > 1:
+        slots = repeat(slots, "s w -> (s k) w", k=top_k)
+    rows = gather_rows(slots, permutation.sorted_to_slot, permutation.slot_to_sorted)
+    width = slots.shape[-1] // rows_per_segment
+    rows = rows.reshape(slots.shape[0] * rows_per_segment, width)
+
+    gate = None
+    if experts.gate_proj is not None:
+        gate = grouped_gemm(
+            rows, experts.gate_proj, offsets, experts.gate_proj_bias, activation=activation
+        )
+    hidden = grouped_gemm(
+        rows,
+        experts.up_proj,
+        offsets,
+        experts.up_proj_bias,
+        activation=activation if gate is None else None,
+    )
+    if gate is not None:
+        hidden = gate * hidden
+    hidden = F.dropout(hidden, dropout)
+    rows = grouped_gemm(hidden, experts.down_proj, offsets, experts.down_proj_bias)
+
+    rows = rows.reshape(slots.shape)
+    slots = gather_rows(rows, permutation.slot_to_sorted, permutation.sorted_to_slot)
+    slots = slots.reshape(*topk_weights.shape, segment_size * x.shape[-1])
+    slots = slots * topk_weights[..., None].to(slots.dtype)
+    padded = -(-length // segment_size) * segment_size
+    out = slots.transpose(0, 1).reshape(top_k, batch, padded, x.shape[-1])[:, :, :length]
+    if padding_mask is not None:
+        out = out.masked_fill(~padding_mask[..., None], 0)
+    return out
+
+
+def dense_ffn(x: Tensor, weights: FFNWeights, activation: str, dropout: float = 0.0) -> Tensor:
+    """One FFN on every row: (..., D) -> (..., D). Also the GEMMs of the Triton backend."""
+    function = ACTIVATION_FUNCTIONS[activation]
+    hidden = F.linear(x, weights.up_proj, weights.up_proj_bias)
+    if weights.gate_proj is None:
+        hidden = function(hidden)
+    else:
+        hidden = function(F.linear(x, weights.gate_proj, weights.gate_proj_bias)) * hidden
+    return F.linear(F.dropout(hidden, dropout), weights.down_proj, weights.down_proj_bias)
+
+
+def shared_expert(
+    x: Tensor,
+    weights: FFNWeights,
+    shared_gate: Tensor,
+    *,
+    segment_size: int,
+    activation: str = "gelu",
+    dropout: float = 0.0,
+    padding_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The shared path before its gate: dense GEMMs, which PyTorch does best on every device.
+
+    Args:
+        x: (B, T, D).
+        weights: FFN of width ``segment_size * D``.
+        shared_gate: (1, segment_size * D).
+        segment_size: steps that one row of the FFN sees; 1 for a token-wise shared expert.
+        activation: see `functional.expert_ffn`.
+        dropout: probability, after the activation.
+        padding_mask: (B, T) bool or None.
+
+    Returns:
+        ``(shared_out (B, J, P * D), shared_gate_logits (B, J))``, not yet cropped or masked.
+    """
+    rows = rearrange(segments(x, segment_size, padding_mask), "b j p d -> b j (p d)")
+    gate_logits = F.linear(rows, shared_gate)[..., 0]
+    return dense_ffn(rows, weights, activation, dropout), gate_logits
+
+
+def combine(
+    expert_out: Tensor,
+    shared_out: Tensor | None = None,
+    shared_gate_logits: Tensor | None = None,
+    *,
+    padding_mask: Tensor | None = None,
+) -> Tensor:
+    """Stage 4: sum over the slots, add the gated shared path. See `functional.combine`."""
+    y = expert_out.sum(0)
+    if shared_out is not None and shared_gate_logits is not None:
+        gated = torch.sigmoid(shared_gate_logits)[..., None] * shared_out
+        steps = gated.shape[-1] // y.shape[-1]
+        shared = gated.unflatten(-1, (steps, y.shape[-1])).flatten(1, 2)[:, : y.shape[1]]
+        y = y + (
+            shared if padding_mask is None else shared.masked_fill(~padding_mask[..., None], 0)
+        )
+    return y

@@ -1,0 +1,103 @@
+"""What the stages hand to each other: routing decisions, the permutation, expert weights.
+
+Shape letters as in ``segmoe_kernels``: B batch, T time steps, P segment_size, J segments of one
+sequence (``ceil(T / P)``), S segments in the batch (``B * J``), D d_model, F d_ff, E num_experts,
+R routed rows (``S * top_k``).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class FFNWeights(NamedTuple):
+    """Parameters of one FFN, or of E of them stacked in front; the last dimension contracts.
+
+    A plain FFN is ``down(act(up(x)))``, a gated one ``down(act(gate(x)) * up(x))``.
+    Outer strides are free, so a fused ``gate_up_proj (E, 2F, D)`` is passed as two views.
+    """
+
+    up_proj: Tensor  # (E, F, D) or (F, D)
+    down_proj: Tensor  # (E, D, F) or (D, F)
+    gate_proj: Tensor | None = None  # shape of up_proj
+    up_proj_bias: Tensor | None = None  # (E, F) or (F,)
+    gate_proj_bias: Tensor | None = None  # shape of up_proj_bias
+    down_proj_bias: Tensor | None = None  # (E, D) or (D,)
+
+    def to(self, dtype: torch.dtype) -> "FFNWeights":
+        """The same weights in another dtype."""
+        tensors = [None if w is None else w.to(dtype) for w in self]
+        return FFNWeights(*tensors)  # type: ignore[arg-type]  # up and down are never None
+
+
+@dataclass(frozen=True)
+class RouterOutput:
+    """What the router says about each segment.
+
+    Worked example, two segments, ``E = 3``, ``top_k = 2``, the second segment fully masked::
+
+        router_probs = [[0.5, 0.2, 0.3], [0, 0, 0]]
+        topk_ids     = [[0, 2], [-1, -1]]
+        topk_weights = [[0.625, 0.375], [0, 0]]      # 0.5 / 0.8, 0.3 / 0.8
+
+    Attributes:
+        router_logits: (S, E) float32 (float64 where x is). Before the temperature.
+        router_probs: (S, E), same dtype. After the temperature, softmax and router dropout.
+        topk_weights: (S, top_k), same dtype.
+        topk_ids: (S, top_k) int32, -1 where the segment has no real step.
+        block_counts: (blocks, E + 1) int32 or None. Slots of each expert, and of none, in each run
+            of segments that one program routed; saves `permute` a pass. None from the reference.
+    """
+
+    router_logits: Tensor
+    router_probs: Tensor
+    topk_weights: Tensor
+    topk_ids: Tensor
+    block_counts: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """Slots (``segment * top_k + choice``) grouped by expert, stable inside a group.
+
+    Worked example, ``top_k = 1``, ``E = 3``, ``topk_ids = [2, 0, -1, 2]``::
+
+        expert_counts  = [1, 0, 2]
+        expert_offsets = [0, 1, 1, 3]        # rows of e are [offsets[e], offsets[e + 1])
+        sorted_to_slot = [1, 0, 3, 2]        # slots without an expert come last
+        slot_to_sorted = [1, 0, 3, 2]
+
+    Invariants: the two maps are inverse to each other; ``expert_offsets = [0] + cumsum(counts)``.
+
+    Attributes:
+        sorted_to_slot: (R,) int32.
+        slot_to_sorted: (R,) int32.
+        expert_offsets: (E + 1,) int32.
+        expert_counts: (E,) int32.
+    """
+
+    sorted_to_slot: Tensor
+    slot_to_sorted: Tensor
+    expert_offsets: Tensor
+    expert_counts: Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The routing of one call of the layer, as ``forward_with_routing`` returns it.
+
+    Attributes:
+        router_logits: (S, E) float32 (float64 where x is). Before the temperature.
+        router_probs: (S, E), same dtype. After the temperature, softmax and router dropout.
+        topk_weights: (S, top_k), same dtype.
+        topk_ids: (S, top_k) int32, -1 where the segment has no real step.
+        expert_counts: (E,) int32. Slots routed to each expert.
+    """
+
+    router_logits: Tensor
+    router_probs: Tensor
+    topk_weights: Tensor
+    topk_ids: Tensor
+    expert_counts: Tensor

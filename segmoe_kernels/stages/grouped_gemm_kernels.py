@@ -1,0 +1,480 @@
+"""Kernels of the grouped matrix products; `grouped_gemm` and `experts` launch them.
+
+Rows are grouped by expert. A row lives either in a sorted matrix ``(M, K)`` or in the sequences
+``(top_k, B, T, D)``, from where it is gathered and to where it is scattered through
+``sorted_to_slot``; with ``CONCAT`` such a row is a whole segment, ``P * D`` wide.
+"""
+
+import triton
+import triton.language as tl
+
+from segmoe_kernels._triton.activations import activate, activate_with_grad, dropout_scale
+from segmoe_kernels._triton.sequences import (
+    find_group,
+    find_steps,
+    load_rows,
+    place_steps,
+    store_segments,
+    store_steps,
+)
+
+
+@triton.jit
+def _load_operand(
+    ptr,
+    padding_mask_ptr,
+    rows,
+    choice,
+    sequence,
+    step,
+    mask_m,
+    cols,
+    width,
+    length,
+    stride_k,
+    stride_b,
+    stride_t,
+    D: tl.constexpr,
+    CONCAT: tl.constexpr,
+    GATHER: tl.constexpr,
+):
+    """Return (M, N) of a sorted matrix (stride_t apart), or gathered from the sequences."""
+    if GATHER:
+        return load_rows(
+            ptr, padding_mask_ptr, choice, sequence, step, mask_m, cols, width, length,
+            stride_k, stride_b, stride_t, D, CONCAT,
+        )  # fmt: skip
+    else:  # noqa: RET505  the branches are compile-time
+        mask = mask_m[:, None] & (cols < width)[None, :]
+        base = ptr + rows.to(tl.int64) * stride_t
+        return tl.load(base[:, None] + cols[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def grouped_gemm_kernel(
+    a_ptr,  # (M, K) sorted, or (top_k, B, T, D) gathered
+    a2_ptr,  # shape of a, or None: a second product is added, a2 @ b2
+    b_ptr,  # (E, N, K) by strides
+    b2_ptr,  # (E, N, K) by strides, or None; without a2 it is the gate's weight
+    bias_ptr,  # (E, N) or None
+    bias2_ptr,  # (E, N) or None
+    row_weights_ptr,  # (R,) by slot, or None
+    y_ptr,  # (M, N) sorted, or (top_k, B, T, D) scattered; every row is written
+    pre_ptr,  # (M, N) or None: a @ b before the activation
+    pre2_ptr,  # (M, N) or None: the same of the gate
+    sorted_to_slot_ptr,  # (R,) int32, or None where nothing needs the slot
+    expert_offsets_ptr,  # (E + 1,) int32
+    padding_mask_ptr,  # (B, T) bool or None
+    seed_ptr,  # (1,) int64 or None
+    num_slots,
+    segments_per_sequence,
+    length,
+    num_experts,
+    stride_a_k,
+    stride_a_b,
+    stride_a_t,
+    stride_b_e,
+    stride_b_n,
+    stride_b_k,
+    stride_b2_e,
+    stride_b2_n,
+    stride_b2_k,
+    stride_y_k,
+    dropout,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SEGMENT_SIZE: tl.constexpr,
+    ROWS_PER_SLOT: tl.constexpr,
+    CONCAT: tl.constexpr,
+    GATHER: tl.constexpr,
+    SCATTER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """Multiply BLOCK_M rows of one expert by BLOCK_N columns of its matrix.
+
+    Grid: ``((cdiv(M, BLOCK_M) + E) * cdiv(N, BLOCK_N),)``, the columns of a tile of rows next to
+    each other, so that gathered rows are read from the cache. Sums in ACC, rounded at the store.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    column_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    expert, row_start, row_end = find_group(
+        (pid // column_tiles).to(tl.int32),
+        expert_offsets_ptr, num_experts, num_slots, ROWS_PER_SLOT, BLOCK_M, GROUPS,
+    )  # fmt: skip
+    if expert > num_experts:
+        return
+    rows = row_start + tl.arange(0, BLOCK_M)
+    mask_m = rows < row_end
+    slot = rows
+    choice = rows
+    sequence = rows
+    step = rows
+    if sorted_to_slot_ptr is not None:
+        slot, choice, sequence, step = find_steps(
+            rows, mask_m, sorted_to_slot_ptr, segments_per_sequence, TOP_K, SEGMENT_SIZE,
+            ROWS_PER_SLOT,
+        )  # fmt: skip
+    offs_n = (pid % column_tiles).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    e = expert.to(tl.int64)
+    routed = mask_m & (expert < num_experts)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    acc2 = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    k_end = tl.where(expert < num_experts, K, 0)
+    for k0 in range(0, k_end, BLOCK_K):
+        offs_k = k0 + tl.arange(0, BLOCK_K)
+        mask_kn = (offs_k < K)[:, None] & mask_n[None, :]
+        a = _load_operand(
+            a_ptr, padding_mask_ptr, rows, choice, sequence, step, routed, offs_k, K, length,
+            stride_a_k, stride_a_b, stride_a_t, D, CONCAT, GATHER,
+        )  # fmt: skip
+        b_offs = e * stride_b_e + offs_k[:, None] * stride_b_k + offs_n[None, :] * stride_b_n
+        b = tl.load(b_ptr + b_offs, mask=mask_kn, other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
+        if b2_ptr is not None and a2_ptr is None:
+            b_offs = e * stride_b2_e + offs_k[:, None] * stride_b2_k + offs_n[None, :] * stride_b2_n
+            b = tl.load(b2_ptr + b_offs, mask=mask_kn, other=0.0)
+            acc2 = tl.dot(a, b, acc2, input_precision=PRECISION, out_dtype=ACC)
+    if a2_ptr is not None:
+        # A loop of its own: two products into one accumulator in one loop miscompile on sm_10x.
+        for k0 in range(0, k_end, BLOCK_K):
+            offs_k = k0 + tl.arange(0, BLOCK_K)
+            mask_kn = (offs_k < K)[:, None] & mask_n[None, :]
+            a = _load_operand(
+                a2_ptr, padding_mask_ptr, rows, choice, sequence, step, routed, offs_k, K, length,
+                stride_a_k, stride_a_b, stride_a_t, D, CONCAT, GATHER,
+            )  # fmt: skip
+            b_offs = e * stride_b2_e + offs_k[:, None] * stride_b2_k + offs_n[None, :] * stride_b2_n
+            b = tl.load(b2_ptr + b_offs, mask=mask_kn, other=0.0)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
+
+    mask_b = mask_n & (k_end > 0)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + e * N + offs_n, mask=mask_b, other=0.0).to(ACC)[None, :]
+    if bias2_ptr is not None:
+        acc2 += tl.load(bias2_ptr + e * N + offs_n, mask=mask_b, other=0.0).to(ACC)[None, :]
+    offs = rows.to(tl.int64)[:, None] * N + offs_n[None, :]
+    mask_mn = mask_m[:, None] & mask_n[None, :]
+    if pre_ptr is not None:
+        tl.store(pre_ptr + offs, acc.to(pre_ptr.dtype.element_ty), mask=mask_mn)
+    if pre2_ptr is not None:
+        tl.store(pre2_ptr + offs, acc2.to(pre2_ptr.dtype.element_ty), mask=mask_mn)
+    if b2_ptr is not None and a2_ptr is None:
+        acc = activate(acc2, ACTIVATION) * acc
+    else:
+        acc = activate(acc, ACTIVATION)
+    if seed_ptr is not None:
+        row_ids = slot * ROWS_PER_SLOT + rows % ROWS_PER_SLOT
+        acc *= dropout_scale(tl.load(seed_ptr), row_ids, offs_n, N, dropout)
+    if row_weights_ptr is not None:
+        acc *= tl.load(row_weights_ptr + slot, mask=routed, other=0.0).to(ACC)[:, None]
+    if SCATTER:
+        if CONCAT:
+            store_segments(
+                y_ptr, acc, padding_mask_ptr, choice, sequence, step, mask_m, offs_n, N, length,
+                stride_y_k, D,
+            )  # fmt: skip
+        else:
+            row, inside, real = place_steps(
+                padding_mask_ptr, choice, sequence, step, mask_m, stride_y_k // (length * D), length
+            )
+            store_steps(y_ptr, acc, row, inside, real, offs_n, D)
+    else:
+        tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask_mn)
+
+
+@triton.jit
+def grouped_gemm_dhidden_kernel(
+    dy_ptr,  # (top_k, B, T, D)
+    down_ptr,  # (E, K, N): K the row's width, N = F
+    pre_ptr,  # (M, N)
+    gate_pre_ptr,  # (M, N) or None
+    topk_weights_ptr,  # (S, top_k)
+    down_bias_ptr,  # (E, K) or None
+    hidden_ptr,  # (M, N), every row is written: hidden layer times the routing weight
+    dpre_ptr,  # (M, N), every row is written
+    dgate_ptr,  # (M, N) or None, every row is written
+    drow_weights_ptr,  # (column tiles, R * ROWS_PER_SLOT) by slot, every element is written
+    sorted_to_slot_ptr,  # (R,) int32
+    expert_offsets_ptr,  # (E + 1,) int32
+    padding_mask_ptr,  # (B, T) bool or None
+    seed_ptr,  # (1,) int64 or None
+    num_slots,
+    segments_per_sequence,
+    length,
+    num_experts,
+    stride_dy_k,
+    stride_dy_b,
+    stride_dy_t,
+    stride_down_e,
+    stride_down_k,
+    dropout,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SEGMENT_SIZE: tl.constexpr,
+    ROWS_PER_SLOT: tl.constexpr,
+    CONCAT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """Gradient of BLOCK_M rows and BLOCK_N columns of the hidden layer, through the activation.
+
+    Grid: as `grouped_gemm_kernel`. Each column tile gives its share of the routing weights'
+    gradient, ``<dhidden, hidden>``, to its own row of drow_weights.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    column_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    expert, row_start, row_end = find_group(
+        (pid // column_tiles).to(tl.int32),
+        expert_offsets_ptr, num_experts, num_slots, ROWS_PER_SLOT, BLOCK_M, GROUPS,
+    )  # fmt: skip
+    if expert > num_experts:
+        return
+    column_tile = pid % column_tiles
+    rows = row_start + tl.arange(0, BLOCK_M)
+    mask_m = rows < row_end
+    slot, choice, sequence, step = find_steps(
+        rows, mask_m, sorted_to_slot_ptr, segments_per_sequence, TOP_K, SEGMENT_SIZE, ROWS_PER_SLOT
+    )
+    offs_n = column_tile.to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    e = expert.to(tl.int64)
+    routed = mask_m & (expert < num_experts)
+
+    dhidden = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    dweight = tl.zeros((BLOCK_M,), dtype=ACC)
+    k_end = tl.where(expert < num_experts, K, 0)
+    for k0 in range(0, k_end, BLOCK_K):
+        offs_k = k0 + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K
+        dy = load_rows(
+            dy_ptr, padding_mask_ptr, choice, sequence, step, routed, offs_k, K, length,
+            stride_dy_k, stride_dy_b, stride_dy_t, D, CONCAT,
+        )  # fmt: skip
+        w = tl.load(
+            down_ptr + e * stride_down_e + offs_k[:, None] * stride_down_k + offs_n[None, :],
+            mask=mask_k[:, None] & mask_n[None, :], other=0.0,
+        )  # fmt: skip
+        dhidden = tl.dot(dy, w, dhidden, input_precision=PRECISION, out_dtype=ACC)
+        if down_bias_ptr is not None:
+            bias = tl.load(
+                down_bias_ptr + e * K + offs_k, mask=mask_k & (column_tile == 0), other=0.0
+            )
+            dweight += tl.sum(dy.to(ACC) * bias.to(ACC)[None, :], 1)
+
+    offs = rows.to(tl.int64)[:, None] * N + offs_n[None, :]
+    mask_mn = mask_m[:, None] & mask_n[None, :]
+    mask_in = routed[:, None] & mask_n[None, :]
+    pre = tl.load(pre_ptr + offs, mask=mask_in, other=0.0).to(ACC)
+    row_ids = slot * ROWS_PER_SLOT + rows % ROWS_PER_SLOT
+    scale = tl.full((BLOCK_M, BLOCK_N), 1.0, dtype=ACC)
+    if seed_ptr is not None:
+        scale *= dropout_scale(tl.load(seed_ptr), row_ids, offs_n, N, dropout)
+    weights = tl.load(topk_weights_ptr + slot, mask=routed, other=0.0).to(ACC)[:, None]
+    if gate_pre_ptr is not None:
+        gate_pre = tl.load(gate_pre_ptr + offs, mask=mask_in, other=0.0).to(ACC)
+        opened, slope = activate_with_grad(gate_pre, ACTIVATION)
+        hidden = opened * pre * scale
+        dgate = dhidden * scale * pre * slope * weights
+        tl.store(dgate_ptr + offs, dgate.to(dgate_ptr.dtype.element_ty), mask=mask_mn)
+        dpre = dhidden * scale * opened * weights
+    else:
+        hidden, slope = activate_with_grad(pre, ACTIVATION)
+        hidden = hidden * scale
+        dpre = dhidden * scale * slope * weights
+    hidden = tl.where(mask_in, hidden, 0.0)
+    dweight += tl.sum(dhidden * hidden, 1)
+    tl.store(dpre_ptr + offs, dpre.to(dpre_ptr.dtype.element_ty), mask=mask_mn)
+    hidden = (hidden * weights).to(hidden_ptr.dtype.element_ty)
+    tl.store(hidden_ptr + offs, hidden, mask=mask_mn)
+    out = drow_weights_ptr + column_tile * num_slots * ROWS_PER_SLOT + row_ids
+    tl.store(out, dweight, mask=mask_m)
+
+
+@triton.jit
+def grouped_gemm_dw_kernel(
+    a_ptr,  # (M, N) sorted, or (top_k, B, T, D) gathered
+    b_ptr,  # (M, K) sorted, or (top_k, B, T, D) gathered
+    row_weights_ptr,  # (R,) by slot, or None: scales rows of a in the bias gradient
+    partials_ptr,  # (splits + E - 1, N * K + N), slots that are read are written
+    sorted_to_slot_ptr,  # (R,) int32, or None where both are sorted
+    expert_offsets_ptr,  # (E + 1,) int32
+    padding_mask_ptr,  # (B, T) bool or None
+    segments_per_sequence,
+    length,
+    num_experts,
+    num_splits,
+    partial_size,
+    stride_a_k,
+    stride_a_b,
+    stride_a_t,
+    stride_b_k,
+    stride_b_b,
+    stride_b_t,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SEGMENT_SIZE: tl.constexpr,
+    ROWS_PER_SLOT: tl.constexpr,
+    CONCAT: tl.constexpr,
+    GATHER_A: tl.constexpr,
+    GATHER_B: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """Partial sums of ``a.T @ b`` over the rows of each expert, and of a for the bias.
+
+    Grid: ``(splits, cdiv(N, BLOCK_N), cdiv(K, BLOCK_K))``. Split i owns tiles
+    ``[i * tiles // splits, ...)`` of the rows; its sum for expert e goes to slot ``i + e``.
+    """
+    split = tl.program_id(0)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
+    total = split * 0
+    for expert in range(num_experts):
+        lo = tl.load(expert_offsets_ptr + expert) * ROWS_PER_SLOT
+        hi = tl.load(expert_offsets_ptr + expert + 1) * ROWS_PER_SLOT
+        total += (hi - lo + BLOCK_M - 1) // BLOCK_M
+    # 64 bits: the product of splits and tiles.
+    first = (split.to(tl.int64) * total // num_splits).to(tl.int32)
+    last = ((split + 1).to(tl.int64) * total // num_splits).to(tl.int32)
+    before = split * 0
+    for expert in range(num_experts):
+        lo = tl.load(expert_offsets_ptr + expert) * ROWS_PER_SLOT
+        hi = tl.load(expert_offsets_ptr + expert + 1) * ROWS_PER_SLOT
+        tiles = (hi - lo + BLOCK_M - 1) // BLOCK_M
+        start = tl.maximum(first, before)
+        stop = tl.minimum(last, before + tiles)
+        if start < stop:
+            dw = tl.zeros((BLOCK_N, BLOCK_K), dtype=ACC)
+            dbias = tl.zeros((BLOCK_N,), dtype=ACC)
+            for tile in range(start, stop):
+                rows = lo + (tile - before) * BLOCK_M + tl.arange(0, BLOCK_M)
+                mask_m = rows < hi
+                slot = rows
+                choice = rows
+                sequence = rows
+                step = rows
+                if sorted_to_slot_ptr is not None:
+                    slot, choice, sequence, step = find_steps(
+                        rows, mask_m, sorted_to_slot_ptr, segments_per_sequence, TOP_K,
+                        SEGMENT_SIZE, ROWS_PER_SLOT,
+                    )  # fmt: skip
+                a = _load_operand(
+                    a_ptr, padding_mask_ptr, rows, choice, sequence, step, mask_m, offs_n, N,
+                    length, stride_a_k, stride_a_b, stride_a_t, D, CONCAT, GATHER_A,
+                )  # fmt: skip
+                b = _load_operand(
+                    b_ptr, padding_mask_ptr, rows, choice, sequence, step, mask_m, offs_k, K,
+                    length, stride_b_k, stride_b_b, stride_b_t, D, CONCAT, GATHER_B,
+                )  # fmt: skip
+                dw = tl.dot(tl.trans(a), b, dw, input_precision=PRECISION, out_dtype=ACC)
+                if HAS_BIAS:
+                    a = a.to(ACC)
+                    if row_weights_ptr is not None:
+                        weights = tl.load(row_weights_ptr + slot, mask=mask_m, other=0.0)
+                        a = a * weights.to(ACC)[:, None]
+                    dbias += tl.sum(a, 0)
+            out = partials_ptr + (split + expert).to(tl.int64) * partial_size
+            mask_n = offs_n < N
+            mask = mask_n[:, None] & (offs_k < K)[None, :]
+            tl.store(out + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :], dw, mask=mask)
+            if HAS_BIAS:
+                first_k = tl.program_id(2) == 0
+                tl.store(out + N * K + offs_n, dbias, mask=mask_n & first_k)
+        before += tiles
+
+
+@triton.jit
+def reduce_partials_kernel(
+    partials_ptr,  # (splits + E - 1, n0 + ... + n5)
+    out0_ptr,  # (E, n0), every element is written, as in the others
+    out1_ptr,  # (E, n1) or None
+    out2_ptr,
+    out3_ptr,
+    out4_ptr,
+    out5_ptr,
+    expert_offsets_ptr,  # (E + 1,) int32
+    num_experts,
+    num_splits,
+    partial_size,
+    n0,
+    n1,
+    n2,
+    n3,
+    n4,
+    n5,
+    ROWS_PER_SLOT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Add up the splits of one expert in ascending order; zeros where it has no row.
+
+    Grid: ``(cdiv(partial_size, BLOCK), E)``. The tiles of a split are computed as in the kernels
+    that wrote the partial sums.
+    """
+    me = tl.program_id(1)
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < partial_size
+    total = me.to(tl.int64) * 0
+    mine_start = total
+    mine_stop = total
+    for expert in range(num_experts):
+        lo = tl.load(expert_offsets_ptr + expert) * ROWS_PER_SLOT
+        hi = tl.load(expert_offsets_ptr + expert + 1) * ROWS_PER_SLOT
+        tiles = (hi - lo + BLOCK_M - 1) // BLOCK_M
+        mine_start += tl.where(expert < me, tiles, 0)
+        mine_stop += tl.where(expert <= me, tiles, 0)
+        total += tiles
+    acc = tl.zeros((BLOCK,), dtype=ACC)
+    for split in range(num_splits):
+        first = tl.maximum(split * total // num_splits, mine_start)
+        last = tl.minimum((split + 1) * total // num_splits, mine_stop)
+        ptrs = partials_ptr + (split + me).to(tl.int64) * partial_size + offs
+        acc += tl.load(ptrs, mask=mask & (first < last), other=0.0)
+    expert = me.to(tl.int64)
+    _store_part(out0_ptr, acc, offs, expert, n0)
+    offs -= n0
+    if out1_ptr is not None:
+        _store_part(out1_ptr, acc, offs, expert, n1)
+    offs -= n1
+    if out2_ptr is not None:
+        _store_part(out2_ptr, acc, offs, expert, n2)
+    offs -= n2
+    if out3_ptr is not None:
+        _store_part(out3_ptr, acc, offs, expert, n3)
+    offs -= n3
+    if out4_ptr is not None:
+        _store_part(out4_ptr, acc, offs, expert, n4)
+    offs -= n4
+    if out5_ptr is not None:
+        _store_part(out5_ptr, acc, offs, expert, n5)
+
+
+@triton.jit
+def _store_part(out_ptr, value, offs, expert, n):
+    """Store the elements of value whose offset lies in ``[0, n)`` to row ``expert`` of out."""
+    mask = (offs >= 0) & (offs < n)
+    tl.store(out_ptr + expert * n + offs, value.to(out_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,406 @@
+"""Stage 1 of 4, route: pool each segment, score the experts, choose the best.
+
+Data flow: ``x (B, T, D) -> pooled (S, W) -> router_logits (S, E) -> router_probs (S, E) ->
+topk_weights, topk_ids (S, top_k)`` in one pass over x; pooled stays on chip.
+Backward: ``dtopk_weights, drouter_probs, drouter_logits -> dlogits (S, E)``, then in one pass over
+x ``dx = sum_k dx_slots[k] + dlogits @ router_weight`` and ``drouter_weight = dlogits.T @ pooled``.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from segmoe_kernels import validation as check
+from segmoe_kernels._triton.launch import (
+    accumulator,
+    accumulator_dtype,
+    define_operator,
+    padded,
+    refuse_double_backward,
+)
+from segmoe_kernels._triton.tiles import route_bwd_tile, route_fwd_tile
+from segmoe_kernels.routing import RouterOutput
+from segmoe_kernels.stages.route_kernels import (
+    dlogits_kernel,
+    route_bwd_kernel,
+    route_fwd_kernel,
+    sum_splits_kernel,
+)
+
+# Segments of a block of the histogram that `permute` reads; equal to its SEGMENTS_PER_BLOCK.
+SEGMENTS_PER_BLOCK = 32
+
+
+def _route_fwd(
+    x: Tensor,
+    router_weight: Tensor,
+    router_start: Tensor | None,
+    padding_mask: Tensor | None,
+    seed: Tensor | None,
+    segment_size: int,
+    top_k: int,
+    pooling: str,
+    temperature: float,
+    dropout: float,
+    renormalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    outputs = _route_fwd_fake(
+        x,
+        router_weight,
+        router_start,
+        padding_mask,
+        seed,
+        segment_size,
+        top_k,
+        pooling,
+        temperature,
+        dropout,
+        renormalize,
+    )
+    num_segments = outputs[0].shape[0]
+    if num_segments == 0:
+        return outputs
+    tile = route_fwd_tile(x.shape[2], router_weight.shape[0], x.dtype)
+    grid = (triton.cdiv(num_segments, SEGMENTS_PER_BLOCK),)
+    check.check_programs("route", grid[0])
+    route_fwd_kernel[grid](
+        x,
+        router_weight,
+        router_start,
+        padding_mask,
+        seed,
+        *outputs,
+        num_segments,
+        num_segments // x.shape[0],
+        x.shape[1],
+        router_weight.shape[0],
+        x.stride(0),
+        x.stride(1),
+        router_weight.stride(0),
+        temperature,
+        dropout,
+        D=x.shape[2],
+        SEGMENT_SIZE=segment_size,
+        TOP_K=top_k,
+        POOLING=pooling,
+        RENORMALIZE=renormalize,
+        ACC=accumulator(x.dtype),
+        EXPERTS=padded(router_weight.shape[0]),
+        BLOCK_S=SEGMENTS_PER_BLOCK,
+        BLOCK_D=tile.block_n,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return outputs
+
+
+def _route_fwd_fake(
+    x: Tensor,
+    router_weight: Tensor,
+    router_start: Tensor | None,  # noqa: ARG001  schema, as below
+    padding_mask: Tensor | None,  # noqa: ARG001
+    seed: Tensor | None,  # noqa: ARG001
+    segment_size: int,
+    top_k: int,
+    pooling: str,  # noqa: ARG001
+    temperature: float,  # noqa: ARG001
+    dropout: float,  # noqa: ARG001
+    renormalize: bool,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_segments = x.shape[0] * ((x.shape[1] + segment_size - 1) // segment_size)
+    num_experts = router_weight.shape[0]
+    dtype = accumulator_dtype(x.dtype)
+    num_blocks = (num_segments + SEGMENTS_PER_BLOCK - 1) // SEGMENTS_PER_BLOCK
+    logits = x.new_empty(num_segments, num_experts, dtype=dtype)
+    return (
+        logits,
+        torch.empty_like(logits),
+        logits.new_empty(num_segments, top_k),
+        logits.new_empty(num_segments, top_k, dtype=torch.int32),
+        logits.new_empty(num_blocks, num_experts + 1, dtype=torch.int32),
+    )
+
+
+_route_fwd_op = define_operator(
+    "route_fwd(Tensor x, Tensor router_weight, Tensor? router_start, Tensor? padding_mask, "
+    "Tensor? seed, SymInt segment_size, SymInt top_k, str pooling, float temperature, "
+    "float dropout, bool renormalize) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _route_fwd,
+    _route_fwd_fake,
+)
+
+
+def _route_bwd(
+    x: Tensor,
+    router_weight: Tensor,
+    router_start: Tensor | None,
+    padding_mask: Tensor | None,
+    seed: Tensor | None,
+    logits: Tensor,
+    topk_ids: Tensor,
+    dtopk_weights: Tensor | None,
+    drow_weights: Tensor | None,
+    dprobs: Tensor | None,
+    dlogits_in: Tensor | None,
+    dslots: Tensor | None,
+    segment_size: int,
+    pooling: str,
+    temperature: float,
+    dropout: float,
+    renormalize: bool,
+    need_dx: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dweight, dstart = _route_bwd_fake(
+        x,
+        router_weight,
+        router_start,
+        padding_mask,
+        seed,
+        logits,
+        topk_ids,
+        dtopk_weights,
+        drow_weights,
+        dprobs,
+        dlogits_in,
+        dslots,
+        segment_size,
+        pooling,
+        temperature,
+        dropout,
+        renormalize,
+        need_dx,
+        need_dweight,
+    )
+    num_segments, num_experts = logits.shape
+    if num_segments == 0:
+        return dx, dweight.zero_(), dstart.zero_()
+    dlogits = torch.empty_like(logits)
+    experts = padded(num_experts)
+    block_s = max(16, min(128, 4096 // experts))
+    dlogits_kernel[(triton.cdiv(num_segments, block_s),)](
+        logits,
+        topk_ids,
+        seed,
+        None if dtopk_weights is None else dtopk_weights.contiguous(),
+        None if drow_weights is None else drow_weights.contiguous(),
+        None if dprobs is None else dprobs.contiguous(),
+        None if dlogits_in is None else dlogits_in.contiguous(),
+        dlogits,
+        num_segments,
+        num_experts,
+        temperature,
+        dropout,
+        TOP_K=topk_ids.shape[1],
+        SEGMENT_SIZE=1 if drow_weights is None else drow_weights.shape[2],
+        RENORMALIZE=renormalize,
+        EXPERTS=experts,
+        BLOCK_S=block_s,
+    )
+    d_model = x.shape[2]
+    tile = route_bwd_tile(d_model, num_experts, x.dtype)
+    positions = segment_size if pooling == "concat" else 1
+    columns = triton.cdiv(d_model, tile.block_n)
+    blocks = triton.cdiv(num_segments, tile.block_m)
+    # Enough programs to fill a large GPU, few enough that the partial sums stay small.
+    splits = max(1, min(triton.cdiv(blocks, 4), 1024 // (positions * columns)))
+    blocks_per_split = triton.cdiv(blocks, splits)
+    splits = triton.cdiv(blocks, blocks_per_split)
+    partials = None
+    if need_dweight:
+        partials = logits.new_empty(splits, *router_weight.shape)
+    if dslots is not None and dslots.stride(-1) != 1:
+        dslots = dslots.contiguous()
+    strides = (0, 0, 0) if dslots is None else dslots.stride()[:3]
+    route_bwd_kernel[(splits, positions, columns)](
+        x,
+        router_weight,
+        padding_mask,
+        dlogits,
+        dslots,
+        dx if need_dx else None,
+        partials,
+        num_segments,
+        num_segments // x.shape[0],
+        x.shape[1],
+        num_experts,
+        0 if dslots is None else dslots.shape[0],
+        blocks_per_split,
+        x.stride(0),
+        x.stride(1),
+        router_weight.stride(0),
+        *strides,
+        D=d_model,
+        SEGMENT_SIZE=segment_size,
+        POOLING=pooling,
+        CAUSAL=router_start is not None,
+        ACC=accumulator(x.dtype),
+        # The router's share of dx is rounded to x's dtype: tf32 loses nothing that counts there.
+        PRECISION="tf32" if x.dtype in {torch.float16, torch.bfloat16} else "ieee",
+        EXPERTS=experts,
+        BLOCK_S=tile.block_m,
+        BLOCK_D=tile.block_n,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    if partials is not None and router_start is None:
+        sum_splits_kernel[(triton.cdiv(dweight.numel(), 256),)](
+            partials, dweight, splits, dweight.numel(), ACC=accumulator(x.dtype), BLOCK=256
+        )
+    elif partials is not None and router_start is not None:
+        # The first segment of each sequence saw the start vector.
+        first = dlogits.view(x.shape[0], -1, num_experts)[:, 0].sum(0)
+        dweight.copy_(partials.sum(0) + first[:, None] * router_start.to(first.dtype))
+        dstart.copy_(first @ router_weight.to(first.dtype))
+    return dx, dweight, dstart
+
+
+def _route_bwd_fake(
+    x: Tensor,
+    router_weight: Tensor,
+    router_start: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    need_dx, need_dweight = rest[-2:]
+    dx = x.new_empty(x.shape if need_dx else (0,))
+    dweight = router_weight.new_empty(router_weight.shape if need_dweight else (0,))
+    has_start = router_start is not None and need_dweight
+    return dx, dweight, router_weight.new_empty(router_weight.shape[1:] if has_start else (0,))
+
+
+_route_bwd_op = define_operator(
+    "route_bwd(Tensor x, Tensor router_weight, Tensor? router_start, Tensor? padding_mask, "
+    "Tensor? seed, Tensor logits, Tensor topk_ids, Tensor? dtopk_weights, Tensor? drow_weights, "
+    "Tensor? dprobs, Tensor? dlogits_in, Tensor? dslots, SymInt segment_size, str pooling, "
+    "float temperature, "
+    "float dropout, bool renormalize, bool need_dx, bool need_dweight) "
+    "-> (Tensor, Tensor, Tensor)",
+    _route_bwd,
+    _route_bwd_fake,
+)
+
+
+class _Route(torch.autograd.Function):
+    """Keeps x, the weight, the mask, logits and ids (``4 * (E + top_k)`` bytes a segment).
+
+    The last two outputs are views for the next stage: the weights once for each step, and x once
+    for each choice. Their gradients come back here unsummed, and are summed in passes that are made
+    anyway.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        router_weight: Tensor,
+        router_start: Tensor | None,
+        padding_mask: Tensor | None,
+        seed: Tensor | None,
+        options: tuple[Any, ...],
+    ) -> tuple[Tensor, ...]:
+        outputs = _route_fwd_op(x, router_weight, router_start, padding_mask, seed, *options)
+        row_weights = outputs[2][..., None].expand(*outputs[2].shape, options[0])
+        return (*outputs, row_weights, x.expand(options[1], *x.shape))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.options = inputs
+        logits, topk_ids, block_counts = output[0], output[3], output[4]
+        ctx.mark_non_differentiable(topk_ids, block_counts)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, logits, topk_ids)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        dlogits, dprobs, dtopk_weights, _, _, drow_weights, dslots = grads
+        need_dx = ctx.needs_input_grad[0]
+        need_dweight = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        if all(d is None for d in (dlogits, dprobs, dtopk_weights, drow_weights)):
+            # The router got no gradient: only what the next stages say about x is left.
+            dx = dslots.sum(0) if need_dx and dslots is not None else None
+            return dx, None, None, None, None, None
+        dx, dweight, dstart = _RouteBackward.apply(
+            *ctx.saved_tensors,
+            dtopk_weights,
+            drow_weights,
+            dprobs,
+            dlogits,
+            dslots,
+            (ctx.options[0], *ctx.options[2:], need_dx, need_dweight),
+        )
+        return (
+            dx if need_dx else None,
+            dweight if ctx.needs_input_grad[1] else None,
+            dstart if ctx.needs_input_grad[2] else None,
+            None,
+            None,
+            None,
+        )
+
+
+class _RouteBackward(torch.autograd.Function):
+    """The gradient as a function of its own, so that a second derivative is refused loudly."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        *tensors, options = args
+        outputs: tuple[Tensor, ...] = _route_bwd_op(*tensors, *options)
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:  # noqa: ARG004
+        refuse_double_backward()
+
+
+def route_and_pass(
+    x: Tensor,
+    router_weight: Tensor,
+    *,
+    segment_size: int,
+    top_k: int,
+    pooling: str = "concat",
+    router_temperature: float = 1.0,
+    router_dropout: float = 0.0,
+    renormalize: bool | None = None,
+    router_start: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+) -> tuple[RouterOutput, Tensor, Tensor]:
+    """`route`, and two views for `expert_ffn`, whose gradients the kernels of this stage sum.
+
+    Returns:
+        ``(routed, row_weights, tokens)``: topk_weights once for each step, (S, top_k, P), and x
+        once for each choice, (top_k, B, T, D).
+    """
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    if router_weight.stride(-1) != 1:
+        router_weight = router_weight.contiguous()
+    seed = None
+    if router_dropout > 0:
+        seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
+    options = (
+        segment_size,
+        top_k,
+        pooling,
+        float(router_temperature),
+        float(router_dropout),
+        top_k > 1 if renormalize is None else renormalize,
+    )
+    if padding_mask is not None:
+        padding_mask = padding_mask.contiguous()
+    if router_start is not None:
+        router_start = router_start.contiguous()
+    *outputs, row_weights, tokens = _Route.apply(
+        x, router_weight, router_start, padding_mask, seed, options
+    )
+    return RouterOutput(*outputs), row_weights, tokens
+
+
+def route(x: Tensor, router_weight: Tensor, **options: Any) -> RouterOutput:
+    """Pool each segment and choose its experts; see `functional.route`."""
+    return route_and_pass(x, router_weight, **options)[0]

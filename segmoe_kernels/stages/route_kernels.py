@@ -1,0 +1,481 @@
+"""Kernels of stage 1: pooling, router product, softmax, top-k, and their gradients.
+
+Launched by `route`.
+"""
+
+import triton
+import triton.language as tl
+
+from segmoe_kernels._triton.activations import dropout_scale
+from segmoe_kernels._triton.sequences import real_steps
+
+
+@triton.jit
+def _step_range(
+    padding_mask_ptr,
+    sequence,
+    first_step,
+    mask_s,
+    length,
+    SEGMENT_SIZE: tl.constexpr,
+):
+    """Return ``(count, first, last)`` of the real steps of segments, as offsets in the segment."""
+    count = tl.zeros_like(first_step).to(tl.int32)
+    first = tl.full(first_step.shape, SEGMENT_SIZE - 1, dtype=tl.int32)
+    last = tl.zeros_like(count)
+    for p in range(SEGMENT_SIZE):
+        real = real_steps(padding_mask_ptr, sequence, first_step + p, mask_s, length)
+        count += real.to(tl.int32)
+        first = tl.minimum(first, tl.where(real, p, SEGMENT_SIZE - 1))
+        last = tl.maximum(last, tl.where(real, p, 0))
+    return count, first, last
+
+
+@triton.jit
+def _load_steps(
+    x_ptr,
+    padding_mask_ptr,
+    sequence,
+    step,
+    mask_s,
+    offs_d,
+    length,
+    stride_x_b,
+    stride_x_t,
+    D: tl.constexpr,
+):
+    """Return ``(x, real)``: one step of each segment, (BLOCK_S, BLOCK_D), 0 where not real."""
+    real = real_steps(padding_mask_ptr, sequence, step, mask_s, length)
+    ptrs = x_ptr + (sequence * stride_x_b + step * stride_x_t)[:, None] + offs_d[None, :]
+    return tl.load(ptrs, mask=real[:, None] & (offs_d < D)[None, :], other=0.0), real
+
+
+@triton.jit
+def _pool(
+    x_ptr,
+    padding_mask_ptr,
+    sequence,
+    first_step,
+    mask_s,
+    count,
+    first,
+    last,
+    offs_d,
+    length,
+    stride_x_b,
+    stride_x_t,
+    D: tl.constexpr,
+    SEGMENT_SIZE: tl.constexpr,
+    POOLING: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Return columns offs_d of the pooled segments, (BLOCK_S, BLOCK_D) in ACC; not for "concat"."""
+    start = float("-inf") if POOLING == "max" else 0.0
+    pooled = tl.full((first_step.shape[0], offs_d.shape[0]), start, dtype=ACC)
+    for p in range(SEGMENT_SIZE):
+        x, real = _load_steps(
+            x_ptr, padding_mask_ptr, sequence, first_step + p, mask_s, offs_d, length, stride_x_b,
+            stride_x_t, D,
+        )  # fmt: skip
+        x = x.to(ACC)
+        if POOLING == "mean":
+            pooled += x
+        elif POOLING == "max":
+            # Written out because tl.maximum drops a NaN, which must come through.
+            better = real[:, None] & ((x > pooled) | (x != x))
+            pooled = tl.where(better, x, pooled)
+        elif POOLING == "first":
+            pooled += tl.where((first == p)[:, None], x, 0.0)
+        else:
+            pooled += tl.where((last == p)[:, None], x, 0.0)
+    if POOLING == "mean":
+        pooled = pooled / tl.maximum(count, 1).to(ACC)[:, None]
+    if POOLING == "max":
+        pooled = tl.where((count > 0)[:, None], pooled, 0.0)
+    return pooled
+
+
+@triton.jit
+def route_fwd_kernel(
+    x_ptr,  # (B, T, D)
+    router_weight_ptr,  # (E, W)
+    router_start_ptr,  # (W,) or None
+    padding_mask_ptr,  # (B, T) bool or None
+    seed_ptr,  # (1,) int64 or None
+    logits_ptr,  # (S, E), every row is written
+    probs_ptr,  # (S, E), every row is written
+    topk_weights_ptr,  # (S, TOP_K), every row is written
+    topk_ids_ptr,  # (S, TOP_K) int32, every row is written
+    block_counts_ptr,  # (blocks, E + 1) int32, every row is written
+    num_segments,
+    segments_per_sequence,
+    length,
+    num_experts,
+    stride_x_b,
+    stride_x_t,
+    stride_w_e,
+    temperature,
+    dropout,
+    D: tl.constexpr,
+    SEGMENT_SIZE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    POOLING: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    ACC: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    """Route BLOCK_S consecutive segments.
+
+    Grid: ``(cdiv(S, BLOCK_S),)``. Products of x and router_weight are summed in ACC; softmax and
+    top-k run in ACC.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    experts = tl.arange(0, EXPERTS)
+    mask_e = experts < num_experts
+    segment = pid * BLOCK_S + tl.arange(0, BLOCK_S)
+    mask_s = segment < num_segments
+    sequence = segment // segments_per_sequence
+    index = segment % segments_per_sequence
+    own_step = index * SEGMENT_SIZE
+    # A causal router looks at the segment before; the first one has none.
+    mask_x = mask_s
+    first_step = own_step
+    if router_start_ptr is not None:
+        mask_x = mask_s & (index > 0)
+        first_step = own_step - SEGMENT_SIZE
+    count = tl.full((BLOCK_S,), 1, dtype=tl.int32)
+    own_count = count
+    first = tl.zeros((BLOCK_S,), dtype=tl.int32)
+    last = first
+    if POOLING != "concat":
+        count, first, last = _step_range(
+            padding_mask_ptr, sequence, first_step, mask_x, length, SEGMENT_SIZE
+        )
+    if padding_mask_ptr is not None:
+        own_count, _first, _last = _step_range(
+            padding_mask_ptr, sequence, own_step, mask_s, length, SEGMENT_SIZE
+        )
+
+    logits = tl.zeros((BLOCK_S, EXPERTS), dtype=ACC)
+    for d0 in range(0, D, BLOCK_D):
+        offs_d = d0 + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < D
+        for p in range(SEGMENT_SIZE if POOLING == "concat" else 1):
+            if POOLING == "concat":
+                pooled, _real = _load_steps(
+                    x_ptr, padding_mask_ptr, sequence, first_step + p, mask_x, offs_d, length,
+                    stride_x_b, stride_x_t, D,
+                )  # fmt: skip
+            else:
+                pooled = _pool(
+                    x_ptr, padding_mask_ptr, sequence, first_step, mask_x, count, first, last,
+                    offs_d, length, stride_x_b, stride_x_t, D, SEGMENT_SIZE, POOLING, ACC,
+                ).to(x_ptr.dtype.element_ty)  # fmt: skip
+            if router_start_ptr is not None:
+                start = tl.load(router_start_ptr + p * D + offs_d, mask=mask_d, other=0.0)
+                pooled = tl.where((index == 0)[:, None], start[None, :], pooled)
+            w = tl.load(
+                router_weight_ptr + experts[:, None] * stride_w_e + p * D + offs_d[None, :],
+                mask=mask_e[:, None] & mask_d[None, :],
+                other=0.0,
+            )
+            logits = tl.dot(pooled, tl.trans(w), logits, input_precision="ieee", out_dtype=ACC)
+
+    routed = mask_s & (own_count > 0)
+    logits = tl.where(routed[:, None], logits, 0.0)
+    offs = segment[:, None] * num_experts + experts[None, :]
+    mask_se = mask_s[:, None] & mask_e[None, :]
+    tl.store(logits_ptr + offs, logits, mask=mask_se)
+    probs = _softmax(logits / temperature, mask_e)
+    if seed_ptr is not None:
+        probs *= dropout_scale(tl.load(seed_ptr), segment, experts, num_experts, dropout)
+    probs = tl.where(routed[:, None], probs, 0.0)
+    tl.store(probs_ptr + offs, probs, mask=mask_se)
+
+    # Choose TOP_K times the largest that is left, the lowest index among equals; a NaN is largest.
+    key = tl.where(mask_e[None, :], tl.where(probs != probs, float("inf"), probs), -1.0)
+    rank = tl.full((BLOCK_S, EXPERTS), TOP_K, dtype=tl.int32)
+    for k in range(TOP_K):
+        best = tl.max(key, 1)
+        chosen = tl.min(tl.where(key == best[:, None], experts[None, :], EXPERTS), 1)
+        hit = experts[None, :] == chosen[:, None]
+        rank = tl.where(hit, k, rank)
+        key = tl.where(hit, -2.0, key)
+    selected = rank < TOP_K
+    weights = probs
+    if RENORMALIZE:
+        total = tl.sum(tl.where(selected, probs, 0.0), 1)
+        weights = probs / tl.where(total < 1e-6, 1e-6, total)[:, None]
+    ids = tl.where(routed[:, None], experts[None, :], -1)
+    out = segment[:, None] * TOP_K + rank
+    tl.store(topk_weights_ptr + out, weights, mask=selected & mask_s[:, None])
+    tl.store(topk_ids_ptr + out, ids, mask=selected & mask_s[:, None])
+    counts = tl.sum((selected & routed[:, None]).to(tl.int32), 0)
+    row = block_counts_ptr + pid * (num_experts + 1)
+    tl.store(row + experts, counts, mask=mask_e)
+    unrouted = tl.sum((mask_s & (own_count == 0)).to(tl.int32), 0) * TOP_K
+    tl.store(row + num_experts, unrouted)
+
+
+@triton.jit
+def _softmax(logits, mask_e):
+    """Softmax over axis 1; columns outside mask_e are 0."""
+    logits = tl.where(mask_e[None, :], logits, float("-inf"))
+    exp = tl.exp(logits - tl.max(logits, 1)[:, None])
+    return exp / tl.sum(exp, 1)[:, None]
+
+
+@triton.jit
+def dlogits_kernel(
+    logits_ptr,  # (S, E)
+    topk_ids_ptr,  # (S, TOP_K) int32
+    seed_ptr,  # (1,) int64 or None
+    dtopk_weights_ptr,  # (S, TOP_K) or None
+    drow_weights_ptr,  # (S, TOP_K, SEGMENT_SIZE) or None: the same, one share for each step
+    dprobs_ptr,  # (S, E) or None
+    dlogits_in_ptr,  # (S, E) or None: the gradient of the logits themselves
+    dlogits_ptr,  # (S, E), every row is written
+    num_segments,
+    num_experts,
+    temperature,
+    dropout,
+    TOP_K: tl.constexpr,
+    SEGMENT_SIZE: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+) -> None:
+    """Differentiate top-k, dropout, softmax and temperature for BLOCK_S segments.
+
+    Grid: ``(cdiv(S, BLOCK_S),)``. The probabilities are computed anew from the logits.
+    """
+    segment = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
+    experts = tl.arange(0, EXPERTS)
+    mask_s = segment < num_segments
+    mask_e = experts < num_experts
+    mask_se = mask_s[:, None] & mask_e[None, :]
+    offs = segment[:, None] * num_experts + experts[None, :]
+
+    logits = tl.load(logits_ptr + offs, mask=mask_se, other=0.0)
+    probs = _softmax(logits / temperature, mask_e)
+    scale = tl.full((BLOCK_S, EXPERTS), 1.0, dtype=logits.dtype)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+        scale *= dropout_scale(seed, segment, experts, num_experts, dropout)
+    dprobs = tl.zeros((BLOCK_S, EXPERTS), dtype=logits.dtype)
+    if dprobs_ptr is not None:
+        dprobs += tl.load(dprobs_ptr + offs, mask=mask_se, other=0.0)
+    if (dtopk_weights_ptr is not None) or (drow_weights_ptr is not None):
+        selected = tl.zeros((BLOCK_S, EXPERTS), dtype=tl.int1)
+        dweights = tl.zeros((BLOCK_S, EXPERTS), dtype=logits.dtype)
+        for k in range(TOP_K):
+            slot = segment * TOP_K + k
+            ids = tl.load(topk_ids_ptr + slot, mask=mask_s, other=-1)
+            dweight = tl.zeros((BLOCK_S,), dtype=logits.dtype)
+            if dtopk_weights_ptr is not None:
+                dweight += tl.load(dtopk_weights_ptr + slot, mask=mask_s, other=0.0)
+            if drow_weights_ptr is not None:
+                for p in range(SEGMENT_SIZE):
+                    share = drow_weights_ptr + slot * SEGMENT_SIZE + p
+                    dweight += tl.load(share, mask=mask_s, other=0.0)
+            hit = experts[None, :] == ids[:, None]
+            selected |= hit
+            dweights = tl.where(hit, dweight[:, None], dweights)
+        if RENORMALIZE:
+            kept = tl.where(selected, probs * scale, 0.0)
+            total = tl.sum(kept, 1)
+            clamped = tl.where(total < 1e-6, 1e-6, total)
+            weights = kept / clamped[:, None]
+            mean = tl.sum(dweights * weights, 1)
+            # Below the clamp the divisor is a constant.
+            mean = tl.where(total < 1e-6, 0.0, mean)
+            dweights = (dweights - mean[:, None]) / clamped[:, None]
+        dprobs += tl.where(selected, dweights, 0.0)
+    dprobs *= scale
+    inner = tl.sum(tl.where(mask_e[None, :], probs * dprobs, 0.0), 1)
+    dlogits = probs * (dprobs - inner[:, None]) / temperature
+    if dlogits_in_ptr is not None:
+        dlogits += tl.load(dlogits_in_ptr + offs, mask=mask_se, other=0.0)
+    # A segment that is not routed is a constant 0, whatever comes back.
+    routed = tl.load(topk_ids_ptr + segment * TOP_K, mask=mask_s, other=-1) >= 0
+    dlogits = tl.where(routed[:, None], dlogits, 0.0)
+    tl.store(dlogits_ptr + offs, dlogits, mask=mask_se)
+
+
+@triton.jit
+def route_bwd_kernel(
+    x_ptr,  # (B, T, D)
+    router_weight_ptr,  # (E, W)
+    padding_mask_ptr,  # (B, T) bool or None
+    dlogits_ptr,  # (S, E)
+    dslots_ptr,  # (k, B, T, D) or None: gradients of x from the next stages
+    dx_ptr,  # (B, T, D) contiguous or None, every row is written
+    dweight_ptr,  # (splits, E, W) or None, every row is written
+    num_segments,
+    segments_per_sequence,
+    length,
+    num_experts,
+    num_choices,
+    blocks_per_split,
+    stride_x_b,
+    stride_x_t,
+    stride_w_e,
+    stride_dslots_k,
+    stride_dslots_b,
+    stride_dslots_t,
+    D: tl.constexpr,
+    SEGMENT_SIZE: tl.constexpr,
+    POOLING: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    """Gradients of x and of the router weight for a run of segments.
+
+    Grid: ``(splits, SEGMENT_SIZE or 1, cdiv(D, BLOCK_D))``; one program owns blocks_per_split
+    blocks of BLOCK_S segments and BLOCK_D columns, of one step each with "concat", else of all.
+    """
+    split = tl.program_id(0).to(tl.int64)
+    position = tl.program_id(1)
+    offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    experts = tl.arange(0, EXPERTS)
+    mask_e = experts < num_experts
+    # position is 0 unless the pooled vector is the concatenation.
+    offs_w = experts[:, None] * stride_w_e + position * D + offs_d[None, :]
+    mask_w = mask_e[:, None] & mask_d[None, :]
+    w = tl.load(router_weight_ptr + offs_w, mask=mask_w, other=0.0).to(ACC)
+    dweight = tl.zeros((EXPERTS, BLOCK_D), dtype=ACC)
+
+    for block in range(blocks_per_split):
+        segment = (split * blocks_per_split + block) * BLOCK_S + tl.arange(0, BLOCK_S)
+        mask_s = segment < num_segments
+        sequence = segment // segments_per_sequence
+        index = segment % segments_per_sequence
+        first_step = index * SEGMENT_SIZE
+        # The logits that saw this segment: its own, or in a causal router the next one's.
+        source = segment
+        mask_l = mask_s
+        if CAUSAL:
+            source = segment + 1
+            mask_l = mask_s & (index + 1 < segments_per_sequence)
+        dlogits = tl.load(
+            dlogits_ptr + source[:, None] * num_experts + experts[None, :],
+            mask=mask_l[:, None] & mask_e[None, :],
+            other=0.0,
+        )
+        dpooled = tl.dot(dlogits, w, input_precision=PRECISION, out_dtype=ACC)
+        if POOLING == "concat":
+            x, real = _load_steps(
+                x_ptr, padding_mask_ptr, sequence, first_step + position, mask_s, offs_d, length,
+                stride_x_b, stride_x_t, D,
+            )  # fmt: skip
+            dweight = tl.dot(
+                tl.trans(dlogits), x.to(ACC), dweight, input_precision=PRECISION, out_dtype=ACC
+            )
+            if dx_ptr is not None:
+                _store_dx(
+                    dpooled, real, dslots_ptr, dx_ptr, sequence, first_step + position, mask_s,
+                    offs_d, length, num_choices, stride_dslots_k, stride_dslots_b,
+                    stride_dslots_t, D, ACC,
+                )  # fmt: skip
+        else:
+            count, first, last = _step_range(
+                padding_mask_ptr, sequence, first_step, mask_s, length, SEGMENT_SIZE
+            )
+            pooled = _pool(
+                x_ptr, padding_mask_ptr, sequence, first_step, mask_s, count, first, last, offs_d,
+                length, stride_x_b, stride_x_t, D, SEGMENT_SIZE, POOLING, ACC,
+            )  # fmt: skip
+            dweight = tl.dot(
+                tl.trans(dlogits), pooled, dweight, input_precision=PRECISION, out_dtype=ACC
+            )
+            if dx_ptr is not None:
+                # The earliest maximum takes the gradient, once.
+                open_max = tl.full((BLOCK_S, BLOCK_D), 1, dtype=tl.int1)
+                for p in range(SEGMENT_SIZE):
+                    x, real = _load_steps(
+                        x_ptr, padding_mask_ptr, sequence, first_step + p, mask_s, offs_d, length,
+                        stride_x_b, stride_x_t, D,
+                    )  # fmt: skip
+                    share = dpooled
+                    if POOLING == "mean":
+                        share = dpooled / tl.maximum(count, 1).to(ACC)[:, None]
+                    elif POOLING == "max":
+                        value = x.to(ACC)
+                        same = (value == pooled) | ((value != value) & (pooled != pooled))
+                        hit = open_max & same & real[:, None]
+                        open_max = open_max & (hit == 0)
+                        share = tl.where(hit, dpooled, 0.0)
+                    elif POOLING == "first":
+                        share = tl.where((first == p)[:, None], dpooled, 0.0)
+                    else:
+                        share = tl.where((last == p)[:, None], dpooled, 0.0)
+                    _store_dx(
+                        share, real, dslots_ptr, dx_ptr, sequence, first_step + p, mask_s, offs_d,
+                        length, num_choices, stride_dslots_k, stride_dslots_b, stride_dslots_t, D,
+                        ACC,
+                    )  # fmt: skip
+    if dweight_ptr is not None:
+        width = D * SEGMENT_SIZE if POOLING == "concat" else D
+        offs = (split * num_experts + experts)[:, None] * width + position * D + offs_d[None, :]
+        tl.store(dweight_ptr + offs, dweight, mask=mask_w)
+
+
+@triton.jit
+def _store_dx(
+    dx,  # (BLOCK_S, BLOCK_D)
+    real,
+    dslots_ptr,
+    dx_ptr,
+    sequence,
+    step,
+    mask_s,
+    offs_d,
+    length,
+    num_choices,
+    stride_dslots_k,
+    stride_dslots_b,
+    stride_dslots_t,
+    D: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Add the gradients from the next stages, in the order of the choices, and store."""
+    mask_d = (offs_d < D)[None, :]
+    dx = tl.where(real[:, None], dx, 0.0)
+    if dslots_ptr is not None:
+        offs = sequence * stride_dslots_b + step * stride_dslots_t
+        ptrs = dslots_ptr + offs[:, None] + offs_d[None, :]
+        for _ in range(num_choices):
+            dx += tl.load(ptrs, mask=real[:, None] & mask_d, other=0.0).to(ACC)
+            ptrs += stride_dslots_k
+    ptrs = dx_ptr + ((sequence * length + step) * D)[:, None] + offs_d[None, :]
+    mask = (mask_s & (step < length))[:, None] & mask_d
+    tl.store(ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def sum_splits_kernel(
+    partials_ptr,  # (splits, size)
+    out_ptr,  # (size,), every element is written
+    num_splits,
+    size,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Add up partial sums in ascending order.
+
+    Grid: ``(cdiv(size, BLOCK),)``. Sums in ACC, rounded at the store.
+    """
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), dtype=ACC)
+    ptrs = partials_ptr + offs
+    for _ in range(num_splits):
+        acc += tl.load(ptrs, mask=offs < size, other=0.0)
+        ptrs += size
+    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < size)

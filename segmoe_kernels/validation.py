@@ -1,0 +1,274 @@
+"""Checks of what users pass, before anything is allocated or launched.
+
+Messages read ``segmoe_kernels.<function>: expected <argument> to <rule>, got <what>.``
+TypeError is for Python types and dtypes, ValueError for shapes, values, devices and strides,
+RuntimeError for what the machine lacks. Only metadata is looked at: no check waits for a GPU.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from segmoe_kernels.routing import FFNWeights
+
+POOLINGS = ("concat", "mean", "max", "first", "last")
+EXPERT_SCOPES = ("token", "segment", "projected")
+SHARED_EXPERTS = ("segment", "token", None)
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")
+BACKENDS = ("auto", "triton", "reference")
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+# CUDA's limit on programs along the first axis of a launch; beyond it a launch is skipped silently.
+MAX_PROGRAMS = 2**31 - 1
+
+
+def fail_type(function: str, argument: str, rule: str, got: object) -> NoReturn:
+    """Raise the TypeError of the package's form."""
+    raise TypeError(f"segmoe_kernels.{function}: expected {argument} to {rule}, got {got}.")
+
+
+def fail_value(function: str, argument: str, rule: str, got: object) -> NoReturn:
+    """Raise the ValueError of the package's form."""
+    raise ValueError(f"segmoe_kernels.{function}: expected {argument} to {rule}, got {got}.")
+
+
+def check_integer(function: str, argument: str, value: Any, minimum: int) -> None:
+    """Refuse what is not an integer of at least ``minimum``."""
+    if isinstance(value, torch.SymInt):  # under torch.compile or export
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        fail_type(function, argument, "be an int", f"{value!r} ({type(value).__name__})")
+    if value < minimum:
+        fail_value(function, argument, f"be at least {minimum}", value)
+
+
+def check_probability(function: str, argument: str, value: Any) -> None:
+    """Refuse what is not a dropout probability in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        fail_type(function, argument, "be a float", f"{value!r} ({type(value).__name__})")
+    if not 0.0 <= value < 1.0:
+        fail_value(function, argument, "be in [0, 1)", value)
+
+
+def check_positive(function: str, argument: str, value: Any, *, zero: bool = False) -> None:
+    """Refuse what is not a finite positive number (``zero=True`` admits 0)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        fail_type(function, argument, "be a float", f"{value!r} ({type(value).__name__})")
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        rule = "be finite and not negative" if zero else "be finite and positive"
+        fail_value(function, argument, rule, value)
+
+
+def check_choice(function: str, argument: str, value: Any, choices: Sequence[str | None]) -> None:
+    """Refuse what is not one of ``choices``."""
+    if value not in choices or isinstance(value, bool):
+        names = ", ".join(repr(choice) for choice in choices)
+        fail_value(function, argument, f"be one of {names}", repr(value))
+
+
+def check_flag(function: str, argument: str, value: Any, *, optional: bool = False) -> None:
+    """Refuse what is not a bool (``optional=True`` admits None)."""
+    if not isinstance(value, bool) and not (optional and value is None):
+        rule = "be True, False or None" if optional else "be True or False"
+        fail_type(function, argument, rule, f"{value!r} ({type(value).__name__})")
+
+
+def check_tensor(function: str, argument: str, value: Any) -> None:
+    """Refuse what is not a dense tensor of a supported floating dtype."""
+    if not isinstance(value, Tensor):
+        fail_type(function, argument, "be a torch.Tensor", type(value).__name__)
+    if value.layout is not torch.strided:
+        fail_type(function, argument, "be a dense tensor", f"layout {value.layout}")
+    if value.dtype not in FLOAT_DTYPES:
+        names = "float32, float16, bfloat16 or float64"
+        fail_type(function, argument, f"have dtype {names}", str(value.dtype))
+
+
+def check_x(function: str, x: Any, d_model: int | None = None) -> None:
+    """Refuse what is not ``(..., T, D)``."""
+    check_tensor(function, "x", x)
+    if x.ndim < 2 or (d_model is not None and x.shape[-1] != d_model) or x.shape[-1] == 0:
+        width = "d_model" if d_model is None else f"d_model={d_model}"
+        fail_value(function, "x", f"have shape (..., T, {width})", tuple(x.shape))
+
+
+def check_mask(function: str, mask: Any, x: Tensor) -> None:
+    """Refuse a padding mask that is not ``(..., T)`` bool on the device of x."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        fail_type(function, "padding_mask", "be a torch.Tensor or None", type(mask).__name__)
+    if mask.dtype != torch.bool:
+        fail_type(function, "padding_mask", "have dtype torch.bool (True = real)", mask.dtype)
+    if mask.shape != x.shape[:-1]:
+        shape = tuple(x.shape[:-1])
+        fail_value(function, "padding_mask", f"have shape {shape} as x", tuple(mask.shape))
+    if mask.device != x.device:
+        fail_value(function, "padding_mask", f"be on {x.device} as x", mask.device)
+
+
+def check_like(
+    function: str, argument: str, value: Any, like: Tensor, shape: tuple[int, ...]
+) -> None:
+    """Refuse a parameter whose shape, dtype or device does not go with ``like`` (x)."""
+    check_tensor(function, argument, value)
+    if tuple(value.shape) != shape:
+        fail_value(function, argument, f"have shape {shape}", tuple(value.shape))
+    if value.dtype != like.dtype:
+        rule = f"have dtype {like.dtype} as x (cast one, or use torch.autocast)"
+        fail_type(function, argument, rule, str(value.dtype))
+    if value.device != like.device:
+        fail_value(function, argument, f"be on {like.device} as x", value.device)
+
+
+def check_index(function: str, argument: str, value: Any, like: Tensor) -> None:
+    """Refuse an index array that is not int32 on the device of ``like``."""
+    if not isinstance(value, Tensor):
+        fail_type(function, argument, "be a torch.Tensor", type(value).__name__)
+    if value.dtype != torch.int32:
+        fail_type(function, argument, "have dtype torch.int32", str(value.dtype))
+    if value.device != like.device:
+        fail_value(function, argument, f"be on {like.device}", value.device)
+
+
+def check_ffn(
+    function: str, name: str, weights: Any, x: Tensor, width: int, experts: int | None
+) -> None:
+    """Refuse FFN weights whose shapes do not fit ``width`` and each other."""
+    if not isinstance(weights, FFNWeights):
+        fail_type(function, name, "be FFNWeights", type(weights).__name__)
+    check_tensor(function, f"{name}.up_proj", weights.up_proj)
+    lead = () if experts is None else (experts,)
+    if weights.up_proj.ndim != len(lead) + 2:
+        rule = f"have {len(lead) + 2} dimensions"
+        fail_value(function, f"{name}.up_proj", rule, tuple(weights.up_proj.shape))
+    d_ff = weights.up_proj.shape[-2]
+    shapes = {
+        "up_proj": (*lead, d_ff, width),
+        "down_proj": (*lead, width, d_ff),
+        "gate_proj": (*lead, d_ff, width),
+        "up_proj_bias": (*lead, d_ff),
+        "gate_proj_bias": (*lead, d_ff),
+        "down_proj_bias": (*lead, width),
+    }
+    for field, shape in shapes.items():
+        value = getattr(weights, field)
+        if value is not None or field in {"up_proj", "down_proj"}:
+            check_like(function, f"{name}.{field}", value, x, shape)
+    if weights.gate_proj_bias is not None and weights.gate_proj is None:
+        fail_value(function, f"{name}.gate_proj_bias", "come with gate_proj", "gate_proj=None")
+
+
+def check_programs(function: str, programs: int) -> None:
+    """Refuse a launch that CUDA would skip without a word."""
+    if programs > MAX_PROGRAMS:
+        raise ValueError(
+            f"segmoe_kernels.{function}: expected x to need at most {MAX_PROGRAMS} programs in a "
+            f"launch, got {programs}. Split the batch."
+        )
+
+
+def check_sequences(function: str, x: Tensor, padding_mask: Tensor | None) -> None:
+    """Refuse what is not (B, T, D), or a mask that does not fit it."""
+    check_x(function, x)
+    if x.ndim != 3:
+        fail_value(function, "x", "have shape (B, T, D)", tuple(x.shape))
+    check_mask(function, padding_mask, x)
+
+
+def check_offsets(function: str, expert_offsets: Tensor, like: Tensor, num_experts: int) -> None:
+    """Refuse offsets that are not (E + 1,) int32."""
+    check_index(function, "expert_offsets", expert_offsets, like)
+    if expert_offsets.shape != (num_experts + 1,):
+        rule = f"have shape (E + 1 = {num_experts + 1},)"
+        fail_value(function, "expert_offsets", rule, tuple(expert_offsets.shape))
+
+
+def check_route(
+    function: str,
+    x: Tensor,
+    router_weight: Tensor,
+    segment_size: int,
+    top_k: int,
+    pooling: str,
+    router_start: Tensor | None,
+) -> None:
+    """Refuse a router that does not fit x and the options."""
+    check_integer(function, "segment_size", segment_size, 1)
+    check_integer(function, "top_k", top_k, 1)
+    check_choice(function, "pooling", pooling, POOLINGS)
+    check_tensor(function, "router_weight", router_weight)
+    width = x.shape[-1] * (segment_size if pooling == "concat" else 1)
+    num_experts = router_weight.shape[0] if router_weight.ndim else 0
+    check_like(function, "router_weight", router_weight, x, (num_experts, width))
+    if not 1 <= top_k <= num_experts:
+        fail_value(function, "top_k", f"be in [1, num_experts={num_experts}]", top_k)
+    if router_start is not None:
+        check_like(function, "router_start", router_start, x, (width,))
+
+
+def check_shared(
+    x: Tensor, shared: FFNWeights | None, shared_gate: Tensor | None, segment_size: int
+) -> None:
+    """Refuse a shared expert that is neither token-wide nor segment-wide."""
+    if (shared is None) != (shared_gate is None):
+        fail_value("seg_moe", "shared", "come with shared_gate", "only one of them")
+    if shared is None:
+        return
+    widths = (x.shape[-1], segment_size * x.shape[-1])
+    width = shared.up_proj.shape[-1]
+    if width not in widths:
+        rule = f"have a width of {widths[0]} (token) or {widths[1]} (segment)"
+        fail_value("seg_moe", "shared.up_proj", rule, tuple(shared.up_proj.shape))
+    check_ffn("seg_moe", "shared", shared, x, width, None)
+    if not isinstance(shared_gate, Tensor) or tuple(shared_gate.shape) != (1, width):
+        got = tuple(shared_gate.shape) if isinstance(shared_gate, Tensor) else shared_gate
+        fail_value("seg_moe", "shared_gate", f"have shape (1, {width})", got)
+
+
+def check_shared_out(expert_out: Tensor, shared_out: Tensor, gate_logits: Tensor) -> None:
+    """Refuse a shared path that does not cover ``expert_out``."""
+    _, batch, length, d_model = expert_out.shape
+    check_tensor("combine", "shared_out", shared_out)
+    rows = shared_out.shape[1] if shared_out.ndim == 3 else 0
+    width = shared_out.shape[2] if shared_out.ndim == 3 else 0
+    enough = width > 0 and width % d_model == 0 and rows * width >= length * d_model
+    if shared_out.ndim != 3 or shared_out.shape[0] != batch or not enough:
+        rule = f"have shape (B={batch}, J, P * D) with D={d_model} and J * P >= T={length}"
+        fail_value("combine", "shared_out", rule, tuple(shared_out.shape))
+    check_like("combine", "shared_out", shared_out, expert_out, (batch, rows, width))
+    check_like("combine", "shared_gate_logits", gate_logits, expert_out, (batch, rows))
+
+
+def check_projections(
+    x: Tensor,
+    segment_size: int,
+    expert_scope: str,
+    pooling: str,
+    in_proj: tuple[Tensor, Tensor | None] | None,
+    out_proj: tuple[Tensor, Tensor | None] | None,
+    router_start: Tensor | None,
+) -> None:
+    """Refuse projections and scopes that exclude each other."""
+    if router_start is not None and expert_scope != "token":
+        rule = "be None unless expert_scope='token' (causal models need token scopes)"
+        fail_value("seg_moe", "router_start", rule, f"expert_scope={expert_scope!r}")
+    projected = expert_scope == "projected"
+    for name, projection in (("in_proj", in_proj), ("out_proj", out_proj)):
+        if (projection is None) == projected:
+            rule = "come with expert_scope='projected' and only with it"
+            fail_value("seg_moe", name, rule, f"expert_scope={expert_scope!r}")
+    if projected and in_proj is not None and out_proj is not None:
+        if pooling != "concat":
+            rule = "be 'concat' with expert_scope='projected'"
+            fail_value("seg_moe", "pooling", rule, repr(pooling))
+        narrow, wide = x.shape[-1], segment_size * x.shape[-1]
+        check_like("seg_moe", "in_proj[0]", in_proj[0], x, (narrow, wide))
+        check_like("seg_moe", "out_proj[0]", out_proj[0], x, (wide, narrow))
+        if in_proj[1] is not None:
+            check_like("seg_moe", "in_proj[1]", in_proj[1], x, (narrow,))
+        if out_proj[1] is not None:
+            check_like("seg_moe", "out_proj[1]", out_proj[1], x, (wide,))

@@ -1,0 +1,240 @@
+"""Wrong calls of the functions: who, how, with which exception and which words.
+
+One row is ``(name, call, exception, words)``; the message must contain all the words.
+"""
+
+import copy
+import dataclasses
+
+import torch
+
+from segmoe_kernels import (
+    FFNWeights,
+    SegMoE,
+    functional,
+    load_balancing_loss,
+    router_z_loss,
+    validation,
+)
+from segmoe_kernels.testing import make_inputs, oracle
+
+META = torch.device("meta")
+
+
+def caller(function, **good):
+    """``call(**changes)``: the good call with some arguments exchanged, not yet made."""
+
+    def call(**changes):
+        return lambda: function(**{**good, **changes})
+
+    return call
+
+
+def draw(*shape):
+    return torch.zeros(shape)
+
+
+# B=2, T=5, P=3, J=2, S=4, D=4, F=6, E=3, top_k=1
+EXPERTS = FFNWeights(draw(3, 6, 4), draw(3, 4, 6))
+SHARED = FFNWeights(draw(6, 4), draw(4, 6))
+PROJECTED = {"expert_scope": "projected", "router_weight": draw(3, 4)}
+IN_PROJ, OUT_PROJ = (draw(4, 12), None), (draw(12, 4), None)
+MASK = torch.ones(2, 5, dtype=torch.bool)
+IDS = torch.zeros(4, 1, dtype=torch.int32)
+OFFSETS = torch.tensor([0, 4, 4, 4], dtype=torch.int32)
+PERMUTATION = functional.permute(IDS, 3, backend="reference")
+
+layer = caller(SegMoE, d_model=4, d_ff=6, num_experts=3, segment_size=3)
+route = caller(
+    functional.route, x=draw(2, 5, 4), router_weight=draw(3, 12), segment_size=3, top_k=1
+)
+permute = caller(functional.permute, topk_ids=IDS, num_experts=3)
+gemm = caller(functional.grouped_gemm, x=draw(4, 4), weight=draw(3, 6, 4), expert_offsets=OFFSETS)
+ffn = caller(
+    functional.expert_ffn,
+    x=draw(2, 5, 4),
+    topk_weights=draw(4, 1),
+    permutation=PERMUTATION,
+    experts=EXPERTS,
+    segment_size=3,
+)
+combine = caller(functional.combine, expert_out=draw(1, 2, 5, 4))
+seg_moe = caller(
+    functional.seg_moe,
+    x=draw(2, 5, 4),
+    router_weight=draw(3, 12),
+    experts=EXPERTS,
+    segment_size=3,
+)
+LAYER = layer()()
+ROUTING = LAYER.forward_with_routing(draw(2, 5, 4))[1]
+OTHER_ROUTING = layer(num_experts=2)().forward_with_routing(draw(2, 5, 4))[1]
+balance = caller(load_balancing_loss, routings=[ROUTING])
+
+
+def forward(x, mask=None):
+    return lambda: LAYER(x, mask)
+
+
+def permutation(**changes):
+    return dataclasses.replace(PERMUTATION, **changes)
+
+
+def refuse_dropout():
+    noisy = copy.deepcopy(LAYER)
+    noisy.dropout = 0.5
+    oracle(noisy, *make_inputs(2, 5, 4))
+
+
+ROWS = [
+    ("forward_list", forward([1.0]), TypeError, ["SegMoE.forward", "x", "torch.Tensor", "list"]),
+    ("forward_int", forward(draw(2, 5, 4).int()), TypeError, ["x", "dtype", "torch.int32"]),
+    ("forward_sparse", forward(draw(2, 5, 4).to_sparse()), TypeError, ["x", "dense", "sparse_coo"]),
+    ("forward_rank", forward(draw(4)), ValueError, ["x", "(..., T, d_model=4)", "got (4,)"]),
+    ("forward_width", forward(draw(2, 5, 3)), ValueError, ["(..., T, d_model=4)", "(2, 5, 3)"]),
+    (
+        "forward_dtype",
+        forward(draw(2, 5, 4).double()),
+        TypeError,
+        ["router_weight", "torch.float64"],
+    ),
+    ("forward_device", forward(draw(2, 5, 4).to(META)), ValueError, ["router_weight", "on meta"]),
+    (
+        "mask_list",
+        forward(draw(2, 5, 4), [1]),
+        TypeError,
+        ["padding_mask", "Tensor or None", "list"],
+    ),
+    ("mask_int", forward(draw(2, 5, 4), MASK.int()), TypeError, ["padding_mask", "torch.bool"]),
+    ("mask_shape", forward(draw(2, 5, 4), MASK[:, :4]), ValueError, ["(2, 5) as x", "got (2, 4)"]),
+    ("mask_device", forward(draw(2, 5, 4), MASK.to(META)), ValueError, ["padding_mask", "on cpu"]),
+    ("route_rank", route(x=draw(5, 4)), ValueError, ["route: expected x", "(B, T, D)", "(5, 4)"]),
+    ("route_no_width", route(x=draw(2, 5, 0)), ValueError, ["(..., T, d_model)", "(2, 5, 0)"]),
+    ("route_size", route(segment_size=0), ValueError, ["segment_size", "at least 1"]),
+    ("route_weight", route(router_weight=draw(3, 4)), ValueError, ["(3, 12)", "got (3, 4)"]),
+    ("route_weight_type", route(router_weight=None), TypeError, ["router_weight", "NoneType"]),
+    ("route_top_k", route(top_k=4), ValueError, ["top_k", "[1, num_experts=3]", "got 4"]),
+    ("route_pooling", route(pooling=None), ValueError, ["pooling", "got None"]),
+    ("route_start", route(router_start=draw(4)), ValueError, ["router_start", "(12,)", "(4,)"]),
+    ("route_temperature", route(router_temperature=0), ValueError, ["router_temperature"]),
+    ("route_dropout", route(router_dropout=1), ValueError, ["router_dropout", "[0, 1)"]),
+    ("route_renormalize", route(renormalize="yes"), TypeError, ["renormalize", "'yes'"]),
+    ("route_backend", route(backend="cudnn"), ValueError, ["backend", "'cudnn'"]),
+    ("permute_type", permute(topk_ids=[[0]]), TypeError, ["topk_ids", "torch.Tensor", "list"]),
+    ("permute_dtype", permute(topk_ids=IDS.long()), TypeError, ["torch.int32", "torch.int64"]),
+    ("permute_shape", permute(topk_ids=IDS[:, 0]), ValueError, ["(S, top_k)", "got (4,)"]),
+    ("permute_experts", permute(num_experts=0), ValueError, ["num_experts", "at least 1"]),
+    ("gemm_x", gemm(x=draw(4)), ValueError, ["grouped_gemm", "x", "(M, K)", "(4,)"]),
+    ("gemm_weight", gemm(weight=draw(6, 4)), ValueError, ["weight", "(E, N, K)", "(6, 4)"]),
+    ("gemm_width", gemm(weight=draw(3, 6, 5)), ValueError, ["(3, 6, 4)", "got (3, 6, 5)"]),
+    ("gemm_bias", gemm(bias=draw(3, 5)), ValueError, ["bias", "(3, 6)", "(3, 5)"]),
+    ("gemm_offsets", gemm(expert_offsets=OFFSETS[1:]), ValueError, ["(E + 1 = 4,)", "(3,)"]),
+    ("gemm_offsets_device", gemm(expert_offsets=OFFSETS.to(META)), ValueError, ["on cpu", "meta"]),
+    ("gemm_activation", gemm(activation="tanh"), ValueError, ["activation", "None", "'tanh'"]),
+    ("ffn_scope", ffn(expert_scope="projected"), ValueError, ["'token', 'segment'", "'projected'"]),
+    ("ffn_weights", ffn(topk_weights=draw(3, 1)), ValueError, ["(S=4, top_k)", "got (3, 1)"]),
+    ("ffn_permutation", ffn(permutation=OFFSETS), TypeError, ["be a Permutation", "Tensor"]),
+    (
+        "ffn_map",
+        ffn(permutation=permutation(slot_to_sorted=IDS[:3, 0])),
+        ValueError,
+        ["permutation.slot_to_sorted", "(R=4,)", "(3,)"],
+    ),
+    ("ffn_experts", ffn(experts=tuple(EXPERTS)), TypeError, ["be FFNWeights", "tuple"]),
+    ("ffn_up", ffn(experts=SHARED), ValueError, ["experts.up_proj", "3 dimensions", "(6, 4)"]),
+    (
+        "ffn_down",
+        ffn(experts=EXPERTS._replace(down_proj=draw(3, 6, 4))),
+        ValueError,
+        ["experts.down_proj", "(3, 4, 6)", "got (3, 6, 4)"],
+    ),
+    (
+        "ffn_missing",
+        ffn(experts=EXPERTS._replace(down_proj=None)),
+        TypeError,
+        ["experts.down_proj", "torch.Tensor", "NoneType"],
+    ),
+    (
+        "ffn_gate_bias",
+        ffn(experts=EXPERTS._replace(gate_proj_bias=draw(3, 6))),
+        ValueError,
+        ["experts.gate_proj_bias", "come with gate_proj"],
+    ),
+    (
+        "ffn_dtype",
+        ffn(experts=EXPERTS._replace(up_proj=draw(3, 6, 4).half())),
+        TypeError,
+        ["experts.up_proj", "torch.float32 as x", "torch.autocast", "torch.float16"],
+    ),
+    ("ffn_dropout", ffn(dropout=1.5), ValueError, ["dropout", "[0, 1)"]),
+    ("combine_rank", combine(expert_out=draw(2, 5, 4)), ValueError, ["(top_k, B, T, D)"]),
+    ("combine_alone", combine(shared_out=draw(2, 2, 12)), ValueError, ["with shared_gate_logits"]),
+    (
+        "combine_shared",
+        combine(shared_out=draw(2, 1, 12), shared_gate_logits=draw(2, 1)),
+        ValueError,
+        ["shared_out", "(B=2, J, P * D)", "D=4", "T=5", "(2, 1, 12)"],
+    ),
+    (
+        "combine_gate",
+        combine(shared_out=draw(2, 2, 12), shared_gate_logits=draw(2, 3)),
+        ValueError,
+        ["shared_gate_logits", "(2, 2)", "(2, 3)"],
+    ),
+    ("seg_moe_shared", seg_moe(shared=SHARED), ValueError, ["shared", "come with shared_gate"]),
+    (
+        "seg_moe_shared_width",
+        seg_moe(shared=FFNWeights(draw(6, 8), draw(8, 6)), shared_gate=draw(1, 8)),
+        ValueError,
+        ["shared.up_proj", "4 (token) or 12 (segment)", "(6, 8)"],
+    ),
+    (
+        "seg_moe_shared_gate",
+        seg_moe(shared=SHARED, shared_gate=draw(4)),
+        ValueError,
+        ["shared_gate", "(1, 4)", "got (4,)"],
+    ),
+    ("seg_moe_in_proj", seg_moe(in_proj=IN_PROJ), ValueError, ["in_proj", "only with it"]),
+    (
+        "seg_moe_out_proj",
+        seg_moe(**PROJECTED, in_proj=IN_PROJ),
+        ValueError,
+        ["out_proj", "come with expert_scope='projected'"],
+    ),
+    (
+        "seg_moe_projected_pooling",
+        seg_moe(**PROJECTED, in_proj=IN_PROJ, out_proj=OUT_PROJ, pooling="max"),
+        ValueError,
+        ["pooling", "be 'concat'", "'max'"],
+    ),
+    (
+        "seg_moe_projected_shape",
+        seg_moe(**PROJECTED, in_proj=OUT_PROJ, out_proj=OUT_PROJ),
+        ValueError,
+        ["in_proj[0]", "(4, 12)", "(12, 4)"],
+    ),
+    (
+        "seg_moe_start",
+        seg_moe(expert_scope="segment", router_start=draw(12)),
+        ValueError,
+        ["router_start", "token", "expert_scope='segment'"],
+    ),
+    (
+        "programs",
+        lambda: validation.check_programs("route", 2**31),
+        ValueError,
+        ["2147483647", "2147483648", "Split the batch"],
+    ),
+    ("loss_nothing", balance(routings=[]), TypeError, ["load_balancing_loss", "at least one"]),
+    ("loss_tensor", balance(routings=draw(2, 3)), TypeError, ["routings", "Routing", "Tensor"]),
+    ("z_loss_dict", lambda: router_z_loss([{}]), TypeError, ["router_z_loss", "dict"]),
+    ("loss_reduction", balance(reduction="sum"), ValueError, ["'global', 'per_layer'", "'sum'"]),
+    ("loss_form", balance(normalization=None), ValueError, ["'official', 'switch'", "None"]),
+    (
+        "loss_mixed",
+        balance(routings=[ROUTING, OTHER_ROUTING]),
+        ValueError,
+        ["one number", "[2, 3]"],
+    ),
+    ("oracle_dropout", refuse_dropout, ValueError, ["oracle", "eval mode", "dropout=0.5"]),
+]

@@ -1,0 +1,170 @@
+"""Wrong options of the layer, and wrong checkpoints and schedules; rows as in `bad_calls`."""
+
+import torch
+from bad_calls import LAYER, caller, draw, layer
+
+from segmoe_kernels import load_official, segment_schedule, to_official
+
+schedule = caller(segment_schedule, sizes="5,5,4", num_layers=3)
+official = caller(load_official, state_dict=to_official(layer()()), segment_size=3)
+
+
+def changed_keys(**changes):
+    """The official state dict with values exchanged, or dropped where None."""
+    state = {key.replace(".", "__"): value for key, value in to_official(LAYER).items()}
+    state.update(changes)
+    return {key.replace("__", "."): value for key, value in state.items() if value is not None}
+
+
+CONSTRUCTOR = [
+    (f"layer_{name}_{i}", layer(**{name: value}), exception, [f"SegMoE: expected {name}", *words])
+    for name, rows in {
+        "d_model": [
+            (4.0, TypeError, ["be an int", "4.0 (float)"]),
+            (0, ValueError, ["at least 1"]),
+        ],
+        "d_ff": [(True, TypeError, ["be an int", "True (bool)"]), (-2, ValueError, ["got -2"])],
+        "num_experts": [("4", TypeError, ["'4' (str)"]), (-1, ValueError, ["at least 0, got -1"])],
+        "top_k": [
+            (None, TypeError, ["be an int"]),
+            (0, ValueError, ["at least 1"]),
+            (4, ValueError, ["be in [1, num_experts=3], got 4"]),
+        ],
+        "segment_size": [(2.5, TypeError, ["be an int"]), (0, ValueError, ["at least 1, got 0"])],
+        "pooling": [("median", ValueError, ["'concat', 'mean'", "got 'median'"])],
+        "expert_scope": [("word", ValueError, ["'token', 'segment', 'projected'", "'word'"])],
+        "shared_expert": [
+            ("both", ValueError, ["'segment', 'token', None", "'both'"]),
+            (True, ValueError, ["got True"]),
+        ],
+        "activation": [("swish", ValueError, ["'gelu', 'gelu_tanh', 'silu', 'relu'", "'swish'"])],
+        "gated": [(1, TypeError, ["be True or False", "1 (int)"])],
+        "bias": [("no", TypeError, ["be True or False", "'no' (str)"])],
+        "causal": [
+            (0, TypeError, ["be True or False"]),
+            (True, ValueError, ["token", "shared_expert='segment'"]),
+        ],
+        "dropout": [
+            ("0.1", TypeError, ["be a float"]),
+            (1.0, ValueError, ["[0, 1), got 1.0"]),
+            (-0.1, ValueError, ["got -0.1"]),
+            (float("nan"), ValueError, ["got nan"]),
+        ],
+        "router_dropout": [(False, TypeError, ["be a float"]), (2, ValueError, ["[0, 1), got 2"])],
+        "router_temperature": [
+            (None, TypeError, ["be a float"]),
+            (0.0, ValueError, ["be finite and positive"]),
+            (-1.0, ValueError, ["got -1.0"]),
+            (float("inf"), ValueError, ["got inf"]),
+        ],
+        "renormalize": [(1, TypeError, ["be True, False or None", "1 (int)"])],
+        "aux_loss_weight": [
+            ("0", TypeError, ["be a float"]),
+            (-0.1, ValueError, ["be finite and not negative", "-0.1"]),
+        ],
+        "z_loss_weight": [(float("nan"), ValueError, ["be finite and not negative", "nan"])],
+        "backend": [("cuda", ValueError, ["'auto', 'triton', 'reference'", "got 'cuda'"])],
+        "dtype": [(torch.int32, TypeError, ["float32, float16, bfloat16 or float64", "int32"])],
+    }.items()
+    for i, (value, exception, words) in enumerate(rows)
+]
+
+ROWS = [
+    *CONSTRUCTOR,
+    (
+        "layer_projected_pooling",
+        layer(expert_scope="projected", pooling="mean"),
+        ValueError,
+        ["pooling", "'concat' with expert_scope='projected'", "got 'mean'"],
+    ),
+    (
+        "layer_causal_segment",
+        layer(expert_scope="segment", shared_expert=None, causal=True),
+        ValueError,
+        ["causal", "expert_scope='segment', shared_expert=None"],
+    ),
+    ("schedule_type", schedule(sizes=[5]), TypeError, ["sizes", "be a str", "list"]),
+    ("schedule_layers", schedule(num_layers=0), ValueError, ["num_layers", "at least 1"]),
+    ("schedule_zero", schedule(sizes="5,0,3"), ValueError, ["positive integers", "'5,0,3'"]),
+    ("schedule_word", schedule(sizes="5,,3"), ValueError, ["positive integers", "'5,,3'"]),
+    ("schedule_count", schedule(sizes="5,4"), ValueError, ["1 or num_layers=3", "2 in '5,4'"]),
+    ("official_size", official(segment_size=0), ValueError, ["segment_size", "at least 1"]),
+    ("official_top_k", official(top_k=0), ValueError, ["top_k", "at least 1"]),
+    ("official_scope", official(expert_scope="V0"), ValueError, ["expert_scope", "'V0'"]),
+    (
+        "official_prefix",
+        official(prefix="moe."),
+        ValueError,
+        ["prefix='moe.'", "experts.0.1.up_proj.weight"],
+    ),
+    (
+        "official_value",
+        official(state_dict=changed_keys(gating__weight=[1.0])),
+        TypeError,
+        ["state_dict['gating.weight']", "be a tensor", "list"],
+    ),
+    (
+        "official_unknown",
+        official(state_dict=changed_keys(head__weight=draw(2), norm__bias=draw(1))),
+        ValueError,
+        ["only keys of an official Seg-MoE layer", "['head.weight', 'norm.bias']"],
+    ),
+    (
+        "official_dwconv",
+        official(state_dict=changed_keys(shared_expert__dw_conv__weight=draw(4, 1, 3))),
+        ValueError,
+        ["'dwconv'", "shared_expert.dw_conv.weight"],
+    ),
+    (
+        "official_wide_conv",
+        official(state_dict=changed_keys(shared_expert__up_conv__weight=draw(18, 12, 3))),
+        ValueError,
+        ["shared_expert.up_conv.weight"],
+    ),
+    (
+        "official_gap",
+        official(state_dict=changed_keys(experts__1__1__up_proj__weight=None)),
+        ValueError,
+        ["up_proj of every expert 0 to 1", "[0, 2]"],
+    ),
+    (
+        "official_uneven",
+        official(state_dict=changed_keys(experts__1__1__up_proj__weight=draw(5, 4))),
+        ValueError,
+        ["up_proj of one shape", "(5, 4)", "(6, 4)"],
+    ),
+    (
+        "official_router_only",
+        official(state_dict={"gating.weight": draw(3, 12)}),
+        ValueError,
+        ["up_proj weights of experts or of a shared expert", "router.weight"],
+    ),
+    (
+        "official_widths",
+        official(expert_scope="segment", segment_size=5),
+        ValueError,
+        ["divisible by segment_size=5", "(6, 4)"],
+    ),
+    (
+        "official_other_size",
+        official(segment_size=4),
+        ValueError,
+        ["segment_size=4", "'token'", "router.weight: expected (3, 16), got (3, 12)"],
+    ),
+    ("to_official_type", lambda: to_official({}), TypeError, ["layer", "be a SegMoE", "dict"]),
+    *(
+        (
+            f"to_official_{option}",
+            lambda options=options: to_official(layer(**options)()),
+            ValueError,
+            ["official counterpart", *words],
+        )
+        for option, options, words in [
+            ("causal", {"causal": True, "shared_expert": None}, ["causal=True"]),
+            ("pooling", {"pooling": "mean"}, ["pooling='mean'"]),
+            ("activation", {"activation": "silu"}, ["'gelu'", "activation='silu'"]),
+            ("gated", {"gated": True}, ["'silu'", "activation='gelu'"]),
+            ("shared", {"shared_expert": "token"}, ["shared_expert", "'token'"]),
+        ]
+    ),
+]

@@ -1,0 +1,120 @@
+"""``python -m segmoe_kernels doctor``: its report, its check and its exit codes."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GPU
+
+import segmoe_kernels
+from segmoe_kernels import __main__ as command
+from segmoe_kernels import reference
+
+BACKEND = "triton" if GPU else "reference"
+
+
+@pytest.fixture
+def no_environment(monkeypatch):
+    for name in command.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_doctor_reports_and_passes(no_environment, capsys):
+    no_environment.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert command.main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    width = command.NAME_WIDTH
+    rows = {line[:width].strip(): line[width:] for line in lines}
+    assert rows["segmoe_kernels"] == segmoe_kernels.__version__
+    assert rows["python"] == platform.python_version()
+    assert rows["torch"] == torch.__version__
+    assert {"triton", "numpy", "einops"} <= rows.keys()
+    assert rows["SEGMOE_BACKEND"] == rows["TRITON_INTERPRET"] == "not set"
+    assert rows["CUDA_VISIBLE_DEVICES"] == "0"
+    assert rows["backend"].startswith(f"{BACKEND} on ")
+    checks = [value for name, value in rows.items() if name.startswith("check")]
+    assert checks == ["ok, forward and gradients against float64"] * 3
+
+
+@pytest.mark.skipif(GPU, reason="explains why a machine without a GPU runs the reference")
+def test_doctor_explains_the_backend(no_environment):
+    cpu = torch.device("cpu")
+    assert "needs a GPU, got cpu tensors" in command._explain_backend(cpu)
+    no_environment.setenv("TRITON_INTERPRET", "1")
+    assert "would run interpreted" in command._explain_backend(cpu)
+    no_environment.setenv("SEGMOE_BACKEND", "triton")
+    assert command._explain_backend(cpu) == "triton on cpu: SEGMOE_BACKEND says so"
+
+
+def test_doctor_fails_with_a_wrong_gradient(no_environment, capsys):
+    real = reference.combine
+
+    def wrong(expert_out, *args, **options):
+        # Right in float64, the oracle; in the checked dtype one gradient is lost.
+        if expert_out.dtype != torch.float64:
+            expert_out = torch.cat([expert_out[:, :1].detach(), expert_out[:, 1:]], 1)
+        return real(expert_out, *args, **options)
+
+    no_environment.setenv("SEGMOE_BACKEND", "reference")
+    no_environment.setattr(reference, "combine", wrong)
+    no_environment.setattr(command, "run_layer", run_eager_unbroken(real))
+    assert command.main(["doctor"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.count("FAILED") == 3
+    assert "less accurate than plain PyTorch" in captured.err
+
+
+def run_eager_unbroken(real):
+    """`run_layer` whose plain PyTorch run, the yardstick, is not the broken one."""
+    from unittest import mock
+
+    from segmoe_kernels.testing import run_layer
+
+    def run(layer, *inputs, backend=None, **options):
+        if backend is None:
+            return run_layer(layer, *inputs, **options)
+        with mock.patch.object(reference, "combine", real):
+            return run_layer(layer, *inputs, backend=backend, **options)
+
+    return run
+
+
+def test_doctor_fails_when_nothing_can_run(no_environment, capsys):
+    no_environment.setenv("SEGMOE_BACKEND", "cudnn")
+    assert command.main(["doctor"]) == 1
+    assert "expected SEGMOE_BACKEND to be one of" in capsys.readouterr().out
+
+
+def test_doctor_as_a_command():
+    result = subprocess.run(
+        [sys.executable, "-m", "segmoe_kernels", "doctor"],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=Path(segmoe_kernels.__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "backend" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["surgeon"], "invalid choice: 'surgeon'"),
+        ([], "the following arguments are required: command"),
+        (["doctor", "now"], "unrecognized arguments: now"),
+    ],
+)
+def test_main_refuses_unknown_commands(arguments, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        command.main(arguments)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("usage: python -m segmoe_kernels")
+    assert words in error

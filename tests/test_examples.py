@@ -1,0 +1,391 @@
+"""The examples: data and splits, downloads, the closed-form rows, training, resuming, FLOPs."""
+
+import gzip
+import hashlib
+import importlib
+import io
+import json
+import math
+import os
+import runpy
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+sys.path.insert(0, str(EXAMPLES))
+data = importlib.import_module("forecaster_data")
+sources = importlib.import_module("forecaster_sources")
+model = importlib.import_module("forecaster_model")
+training = importlib.import_module("forecaster_training")
+report = importlib.import_module("forecaster_report")
+script = importlib.import_module("train_forecaster")
+
+TINY = [
+    *("--data", "multiscale", "--look-back", "64", "--horizon", "8", "--d-model", "8"),
+    *("--d-ff", "8", "--num-layers", "2", "--segment-sizes", "3,2", "--epochs", "2"),
+    *("--train-fraction", "0.03", "--batch-size", "16", "--threads", "1", "--quiet"),
+]
+
+
+def find_real_data():
+    """The folder with ETTh1, where this machine has one."""
+    folders = [os.environ.get("SEGMOE_DATA"), ROOT.parent / "shared" / "data"]
+    for folder in (Path(folder) for folder in folders if folder):
+        if (folder / "ETTh1.csv").is_file() or (folder / "ETTh1.csv.gz").is_file():
+            return folder
+    return None
+
+
+REAL_DATA = find_real_data()
+
+
+@pytest.fixture
+def no_files(monkeypatch, tmp_path):
+    """An empty cache, no data folder, no network."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("SEGMOE_DATA", raising=False)
+
+    def refuse(*_args, **_kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    return tmp_path
+
+
+def csv_text(values):
+    header = ",".join(["date", *(f"c{i}" for i in range(values.shape[1]))])
+    lines = [f"2020-01-01,{','.join(f'{value:.17g}' for value in row)}" for row in values]
+    return "\n".join([header, *lines, ""])
+
+
+def serve(monkeypatch, content):
+    """Make every download return ``content``."""
+
+    class Response(io.BytesIO):
+        headers = {"Content-Length": str(len(content))}  # noqa: RUF012
+
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_args, **_kwargs: Response(content))
+
+
+# (name, rows, horizon) -> test windows of forecast_baselines.json
+@pytest.mark.parametrize(
+    ("name", "rows", "horizon", "train", "test"),
+    [
+        ("ETTh1", 17420, 96, 8033, 2785),
+        ("ETTh2", 17420, 720, 7409, 2161),
+        ("ETTm1", 69680, 96, 33953, 11425),
+        ("Weather", 52696, 96, 36280, 10444),
+        ("exchange_rate", 7588, 96, 4704, 1422),
+    ],
+)
+def test_windows_count_as_published(name, rows, horizon, train, test):
+    series = data.make_series(name, np.arange(rows, dtype=np.float64)[:, None])
+    windows = {split: data.Windows(series, split, 512, horizon) for split in ("train", "test")}
+    assert (len(windows["train"]), len(windows["test"])) == (train, test)
+
+
+def test_windows_of_test_reach_back_into_validation():
+    series = data.make_series("ETTh1", np.arange(17420.0)[:, None])
+    windows = data.Windows(series, "test", 512, 96, torch.float64)
+    past, truth = windows.batch(slice(0, 1))
+    raw = past * series.std[0] + series.mean[0]
+    assert raw[0, 0, 0] == pytest.approx(11520 - 512)
+    assert (truth * series.std[0] + series.mean[0])[0, 0, 0] == pytest.approx(11520)
+    past, truth = windows.batch(torch.tensor([len(windows) - 1]))
+    assert (truth * series.std[0] + series.mean[0])[0, 0, -1] == pytest.approx(14399)
+
+
+def test_windows_refuses_a_split_that_is_too_short():
+    series = data.make_series("short", np.zeros((100, 1)))
+    with pytest.raises(ValueError, match="val split of short must have at least"):
+        data.Windows(series, "val", 64, 20)
+
+
+def test_scaler_uses_train_rows_only():
+    values = np.random.default_rng(0).normal(3.0, 2.0, size=(1000, 2))
+    changed = values.copy()
+    changed[700:] += 50.0
+    series, other = data.make_series("some", values), data.make_series("some", changed)
+    assert np.array_equal(series.mean, other.mean)
+    assert np.array_equal(series.std, other.std)
+    np.testing.assert_allclose(series.values[:700].mean(0), 0, atol=1e-12)
+    np.testing.assert_allclose(series.values[:700].std(0), 1, atol=1e-12)
+
+
+def test_score_does_not_depend_on_the_batch_size():
+    series = data.make_series("multiscale", data.multiscale(1500, 2))
+    windows = data.Windows(series, "test", 64, 8, torch.float64)
+    scores = [data.score_repeat(windows, batch_size) for batch_size in (7, 256)]
+    past, truth = windows.batch(slice(None))
+    assert scores[0].count == scores[1].count == truth.numel()
+    assert scores[0].mse == pytest.approx(scores[1].mse, rel=1e-12)
+    assert scores[0].mse == pytest.approx(float((past[..., -1:] - truth).square().mean()))
+
+
+def test_multiscale_has_the_periods_it_names():
+    values = data.multiscale(3840, 2, seed=3)
+    assert np.array_equal(values, data.multiscale(3840, 2, seed=3))
+    assert not np.array_equal(values, data.multiscale(3840, 2, seed=4))
+    power = np.abs(np.fft.rfft(values[:, 0])) ** 2
+    median = np.median(power)
+    for period in data.MULTISCALE_PERIODS:
+        assert power[3840 // period] > 100 * median
+
+
+def test_linear_recovers_a_linear_rule():
+    time = np.arange(1000.0)
+    values = np.sin(2 * np.pi * time / 25) + 0.5 * np.sin(2 * np.pi * time / 7)
+    series = data.make_series("rule", values[:, None])
+    windows = {
+        split: data.Windows(series, split, 8, 4, torch.float64) for split in ("train", "val")
+    }
+    weight = data.fit_linear(windows["train"])
+    assert data.score_linear(weight, windows["val"]).mse < 1e-10
+    assert data.score_repeat(windows["val"]).mse > 0.1
+
+
+@pytest.mark.skipif(REAL_DATA is None, reason="needs ETTh1.csv in SEGMOE_DATA")
+def test_repeat_and_linear_rows_reproduce_the_known_scores_on_etth1():
+    series = data.load_series("ETTh1", REAL_DATA)
+    rows = script.baseline_rows(series, model.ForecasterConfig())
+    found = [(f"{row['test_mse']:.4f}", f"{row['test_mae']:.4f}") for row in rows]
+    assert found[1] == ("0.3672", "0.3915")
+    assert [f"{rows[0][key]:.3f}" for key in ("test_mse", "test_mae")] == ["1.294", "0.713"]
+
+
+@pytest.mark.skipif(REAL_DATA is None, reason="needs ETTh1.csv in SEGMOE_DATA")
+def test_digest_of_etth1_is_the_real_one():
+    path = sources.find_local("ETTh1", REAL_DATA)
+    content = path.read_bytes()
+    content = gzip.decompress(content) if path.suffix == ".gz" else content
+    assert hashlib.sha256(content).hexdigest() in sources.DATASETS["ETTh1"].sha256
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_read_values_takes_plain_and_gzipped_csv(tmp_path, zipped):
+    values = np.random.default_rng(0).normal(size=(5, 3))
+    text = csv_text(values).encode()
+    path = tmp_path / ("some.csv.gz" if zipped else "some.csv")
+    path.write_bytes(gzip.compress(text) if zipped else text)
+    assert np.array_equal(sources.read_values(path), values)
+    assert np.array_equal(data.load_series(str(path)).mean, values[:3].mean(0))
+
+
+def test_read_values_keeps_the_first_row_of_a_file_without_header(tmp_path):
+    path = tmp_path / "rates.csv"
+    path.write_text("1.5,2\n3,4\n")
+    assert sources.read_values(path).tolist() == [[1.5, 2.0], [3.0, 4.0]]
+
+
+def test_read_values_refuses_missing_values(tmp_path):
+    path = tmp_path / "holes.csv"
+    path.write_text("a,b\n1,2\n3,\n")
+    with pytest.raises(ValueError, match="without missing values"):
+        sources.read_values(path)
+
+
+def test_data_dir_comes_before_environment_and_cache(no_files, monkeypatch):
+    folders = {}
+    for place in ("given", "environment", "cache/segmoe_kernels"):
+        folders[place] = no_files / place
+        folders[place].mkdir(parents=True)
+        (folders[place] / "ETTh2.csv").write_text("a\n1\n")
+    found = [sources.find_local("ETTh2", folders["given"]).parent]
+    monkeypatch.setenv("SEGMOE_DATA", str(folders["environment"]))
+    found.append(sources.find_local("ETTh2").parent)
+    monkeypatch.delenv("SEGMOE_DATA")
+    found.append(sources.find_local("ETTh2").parent)
+    assert found == list(folders.values())
+
+
+def test_download_verifies_then_names_the_file(no_files, monkeypatch):
+    content = csv_text(np.ones((4, 2))).encode()
+    digest = hashlib.sha256(content).hexdigest()
+    dataset = sources.Dataset("some", (digest,), "https://example.org/some.csv.gz")
+    serve(monkeypatch, gzip.compress(content))
+    path = sources.download(dataset, no_files / "cache")
+    assert path == no_files / "cache" / "some.csv"
+    assert path.read_bytes() == content
+    assert os.listdir(path.parent) == ["some.csv"]
+
+
+def test_download_refuses_other_content_and_leaves_no_file(no_files, monkeypatch):
+    serve(monkeypatch, b"not the data")
+    with pytest.raises(sources.DataUnavailableError, match=r"sha256 f18de3ad.*nothing was kept"):
+        sources.find_or_download("ETTh1")
+    assert [path for path in no_files.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("name", ["ETTm2", "Weather"])
+def test_message_without_network_names_the_three_ways(no_files, name):
+    with pytest.raises(sources.DataUnavailableError) as caught:
+        sources.find_or_download(name, no_files)
+    for part in ("--data-dir", "SEGMOE_DATA", str(sources.cache_dir()), "network", "multiscale"):
+        assert part in str(caught.value)
+    assert ("Google Drive" in str(caught.value)) == (name == "Weather")
+
+
+def test_unknown_data_is_an_error_of_the_command_line(capsys):
+    assert script.main(["--data", "no_such_set"]) == 2
+    assert "--data must be one of ETTh1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["dense", "token", "segment"])
+def test_training_runs_and_writes_its_results(tmp_path, kind):
+    assert script.main([*TINY, "--ffn", kind, "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    (run,) = result["runs"]
+    assert len(run["history"]) == 2
+    assert run["history"][1]["train_loss"] < run["history"][0]["train_loss"]
+    assert run["validation"]["mse"] == min(epoch["val_mse"] for epoch in run["history"])
+    assert run["test"]["values"] == run["test"]["windows"] * 3 * 8
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    routed = {"expert_load.png", "timeline.png"} if kind != "dense" else set()
+    assert pictures == {"forecast.png"} | routed
+
+
+def test_demo_falls_back_to_multiscale_and_says_so(no_files, capsys):
+    out = no_files / "out"
+    assert script.main([*TINY[2:], "--demo", "--no-plots", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "goes on with the built-in series 'multiscale'" in printed
+    rows = json.loads((out / "result.json").read_text())["rows"]
+    names = [row["model"] for row in rows]
+    assert names == ["repeat last value", "linear, closed form", "dense", "token", "segment"]
+    assert all(name in printed for name in names)
+
+
+def make_trainer(checkpoint, *, seed=0):
+    args = script.build_parser().parse_args([*TINY, "--epochs", "3", "--seed", str(seed)])
+    config, options = script.settings_from(args)
+    series = data.make_series("multiscale", data.multiscale(1500, 2))
+    windows = script.make_windows(series, config, torch.float32)
+    torch.manual_seed(options.seed)
+    forecaster = model.Forecaster(config)
+    return training.Trainer(forecaster, windows["train"], windows["val"], options, checkpoint)
+
+
+class _StopError(Exception):
+    pass
+
+
+def test_resumed_training_equals_uninterrupted(tmp_path):
+    whole = make_trainer(tmp_path / "whole.pt")
+    whole.fit(progress=False)
+
+    cut = make_trainer(tmp_path / "cut.pt")
+    step, taken = cut._step, []
+
+    def interrupted(ids):
+        taken.append(len(ids))
+        if len(taken) == cut.steps_per_epoch + 2:  # in the middle of the second epoch
+            raise _StopError
+        return step(ids)
+
+    cut._step = interrupted
+    with pytest.raises(_StopError):
+        cut.fit(progress=False)
+    torch.manual_seed(1234)
+    resumed = make_trainer(tmp_path / "cut.pt")
+    resumed.restore(tmp_path / "cut.pt")
+    assert len(resumed.history) == 1
+    resumed.fit(progress=False)
+
+    def losses(trainer):
+        return [(epoch["train_loss"], epoch["val_mse"]) for epoch in trainer.history]
+
+    assert losses(resumed) == losses(whole)
+    assert resumed.best_epoch == whole.best_epoch
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.pt", "cut.pt"}
+
+
+def test_restore_refuses_the_checkpoint_of_another_run(tmp_path):
+    make_trainer(tmp_path / "a.pt").save(tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="must come from a run with"):
+        make_trainer(None, seed=1).restore(tmp_path / "a.pt")
+
+
+def test_resume_of_a_finished_run_scores_it_again(tmp_path, capsys):
+    results = []
+    for more in ([], ["--resume"]):
+        assert script.main([*TINY, "--no-plots", "--out", str(tmp_path), *more]) == 0
+        (run,) = json.loads((tmp_path / "result.json").read_text())["runs"]
+        results.append((run["history"], run["test"]))
+    assert results[0] == results[1]
+    assert "going on after epoch 2" in capsys.readouterr().out
+
+
+def test_training_that_diverges_says_so():
+    trainer = make_trainer(None)
+    trainer._epoch = lambda _epoch, _progress: {"val_mse": math.nan, "train_s": 1.0}
+    with pytest.raises(training.DivergedError, match="training diverged: validation MSE was nan"):
+        trainer.fit(progress=False)
+
+
+def test_training_stops_when_validation_does_not_improve():
+    trainer = make_trainer(None)
+    values = iter([3.0, 1.0, 2.0])
+    trainer._epoch = lambda _epoch, _progress: {"val_mse": next(values), "train_s": 1.0}
+    trainer.options = training.dataclasses.replace(trainer.options, patience=1, epochs=9)
+    trainer.fit(progress=False)
+    assert (len(trainer.history), trainer.best_epoch, trainer.best_val_mse) == (3, 1, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "products"),
+    [
+        ({"ffn": "dense"}, 2 * 4 * 8 * 12),
+        ({"ffn": "token"}, 4 * 8 * 5 + 2 * 4 * 8 * 6 + (2 * 4 * 8 * 6 + 4 * 8)),
+        ({"ffn": "segment", "shared_expert": None}, 6 * 8 * 5 + 2 * 4 * 8 * 6),
+        (
+            {"ffn": "segment", "shared_expert": "segment"},
+            6 * 8 * 5 + 2 * 4 * 8 * 6 + 2 * (2 * 24 * 18 + 24),
+        ),
+    ],
+)
+def test_active_flops_of_a_hand_worked_case(options, products):
+    config = model.ForecasterConfig(
+        look_back=16, horizon=3, patch=4, d_model=8, d_ff=6, num_layers=1, num_heads=2,
+        num_experts=5, segment_sizes=(3,), **options,
+    )  # fmt: skip
+    embedding, attention, head = 4 * 4 * 8, 4 * 4 * 64 + 2 * 16 * 8, 4 * 8 * 3
+    expected = 2 * (embedding + attention + products + head) / 4
+    assert model.active_flops_per_token(config) == expected
+
+
+def test_rotary_attention_depends_on_distance_only():
+    torch.manual_seed(0)
+    config = model.ForecasterConfig(look_back=64, d_model=8)
+    attention = model.Attention(config).double()
+    query, key = torch.randn(8, 4).double(), torch.randn(8, 4).double()
+    same = attention._rotate(query[:1].expand(8, 4)) @ attention._rotate(key[:1].expand(8, 4)).T
+    for distance in range(8):
+        diagonal = torch.diagonal(same, distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
+    assert not math.isclose(same[0, 0], same[0, 3])
+
+
+def test_forecast_follows_level_and_scale_of_the_window():
+    torch.manual_seed(0)
+    forecaster = model.Forecaster(
+        model.ForecasterConfig(look_back=64, segment_sizes=(3,) * 4)
+    ).eval()
+    past = torch.randn(2, 3, 64)
+    with torch.no_grad():
+        expected = forecaster(past) * 5 + 7
+        found = forecaster(past * 5 + 7)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_quickstart_runs(capsys):
+    runpy.run_path(str(EXAMPLES / "quickstart.py"), run_name="__main__")
+    assert "(8, 64, 64) -> (8, 64, 64)" in capsys.readouterr().out

@@ -1,0 +1,138 @@
+"""Who imports whom inside the package: the arrows written down here, and no other."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import segmoe_kernels
+
+PACKAGE = Path(segmoe_kernels.__file__).parent
+
+# The package itself is "", subpackages have dots. A new file or arrow has to be written down here.
+ARROWS = {
+    "": {"convert", "layer", "losses", "routing"},
+    "__main__": {"", "functional", "layer", "testing"},
+    "convert": {"layer", "validation"},
+    "functional": {"reference", "routing", "stages", "validation"},
+    "grouped_mm": set(),
+    "layer": {"functional", "losses", "reference", "routing", "validation"},
+    "losses": {"routing", "validation"},
+    "reference": {"grouped_mm", "routing"},
+    "routing": set(),
+    "testing": {"layer", "reference", "routing"},
+    "validation": {"routing"},
+    "stages": {
+        f"stages.{name}" for name in ("combine", "experts", "grouped_gemm", "permute", "route")
+    },
+    "stages.combine": set(),
+    "stages.experts": {
+        "stages.experts_fused",
+        "stages.grouped_gemm",
+        "stages.grouped_gemm_kernels",
+    },
+    "stages.experts_fused": set(),
+    "stages.grouped_gemm": {"reference", "stages.grouped_gemm_kernels"},
+    "stages.grouped_gemm_kernels": set(),
+    "stages.permute": set(),
+    "stages.route": {"stages.route_kernels"},
+    "stages.route_kernels": set(),
+    "_triton": set(),
+    "_triton.activations": set(),
+    "_triton.launch": set(),
+    "_triton.sequences": set(),
+    "_triton.tiles": set(),
+}
+FOR_STAGES = {"routing", "validation"} | {name for name in ARROWS if name.startswith("_triton")}
+FOR_TRITON = {name for name in ARROWS if name.startswith("_triton.")}
+
+
+def module_name(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(tree):
+    """Modules of the package that a syntax tree imports, and "triton" where it does."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            # "from package import x" may name a module or a thing inside the package.
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            modules = [name for name in inside if name.partition(".")[2] in MODULES]
+            found = modules or [node.module]
+        else:
+            continue
+        for name in found:
+            top, _, rest = name.partition(".")
+            if top == "segmoe_kernels":
+                yield rest
+            elif top == "triton":
+                yield "triton"
+
+
+def allowed(name):
+    if name.startswith("_triton"):
+        return ARROWS[name] | FOR_TRITON | {"triton"}
+    if name.startswith("stages."):
+        return ARROWS[name] | FOR_STAGES | {"triton"}
+    # Every module may ask whether triton is there, inside a function.
+    return ARROWS[name] | ({"triton"} if name in {"functional", "__main__"} else set())
+
+
+def test_every_module_is_in_the_table():
+    assert set(MODULES) == set(ARROWS)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_imports_only_along_the_arrows(name):
+    found = set(imports(ast.parse(MODULES[name].read_text())))
+    assert found <= allowed(name), f"{name} -> {sorted(found - allowed(name))}"
+
+
+def test_arrows_are_used():
+    for name, path in MODULES.items():
+        unused = ARROWS[name] - set(imports(ast.parse(path.read_text())))
+        assert not unused, f"{name} no longer imports {sorted(unused)}"
+
+
+def test_arrows_have_no_cycle():
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, f"cycle: {[*path, name]}"
+        if name in done:
+            return
+        path.append(name)
+        for other in ARROWS[name] - {""}:
+            visit(other)
+        path.pop()
+        done.add(name)
+
+    for name in ARROWS:
+        visit(name)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in MODULES if not name.startswith(("stages", "_triton"))]
+)
+def test_module_is_importable_without_triton(name):
+    """Stages and triton are imported inside functions only."""
+    body = ast.parse(MODULES[name].read_text()).body
+    top = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+    found = set(imports(ast.Module(body=top, type_ignores=[])))
+    assert not [other for other in found if other.startswith(("stages", "_triton", "triton"))]
+
+
+def test_imports_are_found():
+    tree = ast.parse(
+        "import triton.language as tl\n"
+        "from segmoe_kernels import reference, stages\n"
+        "def f():\n    from segmoe_kernels.stages.route import route\n"
+        "from segmoe_kernels import SegMoE\n"
+    )
+    assert set(imports(tree)) == {"triton", "reference", "stages", "stages.route", ""}

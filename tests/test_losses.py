@@ -1,0 +1,172 @@
+"""Auxiliary losses against numbers worked by hand, and their gradients."""
+
+import math
+
+import pytest
+import torch
+from torch import tensor
+
+from segmoe_kernels import Routing, SegMoE, load_balancing_loss, router_z_loss
+from segmoe_kernels.losses import inject_loss
+
+
+def make_routing(probs, ids, logits=None):
+    """A routing of float64 rows; weights are not looked at."""
+    probs = tensor(probs, dtype=torch.float64)
+    ids = tensor(ids, dtype=torch.int32)
+    logits = torch.zeros_like(probs) if logits is None else tensor(logits, dtype=torch.float64)
+    counts = torch.stack([(ids == e).sum() for e in range(probs.shape[1])]).int()
+    return Routing(logits, probs, torch.zeros(ids.shape), ids, counts)
+
+
+# f = (2/4, 1/4, 1/4), P = (0.4, 0.35, 0.25): 3 * (0.2 + 0.0875 + 0.0625) = 1.05.
+FIRST = make_routing(
+    [[0.6, 0.3, 0.1], [0.5, 0.2, 0.3], [0.2, 0.7, 0.1], [0.3, 0.2, 0.5]], [[0], [0], [1], [2]]
+)
+# Two segments, both to expert 2: P = (0.1, 0.3, 0.6): 3 * 0.6 = 1.8.
+SECOND = make_routing([[0.1, 0.4, 0.5], [0.1, 0.2, 0.7]], [[2], [2]])
+# Top 2 of 2 segments: counts (2, 1, 1), P = (0.5, 0.25, 0.25).
+TOP2 = make_routing([[0.6, 0.3, 0.1], [0.4, 0.2, 0.4]], [[0, 1], [0, 2]])
+# The second segment is masked: as if it weren't there.
+MASKED = make_routing([[0.6, 0.3, 0.1], [0, 0, 0], [0.4, 0.2, 0.4]], [[0, 1], [-1, -1], [0, 2]])
+NOTHING = make_routing([[0.0, 0.0, 0.0]], [[-1]])
+
+
+@pytest.mark.parametrize(
+    ("routings", "options", "expected"),
+    [
+        (FIRST, {}, 1.05),
+        ([FIRST], {}, 1.05),
+        (FIRST, {"normalization": "switch"}, 1.05),
+        (SECOND, {}, 1.8),
+        ([FIRST, SECOND], {"reduction": "per_layer"}, (1.05 + 1.8) / 2),
+        # All six segments: f = (2, 1, 3) / 6, P = (1.8, 2.0, 2.2) / 6.
+        ([FIRST, SECOND], {}, 3 * (2 * 1.8 + 1 * 2.0 + 3 * 2.2) / 36),
+        ((FIRST, SECOND), {"reduction": "global"}, 3 * (2 * 1.8 + 1 * 2.0 + 3 * 2.2) / 36),
+        (TOP2, {}, 3 * (0.5 * 0.5 + 0.25 * 0.25 * 2)),
+        (TOP2, {"normalization": "switch"}, 3 * (1.0 * 0.5 + 0.5 * 0.25 * 2)),
+        (MASKED, {}, 3 * (0.5 * 0.5 + 0.25 * 0.25 * 2)),
+        (MASKED, {"normalization": "switch"}, 3 * (1.0 * 0.5 + 0.5 * 0.25 * 2)),
+        ([TOP2, MASKED], {}, 3 * (0.5 * 0.5 + 0.25 * 0.25 * 2)),
+        (NOTHING, {}, 0.0),
+        ([FIRST, NOTHING], {}, 1.05),
+        ([FIRST, NOTHING], {"reduction": "per_layer"}, 1.05 / 2),
+    ],
+)
+def test_load_balancing_loss_worked(routings, options, expected):
+    loss = load_balancing_loss(routings, **options)
+    assert loss.shape == ()
+    assert loss.dtype == torch.float64
+    assert loss.item() == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_load_balancing_loss_of_balance(top_k):
+    ids = [[(s + k) % 4 for k in range(top_k)] for s in range(8)]
+    routing = make_routing([[0.25] * 4] * 8, ids)
+    assert load_balancing_loss(routing).item() == pytest.approx(1.0, rel=1e-15)
+    switch = load_balancing_loss(routing, normalization="switch")
+    assert switch.item() == pytest.approx(top_k, rel=1e-15)
+
+
+def test_load_balancing_loss_gradient_flows_through_probabilities():
+    probs = FIRST.router_probs.clone().requires_grad_()
+    routing = Routing(
+        FIRST.router_logits, probs, FIRST.topk_weights, FIRST.topk_ids, FIRST.expert_counts
+    )
+    load_balancing_loss(routing).backward()
+    # d/dp[s, e] of E * sum f_e * mean p_e is E * f_e / S.
+    expected = (3 * tensor([0.5, 0.25, 0.25]) / 4).double().expand(4, 3)
+    torch.testing.assert_close(probs.grad, expected, rtol=1e-15, atol=0)
+
+
+def test_load_balancing_loss_equals_the_layer_by_hand():
+    layer = SegMoE(4, 6, 3, segment_size=2, top_k=2, dtype=torch.float64, backend="reference")
+    mask = torch.rand(2, 9) < 0.5
+    routing = layer.forward_with_routing(torch.randn(2, 9, 4).double(), mask)[1]
+    total, count = torch.zeros(3).double(), [0, 0, 0]
+    rows = 0
+    for probs, ids in zip(routing.router_probs, routing.topk_ids.tolist(), strict=True):
+        if ids[0] >= 0:
+            rows += 1
+            total = total + probs
+            for e in ids:
+                count[e] += 1
+    assert 0 < rows < 10
+    share = tensor(count).double() / (2 * rows)
+    expected = 3 * (share * total / rows).sum()
+    torch.testing.assert_close(load_balancing_loss(routing), expected, rtol=1e-14, atol=0)
+
+
+Z_FIRST = make_routing([[0.5, 0.5]] * 2, [[0], [1]], logits=[[0.0, 0.0], [1.0, 1.0]])
+Z_SECOND = make_routing([[0.5, 0.5]], [[0]], logits=[[-math.log(2), -math.log(2)]])
+Z_MASKED = make_routing([[0.5, 0.5], [0, 0]], [[0], [-1]], logits=[[0.0, 0.0], [0.0, 0.0]])
+LN2 = math.log(2)
+
+
+@pytest.mark.parametrize(
+    ("routings", "expected"),
+    [
+        (Z_FIRST, (LN2**2 + (1 + LN2) ** 2) / 2),
+        (Z_SECOND, 0.0),
+        ([Z_FIRST, Z_SECOND], (LN2**2 + (1 + LN2) ** 2) / 3),
+        (Z_MASKED, LN2**2),
+        ([Z_MASKED, Z_FIRST], (2 * LN2**2 + (1 + LN2) ** 2) / 3),
+        (NOTHING, 0.0),
+    ],
+)
+def test_router_z_loss_worked(routings, expected):
+    loss = router_z_loss(routings)
+    assert loss.shape == ()
+    assert loss.item() == pytest.approx(expected, rel=1e-14, abs=1e-30)
+
+
+def test_router_z_loss_gradient():
+    logits = tensor([[0.0, 0.0], [7.0, 7.0]], dtype=torch.float64, requires_grad=True)
+    ids = tensor([[0], [-1]], dtype=torch.int32)
+    routing = Routing(logits, torch.zeros(2, 2), torch.zeros(2, 1), ids, tensor([1, 0]))
+    router_z_loss(routing).backward()
+    # 2 * logsumexp * softmax where routed, 0 where masked.
+    expected = tensor([[LN2, LN2], [0.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(logits.grad, expected, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("loss", [load_balancing_loss, router_z_loss])
+def test_losses_pass_gradcheck(loss):
+    def of_weight(weight, x):
+        layer = SegMoE(2, 2, 3, segment_size=2, top_k=2, dtype=torch.float64, backend="reference")
+        state = {"router.weight": weight}
+
+        class Wrapped(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = layer
+
+            def forward(self, inputs):
+                return loss(self.layer.forward_with_routing(inputs)[1])
+
+        names = {f"layer.{key}": value for key, value in state.items()}
+        return torch.func.functional_call(Wrapped(), names, (x,))
+
+    weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(1, 6, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(of_weight, (weight, x))
+
+
+def test_inject_loss_passes_values_and_adds_the_gradient():
+    y = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    out = inject_loss(y * 2, (weight * tensor([3.0, 5.0])).sum())
+    assert torch.equal(out, y * 2)
+    dy = torch.randn(3, 4).double()
+    (out * dy).sum().backward()
+    assert torch.equal(y.grad, 2 * dy)
+    assert torch.equal(weight.grad, tensor([3.0, 5.0]).double())
+
+
+def test_inject_loss_of_low_precision_output():
+    y = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.ones((), dtype=torch.float32, requires_grad=True)
+    inject_loss(y * 1, weight * 3).sum().backward()
+    assert weight.grad == 3
+    assert weight.grad.dtype == torch.float32

@@ -1,0 +1,78 @@
+"""The choice of backend: by device, by what is installed, by the environment."""
+
+import builtins
+import sys
+
+import pytest
+import torch
+
+from segmoe_kernels import functional
+from segmoe_kernels.functional import resolve_backend
+
+
+@pytest.fixture
+def no_environment(monkeypatch):
+    for name in ("SEGMOE_BACKEND", "TRITON_INTERPRET"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.usefixtures("no_environment")
+def test_resolve_backend_on_cpu_is_the_reference():
+    x = torch.zeros(1)
+    assert resolve_backend("auto", x) == "reference"
+    assert resolve_backend("reference", x) == "reference"
+    with pytest.raises(RuntimeError, match=r"needs a GPU, got cpu tensors.*TRITON_INTERPRET=1"):
+        resolve_backend("triton", x)
+
+
+def test_resolve_backend_under_the_interpreter(no_environment):
+    no_environment.setenv("TRITON_INTERPRET", "1")
+    assert resolve_backend("triton", torch.zeros(1)) == "triton"
+    assert resolve_backend("auto", torch.zeros(1)) == "reference"
+
+
+def test_resolve_backend_environment_overrides_auto(no_environment):
+    no_environment.setenv("TRITON_INTERPRET", "1")
+    no_environment.setenv("SEGMOE_BACKEND", "triton")
+    assert resolve_backend("auto", torch.zeros(1)) == "triton"
+    assert resolve_backend("reference", torch.zeros(1)) == "reference"
+    no_environment.delenv("TRITON_INTERPRET")
+    with pytest.raises(RuntimeError, match="backend='triton'"):
+        resolve_backend("auto", torch.zeros(1))
+    no_environment.setenv("SEGMOE_BACKEND", "cudnn")
+    with pytest.raises(ValueError, match=r"expected SEGMOE_BACKEND to be one of .*got 'cudnn'"):
+        resolve_backend("auto", torch.zeros(1))
+
+
+@pytest.mark.usefixtures("no_environment")
+def test_resolve_backend_of_other_devices_is_the_reference():
+    x = torch.zeros(1, device="meta")
+    assert resolve_backend("auto", x) == "reference"
+    with pytest.raises(RuntimeError, match="needs a CUDA or ROCm device, got meta tensors"):
+        resolve_backend("triton", x)
+
+
+def test_resolve_backend_without_triton(no_environment):
+    no_environment.setitem(sys.modules, "triton", None)
+    no_environment.setattr(functional, "_WARNED", set())
+
+    class OnGPU:
+        device = torch.device("cuda", 0)
+
+    with pytest.warns(RuntimeWarning, match="the reference runs.*pip install triton"):
+        assert resolve_backend("auto", OnGPU()) == "reference"
+    assert resolve_backend("auto", OnGPU()) == "reference"  # warned once
+    with pytest.raises(RuntimeError, match="needs the triton package"):
+        resolve_backend("triton", OnGPU())
+
+
+def test_resolve_backend_reference_imports_no_triton(no_environment):
+    real = builtins.__import__
+
+    def guarded(name, *args, **options):
+        assert not name.startswith("triton")
+        return real(name, *args, **options)
+
+    no_environment.setattr(builtins, "__import__", guarded)
+    assert resolve_backend("reference", torch.zeros(1)) == "reference"

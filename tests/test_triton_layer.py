@@ -1,0 +1,288 @@
+"""The whole layer on the Triton backend against the float64 oracle, every option."""
+
+import itertools
+
+import pytest
+import torch
+
+from segmoe_kernels import SegMoE
+from segmoe_kernels.testing import (
+    assert_as_accurate,
+    make_inputs,
+    oracle,
+    route_ids,
+    run_layer,
+)
+
+pytest.importorskip("triton")
+
+SHAPE = (2, 11, 8)
+DEFAULTS = {"d_model": 8, "d_ff": 20, "num_experts": 4, "top_k": 2, "segment_size": 3}
+OPTIONS = [
+    {},
+    {"top_k": 1},
+    {"top_k": 4},
+    {"num_experts": 1, "top_k": 1},
+    {"num_experts": 5, "top_k": 3, "segment_size": 1},
+    {"segment_size": 20},
+    {"segment_size": 4, "shared_expert": None},
+    {"shared_expert": "token"},
+    {"gated": True, "activation": "silu"},
+    {"gated": True, "activation": "relu", "bias": True},
+    {"bias": True, "shared_expert": None, "top_k": 1},
+    {"activation": "gelu_tanh"},
+    {"activation": "relu", "renormalize": False},
+    {"renormalize": True, "top_k": 1},
+    {"router_temperature": 0.6},
+    {"pooling": "mean"},
+    {"pooling": "max"},
+    {"pooling": "first"},
+    {"pooling": "last"},
+    {"causal": True, "shared_expert": "token"},
+    {"causal": True, "shared_expert": None, "pooling": "mean"},
+    {"expert_scope": "segment"},
+    {"expert_scope": "segment", "gated": True, "bias": True, "activation": "silu"},
+    {"expert_scope": "segment", "pooling": "max", "shared_expert": None, "top_k": 1},
+    {"expert_scope": "projected", "bias": True},
+    {"num_experts": 0},
+]
+
+
+def make_layer(dtype=torch.float32, device="cpu", **options):
+    torch.manual_seed(1)
+    settings = {**DEFAULTS, **options}
+    layer = SegMoE(**settings, backend="triton", dtype=dtype, device=device)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if "bias" in name:
+                parameter.normal_()
+    return layer.eval()
+
+
+def name_of(options):
+    return "-".join(f"{k}={v}" for k, v in options.items()) or "defaults"
+
+
+@pytest.mark.parametrize("masked", [0.0, 0.35], ids=["full", "masked"])
+@pytest.mark.parametrize("options", OPTIONS, ids=name_of)
+def test_layer_equals_reference_in_float64(options, masked, device):
+    layer = make_layer(torch.float64, device, **options)
+    inputs = make_inputs(*SHAPE, dtype=torch.float64, device=device, masked=masked)
+    if masked:
+        inputs.padding_mask[0, :3] = False
+        inputs.padding_mask[1] = False
+    actual = run_layer(layer, *inputs)
+    expected = run_layer(layer, *inputs, backend="reference")
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-11, atol=1e-11, msg=name)
+
+
+def check_accuracy(layer, inputs):
+    ids = route_ids(layer, *inputs)
+    actual = run_layer(layer, *inputs)
+    eager = run_layer(layer, *inputs, backend="reference", topk_ids=ids)
+    exact = oracle(layer, *inputs, topk_ids=ids)
+    assert_as_accurate(actual, eager, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"top_k": 1, "bias": True},
+        {"gated": True, "activation": "silu", "bias": True},
+        {"expert_scope": "segment", "pooling": "mean"},
+        {"shared_expert": "token", "pooling": "max", "causal": True},
+        {"activation": "gelu_tanh", "shared_expert": None},
+    ],
+    ids=name_of,
+)
+def test_layer_is_as_accurate_as_eager(options, dtype, device):
+    layer = make_layer(dtype, device, d_model=24, d_ff=72, **options)
+    check_accuracy(layer, make_inputs(4, 37, 24, dtype=dtype, device=device, masked=0.1))
+
+
+@pytest.mark.parametrize("width", [64, 130, 300], ids=["fused", "fused padded", "two products"])
+def test_layer_is_as_accurate_as_eager_beyond_one_tile(width, device):
+    layer = make_layer(torch.float32, device, d_model=width, d_ff=2 * width, segment_size=5)
+    check_accuracy(layer, make_inputs(3, 66, width, device=device))
+
+
+@pytest.mark.parametrize("scope", ["token", "segment", "projected"])
+def test_layer_handles_an_expert_that_takes_all(scope, device):
+    layer = make_layer(torch.float64, device, top_k=1, expert_scope=scope, pooling="concat")
+    with torch.no_grad():
+        layer.router.weight.zero_()  # ties: the lowest expert takes every segment
+    inputs = make_inputs(*SHAPE, dtype=torch.float64, device=device)
+    assert torch.equal(route_ids(layer, *inputs), torch.zeros(8, 1, dtype=torch.int32).to(device))
+    actual = run_layer(layer, *inputs)
+    expected = run_layer(layer, *inputs, backend="reference")
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-11, atol=1e-11, msg=name)
+    assert not actual["dexperts.up_proj"][1:].any()
+
+
+@pytest.mark.parametrize("shape", [(0, 7, 8), (2, 0, 8), (1, 1, 8), (5, 8), (2, 3, 7, 8)], ids=str)
+@pytest.mark.parametrize("scope", ["token", "segment", "projected"])
+def test_layer_takes_any_leading_shape(scope, shape, device):
+    layer = make_layer(torch.float64, device, expert_scope=scope)
+    inputs = make_inputs(*shape, dtype=torch.float64, device=device)
+    actual = run_layer(layer, *inputs)
+    expected = run_layer(layer, *inputs, backend="reference")
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-11, atol=1e-11, msg=name)
+
+
+def strided(x):
+    """The same numbers with other strides: transposed, sliced, expanded."""
+    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan, dtype=x.dtype, device=x.device)
+    wide[..., ::2] = x
+    yield wide[..., ::2]
+    yield x.transpose(0, 1).contiguous().transpose(0, 1)
+    yield x.transpose(1, 2).contiguous().transpose(1, 2)
+    long = torch.full((x.shape[0], x.shape[1] + 5, x.shape[2]), torch.nan, dtype=x.dtype)
+    long = long.to(x.device)
+    long[:, 2:-3] = x
+    yield long[:, 2:-3]
+
+
+@pytest.mark.parametrize("scope", ["token", "segment"])
+def test_layer_reads_any_strides(scope, device):
+    layer = make_layer(torch.float64, device, expert_scope=scope)
+    x, dy, _ = make_inputs(*SHAPE, dtype=torch.float64, device=device)
+    expected = run_layer(layer, x, dy)
+    for x_strided, dy_strided in zip(strided(x), strided(dy), strict=True):
+        leaf = x_strided.detach().requires_grad_()
+        y = layer(leaf)
+        (dx,) = torch.autograd.grad(y, leaf, dy_strided)
+        assert torch.equal(y, expected["y"])
+        assert torch.equal(dx, expected["dx"])
+    one = dy[:1, :1].expand(dy.shape)
+    leaf = x.detach().requires_grad_()
+    (dx,) = torch.autograd.grad(layer(leaf), leaf, one)
+    assert torch.equal(dx, run_layer(layer, x, one.contiguous())["dx"])
+
+
+@pytest.mark.parametrize("scope", ["token", "segment", "projected"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_layer_passes_gradcheck(scope, gated, device):
+    layer = make_layer(
+        torch.float64, device, expert_scope=scope, gated=gated, d_model=3, d_ff=4, bias=True
+    )
+    x = torch.randn(1, 5, 3, dtype=torch.float64, device=device, requires_grad=True)
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+
+    def run(x, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True)
+
+
+@pytest.mark.parametrize("order", ["reverse", "shuffled 1", "shuffled 2"])
+@pytest.mark.interpreter
+def test_layer_does_not_depend_on_program_order(order, program_order):
+    options = {"gated": True, "activation": "silu", "bias": True, "segment_size": 2}
+    for scope, shared in itertools.product(["token", "segment"], ["segment", None]):
+        layer = make_layer(expert_scope=scope, shared_expert=shared, **options)
+        inputs = make_inputs(3, 90, 8, masked=0.2)
+        expected = run_layer(layer, *inputs)
+        kind, seed = order.split()[0], ord(order[-1])
+        with program_order(kind, seed):
+            actual = run_layer(layer, *inputs)
+        for name, value in expected.items():
+            assert torch.equal(actual[name], value), name
+
+
+def test_layer_repeats_bitwise(device):
+    layer = make_layer(torch.float32, device, d_model=16)
+    inputs = make_inputs(4, 60, 16, device=device)
+    first, second = run_layer(layer, *inputs), run_layer(layer, *inputs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_frozen_parameters_get_no_gradient_and_change_no_other(device):
+    layer = make_layer(torch.float64, device, bias=True, gated=True, shared_expert=None)
+    inputs = make_inputs(*SHAPE, dtype=torch.float64, device=device)
+    full = run_layer(layer, *inputs)
+    names = [name for name, _ in layer.named_parameters()]
+    for frozen in itertools.chain.from_iterable(
+        itertools.combinations(names, n) for n in (1, 2, len(names) - 1, len(names))
+    ):
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        some = run_layer(layer, *inputs)
+        assert some.keys() == full.keys() - {f"d{name}" for name in frozen}
+        assert all(torch.equal(some[name], full[name]) for name in some)
+
+
+@pytest.mark.parametrize("scope", ["token", "segment"])
+def test_dropout_backward_sees_the_mask_of_forward(scope, device):
+    layer = make_layer(
+        torch.float64, device, expert_scope=scope, d_model=3, d_ff=6, dropout=0.4,
+        router_dropout=0.3, shared_expert=None, gated=True,
+    ).train()  # fmt: skip
+    x = torch.randn(1, 6, 3, dtype=torch.float64, device=device, requires_grad=True)
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+
+    def run(x, *values):
+        torch.manual_seed(5)
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True)
+
+
+def test_dropout_keeps_the_mean_and_the_rate(device):
+    layer = SegMoE(
+        1, 4000, 1, dropout=0.25, shared_expert=None, activation="relu", backend="triton",
+        device=device,
+    )  # fmt: skip
+    with torch.no_grad():
+        layer.experts.up_proj.fill_(1)
+        layer.experts.down_proj.fill_(1 / 4000)
+    y = layer(torch.ones(1, 30, 1, device=device))
+    # Each step is a mean of 4000 independent 0 or 4/3: standard deviation 0.0091.
+    assert (y - 1).abs().max() < 5 * 0.0092
+    assert y.unique().numel() > 15  # steps differ
+    kept = (y * 4000 * 0.75).round()
+    assert torch.allclose(kept, y * 4000 * 0.75, atol=0.05)
+    assert torch.equal(layer.eval()(torch.ones(1, 3, 1, device=device)).round(decimals=4).unique(),
+                       torch.ones(1, device=device))  # fmt: skip
+
+
+def test_second_derivatives_are_refused(device):
+    layer = make_layer(torch.float64, device, shared_expert=None)
+    x = torch.randn(1, 6, 8, dtype=torch.float64, device=device, requires_grad=True)
+    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        dx.square().sum().backward()
+
+
+def test_nan_stays_in_its_segment(device):
+    layer = make_layer(torch.float32, device, top_k=2, segment_size=3)
+    x, dy, _ = make_inputs(2, 12, 8, device=device)
+    clean = run_layer(layer, x, dy)
+    x[1, 4] = torch.nan
+    dirty = run_layer(layer, x, dy)
+    hit = torch.zeros(2, 12, dtype=torch.bool, device=device)
+    hit[1, 3:6] = True
+    for name in ("y", "dx"):
+        assert torch.equal(dirty[name][~hit], clean[name][~hit])
+        assert dirty[name][hit].isnan().any(-1).all()
+    ids = layer.forward_with_routing(x)[1].topk_ids
+    assert ((ids >= 0) & (ids < 4)).all()
+
+
+def test_masked_steps_are_never_read(device):
+    layer = make_layer(torch.float32, device, pooling="mean")
+    x, dy, mask = make_inputs(2, 12, 8, device=device, masked=0.4)
+    clean = run_layer(layer, x, dy, mask)
+    dirty = run_layer(
+        layer, x.masked_fill(~mask[..., None], torch.nan),
+        dy.masked_fill(~mask[..., None], torch.nan), mask,
+    )  # fmt: skip
+    for name, value in clean.items():
+        assert torch.equal(dirty[name], value), name
+    assert not clean["y"][~mask].any()
+    assert not clean["dx"][~mask].any()

@@ -1,0 +1,88 @@
+"""Wrong calls: the exception, the words of its message, and that no message lacks a test."""
+
+import ast
+import traceback
+from pathlib import Path
+
+import bad_calls
+import bad_options
+import pytest
+import torch
+
+import segmoe_kernels
+from segmoe_kernels import SegMoE, functional
+
+ROWS = [*bad_calls.ROWS, *bad_options.ROWS]
+PACKAGE = Path(segmoe_kernels.__file__).parent
+CHECKED = ["validation", "layer", "functional", "losses", "convert", "testing"]
+# Messages about the machine; tested in test_functional.py.
+ELSEWHERE = {"resolve_backend"}
+
+
+@pytest.mark.parametrize(
+    ("call", "exception", "words"), [row[1:] for row in ROWS], ids=[r[0] for r in ROWS]
+)
+def test_bad_call_is_refused(call, exception, words):
+    with pytest.raises(exception) as caught:
+        call()
+    assert type(caught.value) is exception
+    message = str(caught.value)
+    assert message.startswith("segmoe_kernels.")
+    for word in words:
+        assert word in message, message
+
+
+def raising_lines():
+    """``(file, first line, last line)`` of each statement that raises a message of ours."""
+    for module in CHECKED:
+        path = PACKAGE / f"{module}.py"
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(function, ast.FunctionDef) or function.name in ELSEWHERE:
+                continue
+            if function.name.startswith("fail_") or function.name == "assert_as_accurate":
+                continue
+            for node in ast.walk(function):
+                name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+                if isinstance(node, ast.Raise) or name.split(".")[-1].startswith("fail_"):
+                    yield str(path), node.lineno, node.end_lineno
+
+
+def test_every_message_has_a_row():
+    reached = set()
+    for _, call, exception, _ in ROWS:
+        with pytest.raises(exception) as caught:
+            call()
+        frames = traceback.extract_tb(caught.value.__traceback__)
+        reached |= {(frame.filename, frame.lineno) for frame in frames}
+    sites = set(raising_lines())
+    assert len(sites) > 50
+    missed = [
+        (Path(path).name, first)
+        for path, first, last in sorted(sites)
+        if not any((path, line) in reached for line in range(first, last + 1))
+    ]
+    assert not missed
+
+
+def test_row_names_are_unique():
+    names = [row[0] for row in ROWS]
+    assert len(set(names)) == len(names)
+
+
+def test_bad_call_leaves_inputs_alone():
+    layer = SegMoE(4, 6, 3)
+    x = torch.randn(2, 5, 4)
+    before = x.clone()
+    with pytest.raises(ValueError, match="padding_mask"):
+        layer(x, torch.ones(2, 4, dtype=torch.bool))
+    assert torch.equal(x, before)
+    assert x._version == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_checks_look_at_metadata_only(device):
+    """The same message whether or not the tensors hold numbers."""
+    x = torch.zeros(2, 5, 4, device=device)
+    weight = torch.zeros(3, 4, device=device)
+    with pytest.raises(ValueError, match=r"expected router_weight to have shape \(3, 12\)"):
+        functional.route(x, weight, segment_size=3, top_k=1)
