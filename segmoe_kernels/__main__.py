@@ -15,7 +15,14 @@ from segmoe_kernels.functional import resolve_backend
 from segmoe_kernels.layer import SegMoE
 from segmoe_kernels.testing import assert_as_accurate, make_inputs, oracle, route_ids, run_layer
 
-VARIABLES = ("SEGMOE_BACKEND", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
+VARIABLES = (
+    "SEGMOE_BACKEND",
+    "SEGMOE_PLAN",
+    "SEGMOE_BACKWARD",
+    "SEGMOE_SHARED",
+    "TRITON_INTERPRET",
+    "CUDA_VISIBLE_DEVICES",
+)
 NAME_WIDTH = 24
 
 # Small layers that together pass through every stage.

@@ -16,6 +16,8 @@ __all__ = ["load_official", "segment_schedule", "to_official"]
 # Sequential(Rearrange, FFN, Rearrange) that wraps the experts of MoESegment.
 _EXPERT_KEY = re.compile(r"experts\.(\d+)\.(1\.)?(up|gate|down)_proj\.(weight|bias)")
 _SHARED_KEY = re.compile(r"shared_expert\.(up|gate|down)_(proj|conv)\.(weight|bias)")
+# Where a model's layers begin: at their experts, or at the shared one.
+_INSIDE_A_MODEL = re.compile(r"(.*?\.)(?:experts\.\d+|shared_expert)\.")
 _OTHER_KEYS = {
     "gating.weight": "router.weight",
     "shared_gating.weight": "shared_gate.weight",
@@ -69,6 +71,8 @@ def _sort_keys(state_dict: Mapping[str, Tensor], prefix: str) -> _Official:
         hint = ""
         if any(".dw_conv." in key or ".pw_conv." in key for key in leftovers):
             hint = " ('dwconv' shared experts mix segments and have no counterpart here)"
+        elif layers := {m[1] for key in leftovers if (m := _INSIDE_A_MODEL.match(key))}:
+            hint = f" (for one inside a model pass prefix={prefix + min(layers)!r})"
         rule = f"have only keys of an official Seg-MoE layer{hint}"
         check.fail_value("load_official", "state_dict", rule, f"also {sorted(leftovers)}")
     return _Official(experts, others)

@@ -4,11 +4,9 @@ Every function checks its arguments, then hands them to the reference (plain PyT
 Triton kernels; both have the same names and give the same results.
 """
 
-import math
 import os
 import warnings
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -368,8 +366,10 @@ def seg_moe(
 ) -> tuple[Tensor, Routing]:
     """The whole layer: route, permute, run the experts, combine with the shared path.
 
-    Dense products that belong to no expert (the shared expert, the projections of
-    ``expert_scope="projected"``) run as PyTorch's own GEMMs on both backends.
+    The projections of ``expert_scope="projected"`` run as PyTorch's own GEMMs on both backends. So
+    do the shared expert's by default, with kernels of ours around them on the Triton backend; the
+    environment variable SEGMOE_SHARED=fused takes kernels for the products too, and SEGMOE_PLAN
+    the execution plan of the routed part (block, grouped).
 
     Under ``torch.autocast`` the router stays in float32, the products run in the autocast dtype
     and the result has the dtype of x.
@@ -416,138 +416,44 @@ def seg_moe(
         check.check_projections(
             x, segment_size, expert_scope, pooling, in_proj, out_proj, router_start
         )
-    batch_shape, (length, d_model) = x.shape[:-2], x.shape[-2:]
-    batch = math.prod(batch_shape)  # not numel(), which export would make a constant
-    sequences = x.reshape(batch, length, d_model)
-    mask = None if padding_mask is None else padding_mask.reshape(batch, length)
-    compute_dtype = x.dtype
-    kind = x.device.type
-    has_autocast = torch.amp.is_autocast_available(kind)  # the meta device has none
-    if has_autocast and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        compute_dtype = torch.get_autocast_dtype(kind)
-        experts = experts.to(compute_dtype)
-        shared = None if shared is None else shared.to(compute_dtype)
-        router_weight = router_weight.to(x.dtype)
-
-    options: dict[str, Any] = {
-        "top_k": top_k,
-        "pooling": pooling,
-        "activation": activation,
-        "dropout": dropout,
-        "router_dropout": router_dropout,
-        "router_temperature": router_temperature,
-        "renormalize": renormalize,
-        "router_start": router_start,
-        "shared_gate": shared_gate,
-        "compute_dtype": compute_dtype,
-        "backend": backend,
-    }
-    if expert_scope == "projected" and in_proj is not None and out_proj is not None:
-        # A projected segment is one token of width D: the rest of the layer sees P = 1.
-        rows = reference.segments(sequences, segment_size, mask).flatten(-2)
-        # Back from the autocast dtype: the router sees x's.
-        tokens = torch.nn.functional.linear(rows, *in_proj).to(x.dtype)
-        real = None
-        if mask is not None:
-            real = reference.valid_steps(sequences, segment_size, mask).any(-1)
-        y, routing = _run(
-            tokens, router_weight, experts, shared, real, "token", segment_size=1, **options
-        )
-        y = torch.nn.functional.linear(y.to(tokens.dtype), *out_proj)
-        y = y.unflatten(-1, (segment_size, d_model)).flatten(1, 2)[:, :length]
-        if mask is not None:
-            y = y.masked_fill(~mask[..., None], 0)
-    else:
-        y, routing = _run(
-            sequences,
-            router_weight,
-            experts,
-            shared,
-            mask,
-            expert_scope,
-            segment_size=segment_size,
-            **options,
-        )
-    return y.to(x.dtype).reshape(x.shape), routing
-
-
-def _run(
-    x: Tensor,
-    router_weight: Tensor,
-    experts: FFNWeights,
-    shared: FFNWeights | None,
-    padding_mask: Tensor | None,
-    expert_scope: str,
-    *,
-    segment_size: int,
-    top_k: int,
-    pooling: str,
-    activation: str,
-    dropout: float,
-    router_dropout: float,
-    router_temperature: float,
-    renormalize: bool | None,
-    router_start: Tensor | None,
-    shared_gate: Tensor | None,
-    compute_dtype: torch.dtype,
-    backend: str,
-) -> tuple[Tensor, Routing]:
-    """The stages, in order, on (B, T, D)."""
+    router_weight, experts, shared, compute_dtype = reference.autocast_weights(
+        x, router_weight, experts, shared
+    )
     if not torch.compiler.is_compiling():
+        # A projected segment is one token of width D: the rest of the layer sees P = 1.
+        projected = expert_scope == "projected"
+        steps = 1 if projected else segment_size
         num_experts = router_weight.shape[0] if isinstance(router_weight, Tensor) else 0
-        width = x.shape[-1] * (segment_size if expert_scope == "segment" else 1)
-        rows = x.to(compute_dtype)[:0] if compute_dtype != x.dtype else x
-        check.check_route("seg_moe", x, router_weight, segment_size, top_k, pooling, router_start)
+        width = x.shape[-1] * (steps if expert_scope == "segment" else 1)
+        empty = x.new_empty(0, 0, x.shape[-1])
+        rows = empty.to(compute_dtype)
+        check.check_route("seg_moe", empty, router_weight, steps, top_k, pooling, router_start)
         check.check_positive("seg_moe", "router_temperature", router_temperature)
         check.check_probability("seg_moe", "router_dropout", router_dropout)
         check.check_probability("seg_moe", "dropout", dropout)
         check.check_flag("seg_moe", "renormalize", renormalize, optional=True)
         check.check_choice("seg_moe", "activation", activation, check.ACTIVATIONS)
         check.check_ffn("seg_moe", "experts", experts, rows, width, num_experts)
-        check.check_shared(rows, shared, shared_gate, segment_size)
-    stages = _stages(backend, x)
-    routed, weights, tokens = stages.route_and_pass(
+        check.check_shared(rows, shared, shared_gate, steps)
+    return reference.run_stages(
+        _stages(backend, x),
         x,
         router_weight,
-        segment_size=segment_size,
-        top_k=top_k,
-        pooling=pooling,
-        router_temperature=router_temperature,
-        router_dropout=router_dropout,
-        renormalize=renormalize,
-        router_start=router_start,
-        padding_mask=padding_mask,
-    )
-    permutation = stages.permute(routed.topk_ids, router_weight.shape[0], routed.block_counts)
-    expert_out = stages.expert_ffn(
-        tokens.to(compute_dtype),
-        # Whole segments have one row, hence one weight, for each slot.
-        weights if expert_scope == "token" else routed.topk_weights,
-        permutation,
         experts,
+        shared,
+        compute_dtype,
         segment_size=segment_size,
         expert_scope=expert_scope,
+        shared_gate=shared_gate,
+        in_proj=in_proj,
+        out_proj=out_proj,
+        padding_mask=padding_mask,
         activation=activation,
         dropout=dropout,
-        padding_mask=padding_mask,
+        top_k=top_k,
+        pooling=pooling,
+        router_dropout=router_dropout,
+        router_temperature=router_temperature,
+        renormalize=renormalize,
+        router_start=router_start,
     )
-    shared_out = shared_gate_logits = None
-    if shared is not None and shared_gate is not None:
-        shared_out, shared_gate_logits = reference.shared_expert(
-            x.to(compute_dtype),
-            shared,
-            shared_gate.to(compute_dtype),
-            segment_size=shared.up_proj.shape[-1] // x.shape[-1],
-            activation=activation,
-            dropout=dropout,
-            padding_mask=padding_mask,
-        )
-    y = stages.combine(expert_out, shared_out, shared_gate_logits, padding_mask=padding_mask)
-    routing = Routing(
-        routed.router_logits,
-        routed.router_probs,
-        routed.topk_weights,
-        routed.topk_ids,
-        permutation.expert_counts,
-    )
-    return y, routing

@@ -6,6 +6,8 @@ and nothing waits for the device while it is traced. Semantics: ``MoESegment`` o
 """
 
 import contextlib
+import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +17,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from segmoe_kernels.grouped_mm import gather_rows, grouped_mm
-from segmoe_kernels.routing import FFNWeights, Permutation, RouterOutput
+from segmoe_kernels.routing import FFNWeights, Permutation, RouterOutput, Routing
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -120,19 +122,7 @@ def route(
     return RouterOutput(router_logits, router_probs, topk_weights, topk_ids.int())
 
 
-def route_and_pass(
-    x: Tensor, router_weight: Tensor, **options: Any
-) -> tuple[RouterOutput, Tensor, Tensor]:
-    """`route`, and what `expert_ffn` takes of it: the weights and x."""
-    routed = route(x, router_weight, **options)
-    return routed, routed.topk_weights, x
-
-
-def permute(
-    topk_ids: Tensor,
-    num_experts: int,
-    block_counts: Tensor | None = None,  # noqa: ARG001  the kernels' shortcut, of no use here
-) -> Permutation:
+def permute(topk_ids: Tensor, num_experts: int) -> Permutation:
     """Stage 2: group the slots by expert, stable. See `functional.permute`."""
     ids = topk_ids.reshape(-1)
     ids = torch.where(ids < 0, num_experts, ids)
@@ -213,6 +203,56 @@ def expert_ffn(
     return out
 
 
+def routed_experts(
+    x: Tensor,
+    router_weight: Tensor,
+    experts: FFNWeights,
+    *,
+    segment_size: int,
+    top_k: int,
+    pooling: str = "concat",
+    expert_scope: str = "token",
+    activation: str = "gelu",
+    dropout: float = 0.0,
+    router_dropout: float = 0.0,
+    router_temperature: float = 1.0,
+    renormalize: bool | None = None,
+    router_start: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+) -> tuple[Tensor, RouterOutput, Tensor]:
+    """Stages 1 to 3 in order; the experts run in the dtype of their weights.
+
+    Returns:
+        ``(expert_out, routed, expert_counts)``: the weighted outputs, (top_k, B, T, D), or
+        (1, B, T, D) where a plan has summed them; RouterOutput; (E,) int32.
+    """
+    routed = route(
+        x,
+        router_weight,
+        segment_size=segment_size,
+        top_k=top_k,
+        pooling=pooling,
+        router_temperature=router_temperature,
+        router_dropout=router_dropout,
+        renormalize=renormalize,
+        router_start=router_start,
+        padding_mask=padding_mask,
+    )
+    permutation = permute(routed.topk_ids, router_weight.shape[0])
+    expert_out = expert_ffn(
+        x.to(experts.up_proj.dtype),
+        routed.topk_weights,
+        permutation,
+        experts,
+        segment_size=segment_size,
+        expert_scope=expert_scope,
+        activation=activation,
+        dropout=dropout,
+        padding_mask=padding_mask,
+    )
+    return expert_out, routed, permutation.expert_counts
+
+
 def dense_ffn(x: Tensor, weights: FFNWeights, activation: str, dropout: float = 0.0) -> Tensor:
     """One FFN on every row: (..., D) -> (..., D). Also the GEMMs of the Triton backend."""
     function = ACTIVATION_FUNCTIONS[activation]
@@ -270,3 +310,192 @@ def combine(
             shared if padding_mask is None else shared.masked_fill(~padding_mask[..., None], 0)
         )
     return y
+
+
+def shared_combine(
+    expert_out: Tensor,
+    x: Tensor,
+    shared: FFNWeights,
+    shared_gate: Tensor,
+    *,
+    segment_size: int,
+    activation: str = "gelu",
+    dropout: float = 0.0,
+    padding_mask: Tensor | None = None,
+) -> Tensor:
+    """Stage 4 with a shared expert: `shared_expert`, then `combine`.
+
+    Args:
+        expert_out: (top_k, B, T, D), already weighted, 0 where masked.
+        x: (B, T, D).
+        shared: FFN of width ``segment_size * D``.
+        shared_gate: (1, segment_size * D).
+        segment_size: steps that one row of the FFN sees; 1 for a token-wise shared expert.
+        activation: see `functional.expert_ffn`.
+        dropout: probability, after the activation.
+        padding_mask: (B, T) bool or None.
+
+    Returns:
+        (B, T, D), dtype of expert_out.
+    """
+    shared_out, gate_logits = shared_expert(
+        x,
+        shared,
+        shared_gate,
+        segment_size=segment_size,
+        activation=activation,
+        dropout=dropout,
+        padding_mask=padding_mask,
+    )
+    return combine(expert_out, shared_out, gate_logits, padding_mask=padding_mask)
+
+
+def autocast_weights(
+    x: Tensor, router_weight: Tensor, experts: FFNWeights, shared: FFNWeights | None
+) -> tuple[Tensor, FFNWeights, FFNWeights | None, torch.dtype]:
+    """Weights as ``torch.autocast`` wants them, and the dtype that products run in.
+
+    The router stays in the dtype of x; without autocast, or in float64, nothing changes.
+    """
+    kind = x.device.type
+    has_autocast = torch.amp.is_autocast_available(kind)  # the meta device has none
+    if not has_autocast or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return router_weight, experts, shared, x.dtype
+    dtype = torch.get_autocast_dtype(kind)
+    shared = None if shared is None else shared.to(dtype)
+    return router_weight.to(x.dtype), experts.to(dtype), shared, dtype
+
+
+def run_stages(
+    stages: Any,
+    x: Tensor,
+    router_weight: Tensor,
+    experts: FFNWeights,
+    shared: FFNWeights | None,
+    compute_dtype: torch.dtype,
+    *,
+    segment_size: int,
+    expert_scope: str,
+    shared_gate: Tensor | None,
+    in_proj: tuple[Tensor, Tensor | None] | None,
+    out_proj: tuple[Tensor, Tensor | None] | None,
+    padding_mask: Tensor | None,
+    activation: str,
+    dropout: float,
+    **router: Any,
+) -> tuple[Tensor, Routing]:
+    """Run the layer on the stages of one backend, in order.
+
+    Args:
+        stages: the module whose `routed_experts`, `shared_combine` and `combine` run.
+        x: (..., T, D).
+        router_weight: from `autocast_weights`, as the next three.
+        experts: weights stacked over E.
+        shared: weights of the shared expert or None.
+        compute_dtype: of the products.
+        segment_size: P.
+        expert_scope: see `functional.seg_moe`, as for all that follow.
+        shared_gate: see there.
+        in_proj: see there.
+        out_proj: see there.
+        padding_mask: see there.
+        activation: see there.
+        dropout: see there.
+        **router: the router's options.
+
+    Returns:
+        ``(y, routing)``.
+    """
+    batch_shape, (length, d_model) = x.shape[:-2], x.shape[-2:]
+    batch = math.prod(batch_shape)  # not numel(), which export would make a constant
+    sequences = x.reshape(batch, length, d_model)
+    mask = None if padding_mask is None else padding_mask.reshape(batch, length)
+    tokens, real, steps = sequences, mask, segment_size
+    projected = expert_scope == "projected" and in_proj is not None and out_proj is not None
+    if projected:
+        # A projected segment is one token of width D: the rest of the layer sees P = 1.
+        rows = segments(sequences, segment_size, mask).flatten(-2)
+        # Back from the autocast dtype: the router sees x's.
+        tokens = F.linear(rows, *in_proj).to(x.dtype)  # type: ignore[misc]  # not None
+        real = None if mask is None else valid_steps(sequences, segment_size, mask).any(-1)
+        steps, expert_scope = 1, "token"
+    expert_out, routed, expert_counts = stages.routed_experts(
+        tokens,
+        router_weight,
+        experts,
+        segment_size=steps,
+        expert_scope=expert_scope,
+        activation=activation,
+        dropout=dropout,
+        padding_mask=real,
+        **router,
+    )
+    if shared is not None and shared_gate is not None:
+        y = stages.shared_combine(
+            expert_out,
+            tokens.to(compute_dtype),
+            shared,
+            shared_gate.to(compute_dtype),
+            segment_size=shared.up_proj.shape[-1] // d_model,
+            activation=activation,
+            dropout=dropout,
+            padding_mask=real,
+        )
+    else:
+        y = stages.combine(expert_out, None, None, padding_mask=real)
+    if projected:
+        y = F.linear(y.to(tokens.dtype), *out_proj)  # type: ignore[misc]  # not None
+        y = y.unflatten(-1, (segment_size, d_model)).flatten(1, 2)[:, :length]
+        if mask is not None:
+            y = y.masked_fill(~mask[..., None], 0)
+    routing = Routing(
+        routed.router_logits,
+        routed.router_probs,
+        routed.topk_weights,
+        routed.topk_ids,
+        expert_counts,
+    )
+    return y.to(x.dtype).reshape(x.shape), routing
+
+
+def seg_moe(
+    x: Tensor,
+    router_weight: Tensor,
+    experts: FFNWeights,
+    *,
+    segment_size: int,
+    top_k: int = 1,
+    pooling: str = "concat",
+    expert_scope: str = "token",
+    shared: FFNWeights | None = None,
+    shared_gate: Tensor | None = None,
+    in_proj: tuple[Tensor, Tensor | None] | None = None,
+    out_proj: tuple[Tensor, Tensor | None] | None = None,
+    activation: str = "gelu",
+    dropout: float = 0.0,
+    router_dropout: float = 0.0,
+    router_temperature: float = 1.0,
+    renormalize: bool | None = None,
+    router_start: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+) -> tuple[Tensor, Routing]:
+    """The whole layer in plain PyTorch, unchecked. See `functional.seg_moe`."""
+    return run_stages(
+        sys.modules[__name__],
+        x,
+        *autocast_weights(x, router_weight, experts, shared),
+        segment_size=segment_size,
+        expert_scope=expert_scope,
+        shared_gate=shared_gate,
+        in_proj=in_proj,
+        out_proj=out_proj,
+        padding_mask=padding_mask,
+        activation=activation,
+        dropout=dropout,
+        top_k=top_k,
+        pooling=pooling,
+        router_dropout=router_dropout,
+        router_temperature=router_temperature,
+        renormalize=renormalize,
+        router_start=router_start,
+    )

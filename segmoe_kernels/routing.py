@@ -47,8 +47,8 @@ class RouterOutput:
         router_probs: (S, E), same dtype. After the temperature, softmax and router dropout.
         topk_weights: (S, top_k), same dtype.
         topk_ids: (S, top_k) int32, -1 where the segment has no real step.
-        block_counts: (blocks, E + 1) int32 or None. Slots of each expert, and of none, in each run
-            of segments that one program routed; saves `permute` a pass. None from the reference.
+        block_counts: (blocks * (E + 1),) int32, or None from the reference. Slots of each expert,
+            and of none, in each run of segments that one program routed; saves `permute` a pass.
     """
 
     router_logits: Tensor

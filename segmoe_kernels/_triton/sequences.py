@@ -35,6 +35,51 @@ def find_group(
 
 
 @triton.jit
+def expert_tiles(
+    expert_offsets_ptr,  # (E + 1,) int32
+    num_experts,
+    ROWS_PER_SLOT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Return the number of tiles of each expert's rows, (GROUPS,) int32; 0 behind the last one."""
+    experts = tl.arange(0, GROUPS)
+    mask = experts < num_experts
+    lo = tl.load(expert_offsets_ptr + experts, mask=mask, other=0)
+    hi = tl.load(expert_offsets_ptr + experts + 1, mask=mask, other=0)
+    return ((hi - lo) * ROWS_PER_SLOT + BLOCK_M - 1) // BLOCK_M
+
+
+@triton.jit
+def find_split(
+    split,
+    num_splits,
+    expert_offsets_ptr,  # (E + 1,) int32
+    num_experts,
+    ROWS_PER_SLOT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Return ``(first, last, first_expert, end_expert, before)`` of one split of all tiles.
+
+    The split owns tiles ``[first, last)`` of all experts' rows, one expert's behind the other's;
+    they belong to experts ``[first_expert, end_expert)``, before which lie ``before`` tiles.
+    """
+    experts = tl.arange(0, GROUPS)
+    tiles = expert_tiles(expert_offsets_ptr, num_experts, ROWS_PER_SLOT, BLOCK_M, GROUPS)
+    # 64 bits: the product of splits and tiles.
+    total = tl.sum(tiles, 0).to(tl.int64)
+    first = (split * total // num_splits).to(tl.int32)
+    last = ((split + 1) * total // num_splits).to(tl.int32)
+    ends = tl.cumsum(tiles, 0)
+    some = (tiles > 0) & (ends > first) & (ends - tiles < last)
+    first_expert = tl.min(tl.where(some, experts, GROUPS), 0)
+    end_expert = tl.max(tl.where(some, experts + 1, 0), 0)
+    before = tl.sum(tl.where(experts < first_expert, tiles, 0), 0)
+    return first, last, first_expert, end_expert, before
+
+
+@triton.jit
 def find_steps(
     rows,  # (M,) int32, sorted rows
     mask_m,
@@ -59,10 +104,13 @@ def real_steps(
     mask,
     length,
 ):
-    """Return mask narrowed to steps inside the sequence that are not padding."""
+    """Return mask narrowed to steps inside the sequence that are not padding.
+
+    Where sequences and steps have 32 bits, so has the number of rows.
+    """
     real = mask & (step < length)
     if padding_mask_ptr is not None:
-        flags = padding_mask_ptr + (sequence.to(tl.int64) * length + step)
+        flags = padding_mask_ptr + (sequence * length + step)
         real &= tl.load(flags, mask=real, other=0) != 0
     return real
 
@@ -140,26 +188,27 @@ def place_steps(
     num_sequences,
     length,
 ):
-    """Return ``(row, inside, real)`` of steps in a contiguous (top_k, B, T, D).
+    """Return the rows of steps in a contiguous (top_k, B, T, D).
 
-    Computed before a kernel's loop: one 32-bit number a row stays alive through it, not four.
+    ``-1 - row`` for a masked step, -2**31 for one that isn't there. Computed before a kernel's
+    loop: one 32-bit number a row stays alive through it, not four and two flags.
     """
     inside = mask_m & (step < length)
     real = real_steps(padding_mask_ptr, sequence, step, mask_m, length)
-    return (choice * num_sequences + sequence) * length + step, inside, real
+    row = (choice * num_sequences + sequence) * length + step
+    return tl.where(inside, tl.where(real, row, -1 - row), -2147483648)
 
 
 @triton.jit
 def store_steps(
     ptr,  # (top_k, B, T, D), contiguous
     value,  # (M, N)
-    row,
-    inside,
-    real,
+    place,  # (M,)
     cols,  # (N,), up to D
     D: tl.constexpr,
 ):
-    """Store steps where `place_steps` said, 0 where they are not real."""
-    value = tl.where(real[:, None], value, 0.0).to(ptr.dtype.element_ty)
+    """Store steps where `place_steps` said, 0 where they are masked."""
+    value = tl.where((place >= 0)[:, None], value, 0.0).to(ptr.dtype.element_ty)
+    row = tl.where(place < 0, -1 - place, place)
     ptrs = (ptr + row.to(tl.int64) * D)[:, None] + cols[None, :]
-    tl.store(ptrs, value, mask=inside[:, None] & (cols < D)[None, :])
+    tl.store(ptrs, value, mask=(place != -2147483648)[:, None] & (cols < D)[None, :])

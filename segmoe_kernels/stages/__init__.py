@@ -4,6 +4,16 @@ from segmoe_kernels.stages.combine import combine
 from segmoe_kernels.stages.experts import expert_ffn
 from segmoe_kernels.stages.grouped_gemm import grouped_gemm
 from segmoe_kernels.stages.permute import permute
-from segmoe_kernels.stages.route import route, route_and_pass
+from segmoe_kernels.stages.plans import routed_experts
+from segmoe_kernels.stages.route import route
+from segmoe_kernels.stages.shared import shared_combine
 
-__all__ = ["combine", "expert_ffn", "grouped_gemm", "permute", "route", "route_and_pass"]
+__all__ = [
+    "combine",
+    "expert_ffn",
+    "grouped_gemm",
+    "permute",
+    "route",
+    "routed_experts",
+    "shared_combine",
+]

@@ -123,12 +123,13 @@ def _combine_bwd_kernel(
     tl.store(dgate_logits_ptr + gate, dlogit.to(dgate_logits_ptr.dtype.element_ty), mask=mask_g)
 
 
-def _combine_fwd(
+def launch_combine(
     expert_out: Tensor,
     shared_out: Tensor | None,
     shared_gate_logits: Tensor | None,
     padding_mask: Tensor | None,
 ) -> Tensor:
+    """Forward without autograd; the arguments are those of `combine`, contiguous where it says."""
     y = _combine_fwd_fake(expert_out, shared_out, shared_gate_logits, padding_mask)
     if y.numel() == 0:
         return y
@@ -215,7 +216,7 @@ def _combine_bwd_fake(
 _combine_fwd_op = define_operator(
     "combine_fwd(Tensor expert_out, Tensor? shared_out, Tensor? shared_gate_logits, "
     "Tensor? padding_mask) -> Tensor",
-    _combine_fwd,
+    launch_combine,
     _combine_fwd_fake,
 )
 _combine_bwd_op = define_operator(
@@ -257,8 +258,16 @@ class _CombineBackward(torch.autograd.Function):
     """The gradient as a function of its own, so that a second derivative is refused loudly."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        out: tuple[Tensor, Tensor] = _combine_bwd_op(*args)
+    def forward(
+        dy: Tensor,
+        shared_out: Tensor,
+        shared_gate_logits: Tensor,
+        padding_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        # The parameters are written out: torch.compile counts them.
+        out: tuple[Tensor, Tensor] = _combine_bwd_op(
+            dy, shared_out, shared_gate_logits, padding_mask
+        )
         return out
 
     @staticmethod

@@ -24,11 +24,12 @@ from segmoe_kernels._triton.launch import (
     refuse_double_backward,
 )
 from segmoe_kernels._triton.tiles import (
+    GEMM_GROUP_M,
     MAX_FUSED_WIDTH,
     expert_ffn_dw_tile,
     expert_ffn_dx_tile,
     expert_ffn_fwd_tile,
-    grouped_gemm_tile,
+    grouped_gemm_dhidden_tile,
     num_row_splits,
 )
 from segmoe_kernels.routing import FFNWeights, Permutation
@@ -44,10 +45,14 @@ from segmoe_kernels.stages.grouped_gemm import (
     weight_gradient,
 )
 from segmoe_kernels.stages.grouped_gemm_kernels import grouped_gemm_dhidden_kernel
+from segmoe_kernels.stages.route import router_precision, sum_splits
 
 
-class _Call:
-    """One call's tensors and what the launches derive from them."""
+class Call:
+    """One call's tensors and what the launches derive from them.
+
+    Products run in the weights' dtype; under autocast x has a wider one.
+    """
 
     def __init__(
         self,
@@ -73,6 +78,14 @@ class _Call:
         self.rows_per_slot = 1 if concat else segment_size
         self.num_rows = self.num_slots * self.rows_per_slot
         self.num_experts, self.d_ff, self.width = weights.up_proj.shape
+        self.dtype = weights.up_proj.dtype
+        self.gated = weights.gate_proj is not None
+        biased = any(bias is not None for bias in weights[3:])
+        # What the table of tiles asks of a fused kernel.
+        self.fused_in = {
+            "gated": self.gated,
+            "extras": biased or padding_mask is not None or seed is not None,
+        }
         self.fused = self.width <= MAX_FUSED_WIDTH and not concat
         self.sequences: dict[str, Any] = {
             "sorted_to_slot": sorted_to_slot,
@@ -87,7 +100,10 @@ class _Call:
                 "CONCAT": concat,
             },
         }
-        self.numerics = {"ACC": accumulator(x.dtype), "PRECISION": input_precision(x.dtype)}
+        self.numerics = {
+            "ACC": accumulator(self.dtype),
+            "PRECISION": input_precision(self.dtype),
+        }
         self.fused_constants = {
             "D": self.d_model,
             "F": self.d_ff,
@@ -103,9 +119,9 @@ class _Call:
         return (*up.stride()[:2], *gate_strides, *down.stride()[:2])
 
 
-def _forward_fused(call: _Call, out: Tensor) -> None:
+def _forward_fused(call: Call, out: Tensor) -> None:
     up, down, gate, up_bias, gate_bias, down_bias = call.weights
-    tile = expert_ffn_fwd_tile(call.width, call.d_ff, call.x.dtype)
+    tile = expert_ffn_fwd_tile(call.width, call.d_ff, call.dtype, **call.fused_in)
     grid = gemm_grid(call.num_rows, call.num_experts, 1, tile)
     expert_ffn_fwd_kernel[grid](
         call.x,
@@ -141,7 +157,7 @@ def _forward_fused(call: _Call, out: Tensor) -> None:
 
 
 def _forward_two_products(
-    call: _Call, out: Tensor, pre: Tensor | None, gate_pre: Tensor | None
+    call: Call, out: Tensor, pre: Tensor | None, gate_pre: Tensor | None
 ) -> None:
     up, down, gate, up_bias, gate_bias, down_bias = call.weights
     hidden = call.x.new_empty(call.num_rows, call.d_ff)
@@ -177,26 +193,34 @@ def _forward_two_products(
     )
 
 
-def _backward_fused(
-    call: _Call, dy: Tensor, dx: Tensor | None, drow_weights: Tensor, dweights: FFNWeights | None
-) -> None:
+def launch_dx(call: Call, dy: Tensor, dx: Tensor | None, drow_weights: Tensor) -> None:
+    """Gradients of x, for each choice, and of the routing weights, one share for each step."""
     up, down, gate, up_bias, gate_bias, down_bias = call.weights
-    tile = expert_ffn_dx_tile(call.width, call.d_ff, call.x.dtype)
+    tile = expert_ffn_dx_tile(call.width, call.d_ff, call.dtype, **call.fused_in)
     grid = gemm_grid(call.num_rows, call.num_experts, 1, tile)
-    shared = (call.x, dy, call.topk_weights, up, gate, down, up_bias, gate_bias)
-    places = (call.sorted_to_slot, call.expert_offsets, call.padding_mask, call.seed)
-    strides = (*call.x.stride()[:3], *dy.stride()[:3], *call.weight_strides())
     expert_ffn_dx_kernel[grid](
-        *shared,
+        call.x,
+        dy,
+        call.topk_weights,
+        up,
+        gate,
+        down,
+        up_bias,
+        gate_bias,
         down_bias,
         dx,
         drow_weights,
-        *places,
+        call.sorted_to_slot,
+        call.expert_offsets,
+        call.padding_mask,
+        call.seed,
         call.num_slots,
         call.segments_per_sequence,
         call.length,
         call.num_experts,
-        *strides,
+        *call.x.stride()[:3],
+        *dy.stride()[:3],
+        *call.weight_strides(),
         call.batch,
         call.dropout,
         **call.fused_constants,
@@ -208,31 +232,71 @@ def _backward_fused(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    if dweights is None:
-        return
-    tile = expert_ffn_dw_tile(call.width, call.d_ff, call.x.dtype)
+
+
+def in_slot_order(dweights: FFNWeights) -> list[Tensor | None]:
+    """The gradients in the order in which a slot of partial sums holds them."""
+    up, down, gate, up_bias, gate_bias, down_bias = dweights
+    return [up, down, gate, up_bias, down_bias, gate_bias]
+
+
+def launch_dw(
+    call: Call,
+    dy: Tensor,
+    dweights: FFNWeights,
+    dlogits: Tensor | None = None,
+    drouter: Tensor | None = None,
+) -> None:
+    """Weight gradients of the experts, and of the router in the same pass over x.
+
+    Args:
+        call: of a width that is fused.
+        dy: (top_k, B, T, D).
+        dweights: contiguous, every element is written.
+        dlogits: (S, E), or None without the router; its pooling is "concat".
+        drouter: (E, P * D) contiguous or None, every element is written.
+    """
+    up, down, gate, up_bias, gate_bias, _ = call.weights
+    tile = expert_ffn_dw_tile(call.width, call.d_ff, call.dtype, **call.fused_in)
     columns = triton.cdiv(call.d_ff, tile.block_n)
     splits = num_row_splits(call.num_rows, tile.block_m, columns)
-    # The order in which a slot holds the parts.
-    parts = [dweights.up_proj, dweights.down_proj, dweights.gate_proj]
-    parts += [dweights.up_proj_bias, dweights.down_proj_bias, dweights.gate_proj_bias]
+    parts = in_slot_order(dweights)
     size = sum(part[0].numel() for part in parts if part is not None)
     slots = splits + call.num_experts - 1
-    partials = call.x.new_empty(slots, size, dtype=accumulator_dtype(call.x.dtype))
-    expert_ffn_dw_kernel[(splits, columns)](
-        *shared,
+    partials = call.x.new_empty(slots, size, dtype=accumulator_dtype(call.dtype))
+    router_partials = None if drouter is None else partials.new_empty(splits, *drouter.shape)
+    expert_ffn_dw_kernel[(splits, columns + (drouter is not None))](
+        call.x,
+        dy,
+        call.topk_weights,
+        up,
+        gate,
+        down,
+        up_bias,
+        gate_bias,
         partials,
-        *places,
+        call.sorted_to_slot,
+        call.expert_offsets,
+        call.padding_mask,
+        call.seed,
+        dlogits,
+        router_partials,
+        call.num_slots // call.top_k,
         call.segments_per_sequence,
         call.length,
         call.num_experts,
         splits,
         size,
-        *strides,
+        *call.x.stride()[:3],
+        *dy.stride()[:3],
+        *call.weight_strides(),
         call.dropout,
         **call.fused_constants,
         **call.numerics,
         HAS_BIAS=dweights.up_proj_bias is not None,
+        ROUTER_PRECISION=router_precision(call.x),
+        EXPERTS=padded(call.num_experts),
+        GROUPS=padded(call.num_experts),
         BLOCK_M=tile.block_m,
         BLOCK_F=tile.block_n,
         BLOCK_D=tile.block_k,
@@ -240,10 +304,12 @@ def _backward_fused(
         num_stages=tile.num_stages,
     )
     reduce_partials(partials, parts, call.expert_offsets, splits, call.rows_per_slot, tile.block_m)
+    if drouter is not None and router_partials is not None:
+        sum_splits(router_partials, drouter)
 
 
 def _backward_two_products(
-    call: _Call,
+    call: Call,
     dy: Tensor,
     dx: Tensor | None,
     drow_weights: Tensor,
@@ -287,6 +353,7 @@ def _backward_two_products(
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
+        GROUP_M=GEMM_GROUP_M,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -336,12 +403,14 @@ def _backward_two_products(
     )
 
 
-def _dhidden_tile(call: _Call) -> Any:
+def _dhidden_tile(call: Call) -> Any:
     rows_per_expert = call.num_rows // call.num_experts
-    return grouped_gemm_tile(call.d_ff, call.width, rows_per_expert, call.x.dtype, gated=True)
+    return grouped_gemm_dhidden_tile(
+        call.d_ff, call.width, rows_per_expert, call.x.dtype, **call.fused_in
+    )
 
 
-def _column_tiles(call: _Call) -> int:
+def _column_tiles(call: Call) -> int:
     """Rows of drow_weights: one for each column tile that contributes to a routing weight."""
     return int(triton.cdiv(call.d_ff, _dhidden_tile(call).block_n))
 
@@ -366,7 +435,7 @@ def _expert_ffn_fwd(
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     weights = FFNWeights(up_proj, down_proj, gate_proj, up_bias, gate_bias, down_bias)
-    call = _Call(
+    call = Call(
         x, topk_weights, sorted_to_slot, expert_offsets, weights, padding_mask, seed,
         segment_size, concat, activation, dropout,
     )  # fmt: skip
@@ -382,7 +451,7 @@ def _expert_ffn_fwd(
     return out, pre, gate_pre
 
 
-def _outputs(call: _Call, keep_hidden: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(call: Call, keep_hidden: bool) -> tuple[Tensor, Tensor, Tensor]:
     kept = keep_hidden and not call.fused
     shape = (call.num_rows, call.d_ff)
     out = call.x.new_empty(call.top_k, call.batch, call.length, call.d_model)
@@ -391,12 +460,12 @@ def _outputs(call: _Call, keep_hidden: bool) -> tuple[Tensor, Tensor, Tensor]:
     return out, pre, call.x.new_empty(shape if gate_kept else (0,))
 
 
-def _call(tensors: Sequence[Any], *options: Any) -> _Call:
+def _call(tensors: Sequence[Any], *options: Any) -> Call:
     """The call that an operator's arguments describe."""
     x, topk_weights, sorted_to_slot, expert_offsets = tensors[:4]
     padding_mask, seed = tensors[10:12]
     weights = FFNWeights(*tensors[4:10])
-    return _Call(
+    return Call(
         x, topk_weights, sorted_to_slot, expert_offsets, weights, padding_mask, seed, *options
     )
 
@@ -445,7 +514,7 @@ def _expert_ffn_bwd(
     need_dw: bool,
 ) -> list[Tensor]:
     weights = FFNWeights(up_proj, down_proj, gate_proj, up_bias, gate_bias, down_bias)
-    call = _Call(
+    call = Call(
         x, topk_weights, sorted_to_slot, expert_offsets, weights, padding_mask, seed,
         segment_size, concat, activation, dropout,
     )  # fmt: skip
@@ -463,7 +532,9 @@ def _expert_ffn_bwd(
     if not call.fused:
         shares = drow_weights.new_empty(_column_tiles(call), *drow_weights.shape)
     if call.fused:
-        _backward_fused(call, dy, dx if need_dx else None, shares, dweights)
+        launch_dx(call, dy, dx if need_dx else None, shares)
+        if dweights is not None:
+            launch_dw(call, dy, dweights)
     else:
         _backward_two_products(
             call, dy, dx if need_dx else None, shares, dweights, pre,
@@ -473,7 +544,7 @@ def _expert_ffn_bwd(
     return [dx, drow_weights, *dw]
 
 
-def _gradients(call: _Call, need_dx: bool, need_dw: bool) -> list[Tensor]:
+def _gradients(call: Call, need_dx: bool, need_dw: bool) -> list[Tensor]:
     """(dx, drow_weights, then one for each weight that is there)."""
     drow_weights = call.topk_weights.new_empty(*call.topk_weights.shape, call.rows_per_slot)
     dx = call.x.new_empty(call.x.shape if need_dx else (0,))
@@ -538,10 +609,46 @@ class _ExpertFFNBackward(torch.autograd.Function):
     """The gradient as a function of its own, so that a second derivative is refused loudly."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        x, row_weights, *tensors, options = args
+    def forward(
+        x: Tensor,
+        row_weights: Tensor,
+        sorted_to_slot: Tensor,
+        expert_offsets: Tensor,
+        up_proj: Tensor,
+        down_proj: Tensor,
+        gate_proj: Tensor | None,
+        up_bias: Tensor | None,
+        gate_bias: Tensor | None,
+        down_bias: Tensor | None,
+        padding_mask: Tensor | None,
+        seed: Tensor | None,
+        dy: Tensor,
+        pre: Tensor,
+        gate_pre: Tensor,
+        options: tuple[Any, ...],
+    ) -> tuple[Tensor, ...]:
+        # The parameters are written out: torch.compile counts them.
         topk_weights = row_weights[..., 0].contiguous()
-        return tuple(_expert_ffn_bwd_op(x, topk_weights, *tensors, *options))
+        return tuple(
+            _expert_ffn_bwd_op(
+                x,
+                topk_weights,
+                sorted_to_slot,
+                expert_offsets,
+                up_proj,
+                down_proj,
+                gate_proj,
+                up_bias,
+                gate_bias,
+                down_bias,
+                padding_mask,
+                seed,
+                dy,
+                pre,
+                gate_pre,
+                *options,
+            )
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -552,7 +659,7 @@ class _ExpertFFNBackward(torch.autograd.Function):
         refuse_double_backward()
 
 
-def _rows_contiguous(weights: FFNWeights) -> FFNWeights:
+def rows_contiguous(weights: FFNWeights) -> FFNWeights:
     """Inner stride 1 for the matrices, biases contiguous; copies only what is not."""
     matrices = [w if w is None or w.stride(-1) == 1 else w.contiguous() for w in weights[:3]]
     biases = [None if w is None else w.contiguous() for w in weights[3:]]
@@ -598,7 +705,7 @@ def expert_ffn(
     seed = None
     if dropout > 0:
         seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
-    weights = _rows_contiguous(experts)
+    weights = rows_contiguous(experts)
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, topk_weights, *weights)
     )

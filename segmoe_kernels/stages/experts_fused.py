@@ -9,33 +9,15 @@ sums and added up in a fixed order by `grouped_gemm`.
 import triton
 import triton.language as tl
 
-from segmoe_kernels._triton.activations import activate, activate_with_grad, dropout_scale
+from segmoe_kernels._triton.ffn import ffn_rows, hidden_with_grads, load_bias, load_tile
 from segmoe_kernels._triton.sequences import (
     find_group,
+    find_split,
     find_steps,
     load_rows,
     place_steps,
     store_steps,
 )
-
-
-@triton.jit
-def _load_tile(ptr, e, rows, cols, num_rows, num_cols, stride_e, stride_row):
-    """Return rows x cols of the matrix of expert e, 0 outside."""
-    mask = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
-    # The expert goes into a scalar pointer: offsets inside one matrix fit 32 bits.
-    base = ptr + e * stride_e
-    return tl.load(base + rows[:, None] * stride_row + cols[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _load_bias(ptr, e, cols, num_cols, ACC: tl.constexpr):
-    """Return the bias of expert e in ACC; zeros, never added, where there is none."""
-    if ptr is not None:
-        base = ptr + e * num_cols
-        return tl.load(base + cols, mask=cols < num_cols, other=0.0).to(ACC)
-    else:  # noqa: RET505  the branches are compile-time
-        return tl.zeros((cols.shape[0],), dtype=ACC)
 
 
 @triton.jit
@@ -101,86 +83,19 @@ def expert_ffn_fwd_kernel(
     x = load_rows(
         x_ptr, padding_mask_ptr, choice, sequence, step, routed, offs_d, D, length,
         stride_x_k, stride_x_b, stride_x_t, D, False,
-    )  # fmt: skip
+    ).to(up_ptr.dtype.element_ty)  # fmt: skip
     weights = tl.load(topk_weights_ptr + slot, mask=routed, other=0.0).to(ACC)
     row_ids = slot * SEGMENT_SIZE + rows % SEGMENT_SIZE
-    row, inside, real = place_steps(
-        padding_mask_ptr, choice, sequence, step, mask_m, num_sequences, length
-    )
+    place = place_steps(padding_mask_ptr, choice, sequence, step, mask_m, num_sequences, length)
 
-    out = tl.zeros((BLOCK_M, BLOCK_D), dtype=ACC)
     # Rows without an expert have no hidden layer: their outputs are 0.
     f_end = tl.where(expert < num_experts, F, 0)
-    for f0 in range(0, f_end, BLOCK_F):
-        offs_f = f0 + tl.arange(0, BLOCK_F)
-        w = _load_tile(up_ptr, e, offs_f, offs_d, F, D, stride_up_e, stride_up_f)
-        hidden = tl.dot(x, tl.trans(w), input_precision=PRECISION, out_dtype=ACC)
-        if up_bias_ptr is not None:
-            hidden += _load_bias(up_bias_ptr, e, offs_f, F, ACC)[None, :]
-        if gate_ptr is not None:
-            w = _load_tile(gate_ptr, e, offs_f, offs_d, F, D, stride_gate_e, stride_gate_f)
-            gate = tl.dot(x, tl.trans(w), input_precision=PRECISION, out_dtype=ACC)
-            if gate_bias_ptr is not None:
-                gate += _load_bias(gate_bias_ptr, e, offs_f, F, ACC)[None, :]
-            hidden = activate(gate, ACTIVATION) * hidden
-        else:
-            hidden = activate(hidden, ACTIVATION)
-        if seed_ptr is not None:
-            hidden *= dropout_scale(tl.load(seed_ptr), row_ids, offs_f, F, dropout)
-        w = _load_tile(down_ptr, e, offs_d, offs_f, D, F, stride_down_e, stride_down_d)
-        out = tl.dot(hidden.to(x.dtype), tl.trans(w), out, input_precision=PRECISION, out_dtype=ACC)
-    if down_bias_ptr is not None:
-        bias = tl.load(down_bias_ptr + e * D + offs_d, mask=(offs_d < D) & (f_end > 0), other=0.0)
-        out += bias.to(ACC)[None, :]
-    store_steps(out_ptr, out * weights[:, None], row, inside, real, offs_d, D)
-
-
-@triton.jit
-def _hidden_with_grads(
-    x,  # (BLOCK_M, BLOCK_D)
-    dy,  # (BLOCK_M, BLOCK_D), not yet times the routing weight
-    up,  # (BLOCK_F, BLOCK_D)
-    gate,  # (BLOCK_F, BLOCK_D); anything where not GATED
-    down,  # (BLOCK_D, BLOCK_F)
-    up_bias,  # (BLOCK_F,); anything where not UP_BIAS
-    gate_bias,  # (BLOCK_F,); anything where not GATE_BIAS
-    seed_ptr,  # (1,) int64 or None
-    row_ids,
-    offs_f,
-    dropout,
-    F: tl.constexpr,
-    GATED: tl.constexpr,
-    UP_BIAS: tl.constexpr,
-    GATE_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Return ``(hidden, dhidden, d_up_pre, d_gate_pre)``, (BLOCK_M, BLOCK_F) each, in ACC.
-
-    hidden is after dropout; gradients lack the routing weight. d_gate_pre is d_up_pre where there
-    is no gate.
-    """
-    dhidden = tl.dot(dy, down, input_precision=PRECISION, out_dtype=ACC)
-    pre = tl.dot(x, tl.trans(up), input_precision=PRECISION, out_dtype=ACC)
-    if UP_BIAS:
-        pre += up_bias[None, :]
-    if GATED:
-        gate_pre = tl.dot(x, tl.trans(gate), input_precision=PRECISION, out_dtype=ACC)
-        if GATE_BIAS:
-            gate_pre += gate_bias[None, :]
-        opened, slope = activate_with_grad(gate_pre, ACTIVATION)
-        hidden = opened * pre
-        slope = slope * pre
-    else:
-        hidden, slope = activate_with_grad(pre, ACTIVATION)
-        opened = slope
-    if seed_ptr is not None:
-        scale = dropout_scale(tl.load(seed_ptr), row_ids, offs_f, F, dropout).to(ACC)
-        hidden = hidden * scale
-        slope = slope * scale
-        opened = opened * scale
-    return hidden, dhidden, dhidden * opened, dhidden * slope
+    out = ffn_rows(
+        x, row_ids, e, f_end, up_ptr, gate_ptr, down_ptr, up_bias_ptr, gate_bias_ptr,
+        down_bias_ptr, seed_ptr, stride_up_e, stride_up_f, stride_gate_e, stride_gate_f,
+        stride_down_e, stride_down_d, dropout, D, F, ACTIVATION, ACC, PRECISION, BLOCK_F, BLOCK_D,
+    )  # fmt: skip
+    store_steps(out_ptr, out * weights[:, None], place, offs_d, D)
 
 
 @triton.jit
@@ -252,33 +167,35 @@ def expert_ffn_dx_kernel(
     x = load_rows(
         x_ptr, padding_mask_ptr, choice, sequence, step, routed, offs_d, D, length,
         stride_x_k, stride_x_b, stride_x_t, D, False,
-    )  # fmt: skip
+    ).to(up_ptr.dtype.element_ty)  # fmt: skip
     dy = load_rows(
         dy_ptr, padding_mask_ptr, choice, sequence, step, routed, offs_d, D, length,
         stride_dy_k, stride_dy_b, stride_dy_t, D, False,
     )  # fmt: skip
     weights = tl.load(topk_weights_ptr + slot, mask=routed, other=0.0).to(ACC)
     row_ids = slot * SEGMENT_SIZE + rows % SEGMENT_SIZE
-    row, inside, real = place_steps(
-        padding_mask_ptr, choice, sequence, step, mask_m, num_sequences, length
-    )
+    place = place_steps(padding_mask_ptr, choice, sequence, step, mask_m, num_sequences, length)
 
     dx = tl.zeros((BLOCK_M, BLOCK_D), dtype=ACC)
     dweight = tl.zeros((BLOCK_M,), dtype=ACC)
     f_end = tl.where(expert < num_experts, F, 0)
-    for f0 in range(0, f_end, BLOCK_F):
+    if down_bias_ptr is not None:
+        # Before the loop: dy need not stay in registers through it.
+        bias = tl.load(down_bias_ptr + e * D + offs_d, mask=(offs_d < D) & (f_end > 0), other=0.0)
+        dweight += tl.sum(dy.to(ACC) * bias.to(ACC)[None, :], 1)
+    for f0 in tl.range(0, f_end, BLOCK_F, disable_licm=True):
         offs_f = f0 + tl.arange(0, BLOCK_F)
-        up = _load_tile(up_ptr, e, offs_f, offs_d, F, D, stride_up_e, stride_up_f)
-        down = _load_tile(down_ptr, e, offs_d, offs_f, D, F, stride_down_e, stride_down_d)
+        up = load_tile(up_ptr, e, offs_f, offs_d, F, D, stride_up_e, stride_up_f)
+        down = load_tile(down_ptr, e, offs_d, offs_f, D, F, stride_down_e, stride_down_d)
         gate = up
         if gate_ptr is not None:
-            gate = _load_tile(gate_ptr, e, offs_f, offs_d, F, D, stride_gate_e, stride_gate_f)
-        up_bias = _load_bias(up_bias_ptr, e, offs_f, F, ACC)
-        gate_bias = _load_bias(gate_bias_ptr, e, offs_f, F, ACC)
-        hidden, dhidden, dpre, dgate = _hidden_with_grads(
+            gate = load_tile(gate_ptr, e, offs_f, offs_d, F, D, stride_gate_e, stride_gate_f)
+        up_bias = load_bias(up_bias_ptr, e, offs_f, F, ACC)
+        gate_bias = load_bias(gate_bias_ptr, e, offs_f, F, ACC)
+        hidden, dhidden, dpre, dgate = hidden_with_grads(
             x, dy, up, gate, down, up_bias, gate_bias, seed_ptr, row_ids, offs_f, dropout, F,
             gate_ptr is not None, up_bias_ptr is not None, gate_bias_ptr is not None,
-            ACTIVATION, ACC, PRECISION,
+            ACTIVATION, ACC, PRECISION, f0,
         )  # fmt: skip
         dweight += tl.sum(dhidden * hidden, 1)
         if dx_ptr is not None:
@@ -287,12 +204,61 @@ def expert_ffn_dx_kernel(
             if gate_ptr is not None:
                 dgate = (dgate * weights[:, None]).to(x.dtype)
                 dx = tl.dot(dgate, gate, dx, input_precision=PRECISION, out_dtype=ACC)
-    if down_bias_ptr is not None:
-        bias = tl.load(down_bias_ptr + e * D + offs_d, mask=(offs_d < D) & (f_end > 0), other=0.0)
-        dweight += tl.sum(dy.to(ACC) * bias.to(ACC)[None, :], 1)
     tl.store(drow_weights_ptr + row_ids, dweight, mask=mask_m)
     if dx_ptr is not None:
-        store_steps(dx_ptr, dx, row, inside, real, offs_d, D)
+        store_steps(dx_ptr, dx, place, offs_d, D)
+
+
+@triton.jit
+def _router_partials(
+    x_ptr,
+    padding_mask_ptr,
+    dlogits_ptr,
+    router_partials_ptr,
+    split,
+    num_splits,
+    num_segments,
+    segments_per_sequence,
+    length,
+    num_experts,
+    stride_x_b,
+    stride_x_t,
+    D: tl.constexpr,
+    SEGMENT_SIZE: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Store ``dlogits.T @ segments`` over one split of the segments."""
+    experts = tl.arange(0, EXPERTS)
+    mask_e = experts < num_experts
+    offs_d = tl.arange(0, BLOCK_D)
+    first = split.to(tl.int64) * num_segments // num_splits
+    end = (split.to(tl.int64) + 1) * num_segments // num_splits
+    out = router_partials_ptr + split.to(tl.int64) * num_experts * SEGMENT_SIZE * D
+    for p in range(SEGMENT_SIZE):
+        acc = tl.zeros((EXPERTS, BLOCK_D), dtype=ACC)
+        for start in range(first, end, BLOCK_S):
+            segment = start + tl.arange(0, BLOCK_S)
+            mask_s = segment < end
+            dlogits = tl.load(
+                dlogits_ptr + segment[:, None] * num_experts + experts[None, :],
+                mask=mask_s[:, None] & mask_e[None, :],
+                other=0.0,
+            )
+            sequence = segment // segments_per_sequence
+            step = (segment % segments_per_sequence) * SEGMENT_SIZE + p
+            x = load_rows(
+                x_ptr, padding_mask_ptr, segment, sequence, step, mask_s, offs_d, D, length,
+                0, stride_x_b, stride_x_t, D, False,
+            )  # fmt: skip
+            acc = tl.dot(
+                tl.trans(dlogits), x.to(ACC), acc, input_precision=PRECISION, out_dtype=ACC
+            )
+        offs = experts[:, None] * (SEGMENT_SIZE * D) + p * D + offs_d[None, :]
+        tl.store(out + offs, acc, mask=mask_e[:, None] & (offs_d < D)[None, :])
 
 
 @triton.jit
@@ -310,6 +276,9 @@ def expert_ffn_dw_kernel(
     expert_offsets_ptr,  # (E + 1,) int32
     padding_mask_ptr,  # (B, T) bool or None
     seed_ptr,  # (1,) int64 or None
+    dlogits_ptr,  # (S, E) or None
+    router_partials_ptr,  # (splits, E, P * D) or None, every row is written
+    num_segments,
     segments_per_sequence,
     length,
     num_experts,
@@ -336,6 +305,9 @@ def expert_ffn_dw_kernel(
     HAS_BIAS: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROUTER_PRECISION: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -344,22 +316,27 @@ def expert_ffn_dw_kernel(
 
     Grid: ``(splits, cdiv(F, BLOCK_F))``. Split i owns tiles ``[i * tiles // splits, ...)`` of all
     rows grouped by expert; its sum for expert e goes to slot ``i + e``, which no other pair uses.
+    With dlogits there is one column of programs more: its split i owns segments
+    ``[i * S // splits, ...)`` and sums the router's gradient, while x is in the cache.
     """
     split = tl.program_id(0)
-    offs_f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    if dlogits_ptr is not None:  # noqa: SIM102  the first test is compile-time
+        if tl.program_id(1) == (F + BLOCK_F - 1) // BLOCK_F:
+            _router_partials(
+                x_ptr, padding_mask_ptr, dlogits_ptr, router_partials_ptr, split, num_splits,
+                num_segments, segments_per_sequence, length, num_experts, stride_x_b, stride_x_t,
+                D, SEGMENT_SIZE, ACC, ROUTER_PRECISION, EXPERTS, BLOCK_M, BLOCK_D,
+            )  # fmt: skip
+            return
+    first_f = tl.program_id(1) * BLOCK_F
+    offs_f = first_f + tl.arange(0, BLOCK_F)
     offs_d = tl.arange(0, BLOCK_D)
     mask_f = offs_f < F
     mask_d = offs_d < D
-    total = split * 0
-    for expert in range(num_experts):
-        lo = tl.load(expert_offsets_ptr + expert) * SEGMENT_SIZE
-        hi = tl.load(expert_offsets_ptr + expert + 1) * SEGMENT_SIZE
-        total += (hi - lo + BLOCK_M - 1) // BLOCK_M
-    # 64 bits: the product of splits and tiles.
-    first = (split.to(tl.int64) * total // num_splits).to(tl.int32)
-    last = ((split + 1).to(tl.int64) * total // num_splits).to(tl.int32)
-    before = split * 0
-    for expert in range(num_experts):
+    first, last, first_expert, end_expert, before = find_split(
+        split, num_splits, expert_offsets_ptr, num_experts, SEGMENT_SIZE, BLOCK_M, GROUPS
+    )
+    for expert in range(first_expert, end_expert):
         lo = tl.load(expert_offsets_ptr + expert) * SEGMENT_SIZE
         hi = tl.load(expert_offsets_ptr + expert + 1) * SEGMENT_SIZE
         tiles = (hi - lo + BLOCK_M - 1) // BLOCK_M
@@ -367,20 +344,21 @@ def expert_ffn_dw_kernel(
         stop = tl.minimum(last, before + tiles)
         if start < stop:
             e = (split * 0 + expert).to(tl.int64)
-            up = _load_tile(up_ptr, e, offs_f, offs_d, F, D, stride_up_e, stride_up_f)
-            down = _load_tile(down_ptr, e, offs_d, offs_f, D, F, stride_down_e, stride_down_d)
+            up = load_tile(up_ptr, e, offs_f, offs_d, F, D, stride_up_e, stride_up_f)
+            down = load_tile(down_ptr, e, offs_d, offs_f, D, F, stride_down_e, stride_down_d)
             gate = up
             if gate_ptr is not None:
-                gate = _load_tile(gate_ptr, e, offs_f, offs_d, F, D, stride_gate_e, stride_gate_f)
-            up_bias = _load_bias(up_bias_ptr, e, offs_f, F, ACC)
-            gate_bias = _load_bias(gate_bias_ptr, e, offs_f, F, ACC)
-            dup = tl.zeros((BLOCK_F, BLOCK_D), dtype=ACC)
+                gate = load_tile(gate_ptr, e, offs_f, offs_d, F, D, stride_gate_e, stride_gate_f)
+            up_bias = load_bias(up_bias_ptr, e, offs_f, F, ACC)
+            gate_bias = load_bias(gate_bias_ptr, e, offs_f, F, ACC)
+            # All (D, F): wgmma wants 64 rows at least, and a chunk of F may have fewer.
+            dup = tl.zeros((BLOCK_D, BLOCK_F), dtype=ACC)
             ddown = tl.zeros((BLOCK_D, BLOCK_F), dtype=ACC)
-            dgate = tl.zeros((BLOCK_F, BLOCK_D), dtype=ACC)
+            dgate = tl.zeros((BLOCK_D, BLOCK_F), dtype=ACC)
             dup_bias = tl.zeros((BLOCK_F,), dtype=ACC)
             dgate_bias = tl.zeros((BLOCK_F,), dtype=ACC)
             ddown_bias = tl.zeros((BLOCK_D,), dtype=ACC)
-            for tile in range(start, stop):
+            for tile in tl.range(start, stop, disable_licm=True):
                 rows = lo + (tile - before) * BLOCK_M + tl.arange(0, BLOCK_M)
                 mask_m = rows < hi
                 slot, choice, sequence, step = find_steps(
@@ -390,22 +368,22 @@ def expert_ffn_dw_kernel(
                 x = load_rows(
                     x_ptr, padding_mask_ptr, choice, sequence, step, mask_m, offs_d, D, length,
                     stride_x_k, stride_x_b, stride_x_t, D, False,
-                )  # fmt: skip
+                ).to(up_ptr.dtype.element_ty)  # fmt: skip
                 dy = load_rows(
                     dy_ptr, padding_mask_ptr, choice, sequence, step, mask_m, offs_d, D, length,
                     stride_dy_k, stride_dy_b, stride_dy_t, D, False,
                 )  # fmt: skip
                 weights = tl.load(topk_weights_ptr + slot, mask=mask_m, other=0.0).to(ACC)
                 row_ids = slot * SEGMENT_SIZE + rows % SEGMENT_SIZE
-                hidden, _dhidden, dpre, dgate_pre = _hidden_with_grads(
+                hidden, _dhidden, dpre, dgate_pre = hidden_with_grads(
                     x, dy, up, gate, down, up_bias, gate_bias, seed_ptr, row_ids, offs_f, dropout,
                     F, gate_ptr is not None, up_bias_ptr is not None, gate_bias_ptr is not None,
-                    ACTIVATION, ACC, PRECISION,
+                    ACTIVATION, ACC, PRECISION, first_f,
                 )  # fmt: skip
                 hidden = (hidden * weights[:, None]).to(x.dtype)
                 dpre = dpre * weights[:, None]
                 dup = tl.dot(
-                    tl.trans(dpre.to(x.dtype)), x, dup, input_precision=PRECISION, out_dtype=ACC
+                    tl.trans(x), dpre.to(x.dtype), dup, input_precision=PRECISION, out_dtype=ACC
                 )
                 ddown = tl.dot(
                     tl.trans(dy), hidden, ddown, input_precision=PRECISION, out_dtype=ACC
@@ -413,7 +391,7 @@ def expert_ffn_dw_kernel(
                 if gate_ptr is not None:
                     dgate_pre = dgate_pre * weights[:, None]
                     dgate = tl.dot(
-                        tl.trans(dgate_pre.to(x.dtype)), x, dgate, input_precision=PRECISION,
+                        tl.trans(x), dgate_pre.to(x.dtype), dgate, input_precision=PRECISION,
                         out_dtype=ACC,
                     )  # fmt: skip
                 if HAS_BIAS:
@@ -422,17 +400,14 @@ def expert_ffn_dw_kernel(
                     if gate_ptr is not None:
                         dgate_bias += tl.sum(dgate_pre, 0)
             out = partials_ptr + (split + expert).to(tl.int64) * partial_size
-            mask_fd = mask_f[:, None] & mask_d[None, :]
-            offs_fd = offs_f[:, None] * D + offs_d[None, :]
-            tl.store(out + offs_fd, dup, mask=mask_fd)
+            mask_df = mask_d[:, None] & mask_f[None, :]
+            offs_fd = offs_f[None, :] * D + offs_d[:, None]
+            tl.store(out + offs_fd, dup, mask=mask_df)
             out += F * D
-            tl.store(
-                out + offs_d[:, None] * F + offs_f[None, :], ddown,
-                mask=mask_d[:, None] & mask_f[None, :],
-            )  # fmt: skip
+            tl.store(out + offs_d[:, None] * F + offs_f[None, :], ddown, mask=mask_df)
             out += F * D
             if gate_ptr is not None:
-                tl.store(out + offs_fd, dgate, mask=mask_fd)
+                tl.store(out + offs_fd, dgate, mask=mask_df)
                 out += F * D
             if HAS_BIAS:
                 tl.store(out + offs_f, dup_bias, mask=mask_f)

@@ -22,6 +22,8 @@ from segmoe_kernels._triton.launch import (
     refuse_double_backward,
 )
 from segmoe_kernels._triton.tiles import (
+    GEMM_DW_GROUP_M,
+    GEMM_GROUP_M,
     TileConfig,
     grouped_gemm_dw_tile,
     grouped_gemm_tile,
@@ -67,6 +69,7 @@ def reduce_partials(
         *sizes,
         ROWS_PER_SLOT=rows_per_slot,
         BLOCK_M=block_m,
+        GROUPS=padded(num_experts),
         ACC=accumulator(partials.dtype),
         BLOCK=1024,
     )
@@ -102,14 +105,14 @@ def weight_gradient(
     where = sequences or NO_SEQUENCES
     n, k = widths
     num_experts = expert_offsets.shape[0] - 1
-    tile = grouped_gemm_dw_tile(n, k, a.dtype)
+    tile = grouped_gemm_dw_tile(n, k, a.dtype, bias=bias is not None)
     columns = triton.cdiv(n, tile.block_n) * triton.cdiv(k, tile.block_k)
     splits = num_row_splits(num_rows, tile.block_m, columns)
     size = n * k + (0 if bias is None else n)
     slots = splits + num_experts - 1
     partials = a.new_empty(slots, size, dtype=accumulator_dtype(a.dtype))
-    grid = (splits, triton.cdiv(n, tile.block_n), triton.cdiv(k, tile.block_k))
-    grouped_gemm_dw_kernel[grid](
+    check.check_programs("grouped_gemm", splits * columns)
+    grouped_gemm_dw_kernel[(splits * columns,)](
         a,
         b,
         row_weights,
@@ -129,11 +132,13 @@ def weight_gradient(
         HAS_BIAS=bias is not None,
         GATHER_A=gather[0],
         GATHER_B=gather[1],
+        GROUPS=padded(num_experts),
         **where["constants"],
         **_numerics(a.dtype),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
+        GROUP_M=GEMM_DW_GROUP_M,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -215,7 +220,14 @@ def product(
     n, k = widths
     num_experts = expert_offsets.shape[0] - 1
     rows_per_slot = where["constants"]["ROWS_PER_SLOT"]
-    tile = grouped_gemm_tile(n, k, num_rows // max(1, num_experts), a.dtype, gated=b2 is not None)
+    tile = grouped_gemm_tile(
+        n,
+        k,
+        num_rows // max(1, num_experts),
+        a.dtype,
+        gated=b2 is not None and a2 is None,
+        activated=activation != "none" or a2 is not None,
+    )
     grid = gemm_grid(num_rows, num_experts, n, tile)
     grouped_gemm_kernel[grid](
         a,
@@ -252,6 +264,7 @@ def product(
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
+        GROUP_M=GEMM_GROUP_M,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

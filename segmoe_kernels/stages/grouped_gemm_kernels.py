@@ -10,7 +10,9 @@ import triton.language as tl
 
 from segmoe_kernels._triton.activations import activate, activate_with_grad, dropout_scale
 from segmoe_kernels._triton.sequences import (
+    expert_tiles,
     find_group,
+    find_split,
     find_steps,
     load_rows,
     place_steps,
@@ -48,6 +50,21 @@ def _load_operand(
         mask = mask_m[:, None] & (cols < width)[None, :]
         base = ptr + rows.to(tl.int64) * stride_t
         return tl.load(base[:, None] + cols[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _swizzled_tile(COLUMN_TILES: tl.constexpr, GROUP_M: tl.constexpr):
+    """Return ``(row tile, column tile)`` of a program.
+
+    GROUP_M tiles of rows, mostly of one expert, go through the columns together: their rows and the
+    expert's matrix are read from L2.
+    """
+    pid = tl.program_id(0)
+    row_tiles = tl.num_programs(0) // COLUMN_TILES
+    first = pid // (GROUP_M * COLUMN_TILES) * GROUP_M
+    height = tl.minimum(row_tiles - first, GROUP_M)
+    inside = pid % (GROUP_M * COLUMN_TILES)
+    return first + inside % height, inside // height
 
 
 @triton.jit
@@ -97,18 +114,16 @@ def grouped_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
 ) -> None:
     """Multiply BLOCK_M rows of one expert by BLOCK_N columns of its matrix.
 
-    Grid: ``((cdiv(M, BLOCK_M) + E) * cdiv(N, BLOCK_N),)``, the columns of a tile of rows next to
-    each other, so that gathered rows are read from the cache. Sums in ACC, rounded at the store.
+    Grid: ``((cdiv(M, BLOCK_M) + E) * cdiv(N, BLOCK_N),)``. Sums in ACC, rounded at the store.
     """
-    pid = tl.program_id(0).to(tl.int64)
-    column_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    row_tile, column_tile = _swizzled_tile((N + BLOCK_N - 1) // BLOCK_N, GROUP_M)
     expert, row_start, row_end = find_group(
-        (pid // column_tiles).to(tl.int32),
-        expert_offsets_ptr, num_experts, num_slots, ROWS_PER_SLOT, BLOCK_M, GROUPS,
-    )  # fmt: skip
+        row_tile, expert_offsets_ptr, num_experts, num_slots, ROWS_PER_SLOT, BLOCK_M, GROUPS
+    )
     if expert > num_experts:
         return
     rows = row_start + tl.arange(0, BLOCK_M)
@@ -122,7 +137,8 @@ def grouped_gemm_kernel(
             rows, mask_m, sorted_to_slot_ptr, segments_per_sequence, TOP_K, SEGMENT_SIZE,
             ROWS_PER_SLOT,
         )  # fmt: skip
-    offs_n = (pid % column_tiles).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_n = column_tile * BLOCK_N
+    offs_n = first_n + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     e = expert.to(tl.int64)
     routed = mask_m & (expert < num_experts)
@@ -168,13 +184,15 @@ def grouped_gemm_kernel(
         tl.store(pre_ptr + offs, acc.to(pre_ptr.dtype.element_ty), mask=mask_mn)
     if pre2_ptr is not None:
         tl.store(pre2_ptr + offs, acc2.to(pre2_ptr.dtype.element_ty), mask=mask_mn)
+    # In 16 bits the rounding of the result hides the error of the fast forms.
+    FAST: tl.constexpr = y_ptr.dtype.element_ty.primitive_bitwidth == 16
     if b2_ptr is not None and a2_ptr is None:
-        acc = activate(acc2, ACTIVATION) * acc
+        acc = activate(acc2, ACTIVATION, FAST) * acc
     else:
-        acc = activate(acc, ACTIVATION)
+        acc = activate(acc, ACTIVATION, FAST)
     if seed_ptr is not None:
         row_ids = slot * ROWS_PER_SLOT + rows % ROWS_PER_SLOT
-        acc *= dropout_scale(tl.load(seed_ptr), row_ids, offs_n, N, dropout)
+        acc *= dropout_scale(tl.load(seed_ptr), row_ids, offs_n, N, dropout, first_n)
     if row_weights_ptr is not None:
         acc *= tl.load(row_weights_ptr + slot, mask=routed, other=0.0).to(ACC)[:, None]
     if SCATTER:
@@ -184,10 +202,10 @@ def grouped_gemm_kernel(
                 stride_y_k, D,
             )  # fmt: skip
         else:
-            row, inside, real = place_steps(
+            place = place_steps(
                 padding_mask_ptr, choice, sequence, step, mask_m, stride_y_k // (length * D), length
             )
-            store_steps(y_ptr, acc, row, inside, real, offs_n, D)
+            store_steps(y_ptr, acc, place, offs_n, D)
     else:
         tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask_mn)
 
@@ -232,27 +250,26 @@ def grouped_gemm_dhidden_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
 ) -> None:
     """Gradient of BLOCK_M rows and BLOCK_N columns of the hidden layer, through the activation.
 
     Grid: as `grouped_gemm_kernel`. Each column tile gives its share of the routing weights'
     gradient, ``<dhidden, hidden>``, to its own row of drow_weights.
     """
-    pid = tl.program_id(0).to(tl.int64)
-    column_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    row_tile, column_tile = _swizzled_tile((N + BLOCK_N - 1) // BLOCK_N, GROUP_M)
     expert, row_start, row_end = find_group(
-        (pid // column_tiles).to(tl.int32),
-        expert_offsets_ptr, num_experts, num_slots, ROWS_PER_SLOT, BLOCK_M, GROUPS,
-    )  # fmt: skip
+        row_tile, expert_offsets_ptr, num_experts, num_slots, ROWS_PER_SLOT, BLOCK_M, GROUPS
+    )
     if expert > num_experts:
         return
-    column_tile = pid % column_tiles
     rows = row_start + tl.arange(0, BLOCK_M)
     mask_m = rows < row_end
     slot, choice, sequence, step = find_steps(
         rows, mask_m, sorted_to_slot_ptr, segments_per_sequence, TOP_K, SEGMENT_SIZE, ROWS_PER_SLOT
     )
-    offs_n = column_tile.to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_n = column_tile * BLOCK_N
+    offs_n = first_n + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     e = expert.to(tl.int64)
     routed = mask_m & (expert < num_experts)
@@ -285,17 +302,18 @@ def grouped_gemm_dhidden_kernel(
     row_ids = slot * ROWS_PER_SLOT + rows % ROWS_PER_SLOT
     scale = tl.full((BLOCK_M, BLOCK_N), 1.0, dtype=ACC)
     if seed_ptr is not None:
-        scale *= dropout_scale(tl.load(seed_ptr), row_ids, offs_n, N, dropout)
+        scale *= dropout_scale(tl.load(seed_ptr), row_ids, offs_n, N, dropout, first_n)
     weights = tl.load(topk_weights_ptr + slot, mask=routed, other=0.0).to(ACC)[:, None]
+    FAST: tl.constexpr = hidden_ptr.dtype.element_ty.primitive_bitwidth == 16
     if gate_pre_ptr is not None:
         gate_pre = tl.load(gate_pre_ptr + offs, mask=mask_in, other=0.0).to(ACC)
-        opened, slope = activate_with_grad(gate_pre, ACTIVATION)
+        opened, slope = activate_with_grad(gate_pre, ACTIVATION, FAST)
         hidden = opened * pre * scale
         dgate = dhidden * scale * pre * slope * weights
         tl.store(dgate_ptr + offs, dgate.to(dgate_ptr.dtype.element_ty), mask=mask_mn)
         dpre = dhidden * scale * opened * weights
     else:
-        hidden, slope = activate_with_grad(pre, ACTIVATION)
+        hidden, slope = activate_with_grad(pre, ACTIVATION, FAST)
         hidden = hidden * scale
         dpre = dhidden * scale * slope * weights
     hidden = tl.where(mask_in, hidden, 0.0)
@@ -303,7 +321,7 @@ def grouped_gemm_dhidden_kernel(
     tl.store(dpre_ptr + offs, dpre.to(dpre_ptr.dtype.element_ty), mask=mask_mn)
     hidden = (hidden * weights).to(hidden_ptr.dtype.element_ty)
     tl.store(hidden_ptr + offs, hidden, mask=mask_mn)
-    out = drow_weights_ptr + column_tile * num_slots * ROWS_PER_SLOT + row_ids
+    out = drow_weights_ptr + column_tile.to(tl.int64) * num_slots * ROWS_PER_SLOT + row_ids
     tl.store(out, dweight, mask=mask_m)
 
 
@@ -339,28 +357,32 @@ def grouped_gemm_dw_kernel(
     HAS_BIAS: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
 ) -> None:
     """Partial sums of ``a.T @ b`` over the rows of each expert, and of a for the bias.
 
-    Grid: ``(splits, cdiv(N, BLOCK_N), cdiv(K, BLOCK_K))``. Split i owns tiles
+    Grid: ``(splits * cdiv(N, BLOCK_N) * cdiv(K, BLOCK_K),)``. Split i owns tiles
     ``[i * tiles // splits, ...)`` of the rows; its sum for expert e goes to slot ``i + e``.
     """
-    split = tl.program_id(0)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
-    total = split * 0
-    for expert in range(num_experts):
-        lo = tl.load(expert_offsets_ptr + expert) * ROWS_PER_SLOT
-        hi = tl.load(expert_offsets_ptr + expert + 1) * ROWS_PER_SLOT
-        total += (hi - lo + BLOCK_M - 1) // BLOCK_M
-    # 64 bits: the product of splits and tiles.
-    first = (split.to(tl.int64) * total // num_splits).to(tl.int32)
-    last = ((split + 1).to(tl.int64) * total // num_splits).to(tl.int32)
-    before = split * 0
-    for expert in range(num_experts):
+    # The programs of a split lie next to each other: they read the same rows.
+    n_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    k_tiles: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    split = tl.program_id(0) // (n_tiles * k_tiles)
+    inside = tl.program_id(0) % (n_tiles * k_tiles)
+    first_n = inside // (GROUP_M * k_tiles) * GROUP_M
+    height = tl.minimum(n_tiles - first_n, GROUP_M)
+    n_tile = first_n + inside % (GROUP_M * k_tiles) % height
+    k_tile = inside % (GROUP_M * k_tiles) // height
+    offs_n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = k_tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    first, last, first_expert, end_expert, before = find_split(
+        split, num_splits, expert_offsets_ptr, num_experts, ROWS_PER_SLOT, BLOCK_M, GROUPS
+    )
+    for expert in range(first_expert, end_expert):
         lo = tl.load(expert_offsets_ptr + expert) * ROWS_PER_SLOT
         hi = tl.load(expert_offsets_ptr + expert + 1) * ROWS_PER_SLOT
         tiles = (hi - lo + BLOCK_M - 1) // BLOCK_M
@@ -401,7 +423,7 @@ def grouped_gemm_dw_kernel(
             mask = mask_n[:, None] & (offs_k < K)[None, :]
             tl.store(out + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :], dw, mask=mask)
             if HAS_BIAS:
-                first_k = tl.program_id(2) == 0
+                first_k = k_tile == 0
                 tl.store(out + N * K + offs_n, dbias, mask=mask_n & first_k)
         before += tiles
 
@@ -427,6 +449,7 @@ def reduce_partials_kernel(
     n5,
     ROWS_PER_SLOT: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    GROUPS: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -438,18 +461,17 @@ def reduce_partials_kernel(
     me = tl.program_id(1)
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < partial_size
-    total = me.to(tl.int64) * 0
-    mine_start = total
-    mine_stop = total
-    for expert in range(num_experts):
-        lo = tl.load(expert_offsets_ptr + expert) * ROWS_PER_SLOT
-        hi = tl.load(expert_offsets_ptr + expert + 1) * ROWS_PER_SLOT
-        tiles = (hi - lo + BLOCK_M - 1) // BLOCK_M
-        mine_start += tl.where(expert < me, tiles, 0)
-        mine_stop += tl.where(expert <= me, tiles, 0)
-        total += tiles
+    experts = tl.arange(0, GROUPS)
+    tiles = expert_tiles(expert_offsets_ptr, num_experts, ROWS_PER_SLOT, BLOCK_M, GROUPS)
+    mine_start = tl.sum(tl.where(experts < me, tiles, 0), 0).to(tl.int64)
+    mine_stop = tl.sum(tl.where(experts <= me, tiles, 0), 0).to(tl.int64)
+    total = tl.sum(tiles, 0).to(tl.int64)
     acc = tl.zeros((BLOCK,), dtype=ACC)
-    for split in range(num_splits):
+    # Splits that may have tiles of this expert, give or take one at either end.
+    some = tl.maximum(total, 1)
+    begin = tl.maximum(mine_start * num_splits // some - 1, 0)
+    end = tl.minimum(mine_stop * num_splits // some + 2, num_splits)
+    for split in range(begin, end):
         first = tl.maximum(split * total // num_splits, mine_start)
         last = tl.minimum((split + 1) * total // num_splits, mine_stop)
         ptrs = partials_ptr + (split + me).to(tl.int64) * partial_size + offs

@@ -137,8 +137,8 @@ def _permute_place_kernel(
         ids = tl.load(topk_ids_ptr + slots, mask=mask, other=0)
         group = tl.where(ids < 0, num_experts, ids)
         mine = ((group[:, None] == groups[None, :]) & mask[:, None]).to(tl.int32)
-        before = running[None, :] + tl.cumsum(mine, 0) - mine
-        rows = tl.sum(mine * before, 1)
+        places = running[None, :] + tl.cumsum(mine, 0) - mine
+        rows = tl.sum(mine * places, 1)
         tl.store(sorted_to_slot_ptr + rows, slots.to(tl.int32), mask=mask)
         tl.store(slot_to_sorted_ptr + slots, rows, mask=mask)
         running += tl.sum(mine, 0)
@@ -165,7 +165,7 @@ def _permute(
             _permute_count_kernel[(num_blocks,)](
                 topk_ids, block_counts, num_slots, num_experts, **tiles
             )
-    blocks_at_once = max(16, min(padded(num_blocks), 16384 // groups))
+    blocks_at_once = max(16, min(padded(num_blocks), 8192 // groups))
     block_starts = None
     if num_blocks > MAX_BLOCKS_WITHOUT_SCAN or num_blocks == 0:
         block_starts = torch.empty_like(block_counts)

@@ -119,7 +119,8 @@ def _route_fwd_fake(
         torch.empty_like(logits),
         logits.new_empty(num_segments, top_k),
         logits.new_empty(num_segments, top_k, dtype=torch.int32),
-        logits.new_empty(num_blocks, num_experts + 1, dtype=torch.int32),
+        # Flat: a dimension of one block would be specialised while tracing.
+        logits.new_empty(num_blocks * (num_experts + 1), dtype=torch.int32),
     )
 
 
@@ -174,9 +175,50 @@ def _route_bwd(
         need_dx,
         need_dweight,
     )
-    num_segments, num_experts = logits.shape
-    if num_segments == 0:
+    if logits.shape[0] == 0:
         return dx, dweight.zero_(), dstart.zero_()
+    dlogits = logits_gradient(
+        logits,
+        topk_ids,
+        seed,
+        dtopk_weights,
+        drow_weights,
+        dprobs,
+        dlogits_in,
+        temperature,
+        dropout,
+        renormalize,
+    )
+    input_gradients(
+        x,
+        router_weight,
+        router_start,
+        padding_mask,
+        dlogits,
+        dslots,
+        dx if need_dx else None,
+        dweight if need_dweight else None,
+        dstart if router_start is not None and need_dweight else None,
+        segment_size,
+        pooling,
+    )
+    return dx, dweight, dstart
+
+
+def logits_gradient(
+    logits: Tensor,
+    topk_ids: Tensor,
+    seed: Tensor | None,
+    dtopk_weights: Tensor | None,
+    drow_weights: Tensor | None,
+    dprobs: Tensor | None,
+    dlogits_in: Tensor | None,
+    temperature: float,
+    dropout: float,
+    renormalize: bool,
+) -> Tensor:
+    """Launch `dlogits_kernel`; the arguments are its own. Returns (S, E)."""
+    num_segments, num_experts = logits.shape
     dlogits = torch.empty_like(logits)
     experts = padded(num_experts)
     block_s = max(16, min(128, 4096 // experts))
@@ -199,8 +241,46 @@ def _route_bwd(
         EXPERTS=experts,
         BLOCK_S=block_s,
     )
+    return dlogits
+
+
+def router_precision(x: Tensor) -> str:
+    """How products of the router's gradients round: its share of dx is rounded to x's dtype."""
+    return "tf32" if x.dtype in {torch.float16, torch.bfloat16} else "ieee"
+
+
+def input_gradients(
+    x: Tensor,
+    router_weight: Tensor,
+    router_start: Tensor | None,
+    padding_mask: Tensor | None,
+    dlogits: Tensor,
+    dslots: Tensor | None,
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    dstart: Tensor | None,
+    segment_size: int,
+    pooling: str,
+) -> None:
+    """Launch `route_bwd_kernel` and add up its partial sums.
+
+    Args:
+        x: (B, T, D).
+        router_weight: (E, W).
+        router_start: (W,) or None.
+        padding_mask: (B, T) bool or None.
+        dlogits: (S, E).
+        dslots: (k, B, T, D) or None, gradients of x from the experts; added to dx.
+        dx: (B, T, D) contiguous or None, every element is written.
+        dweight: (E, W) or None, every element is written.
+        dstart: (W,) or None, every element is written.
+        segment_size: P.
+        pooling: see `functional.route`.
+    """
+    num_segments, num_experts = dlogits.shape
+    experts = padded(num_experts)
     d_model = x.shape[2]
-    tile = route_bwd_tile(d_model, num_experts, x.dtype)
+    tile = route_bwd_tile(d_model, num_experts)
     positions = segment_size if pooling == "concat" else 1
     columns = triton.cdiv(d_model, tile.block_n)
     blocks = triton.cdiv(num_segments, tile.block_m)
@@ -209,8 +289,8 @@ def _route_bwd(
     blocks_per_split = triton.cdiv(blocks, splits)
     splits = triton.cdiv(blocks, blocks_per_split)
     partials = None
-    if need_dweight:
-        partials = logits.new_empty(splits, *router_weight.shape)
+    if dweight is not None:
+        partials = dlogits.new_empty(splits, *router_weight.shape)
     if dslots is not None and dslots.stride(-1) != 1:
         dslots = dslots.contiguous()
     strides = (0, 0, 0) if dslots is None else dslots.stride()[:3]
@@ -220,7 +300,7 @@ def _route_bwd(
         padding_mask,
         dlogits,
         dslots,
-        dx if need_dx else None,
+        dx,
         partials,
         num_segments,
         num_segments // x.shape[0],
@@ -237,24 +317,30 @@ def _route_bwd(
         POOLING=pooling,
         CAUSAL=router_start is not None,
         ACC=accumulator(x.dtype),
-        # The router's share of dx is rounded to x's dtype: tf32 loses nothing that counts there.
-        PRECISION="tf32" if x.dtype in {torch.float16, torch.bfloat16} else "ieee",
+        PRECISION=router_precision(x),
         EXPERTS=experts,
         BLOCK_S=tile.block_m,
         BLOCK_D=tile.block_n,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    if partials is not None and router_start is None:
-        sum_splits_kernel[(triton.cdiv(dweight.numel(), 256),)](
-            partials, dweight, splits, dweight.numel(), ACC=accumulator(x.dtype), BLOCK=256
-        )
-    elif partials is not None and router_start is not None:
-        # The first segment of each sequence saw the start vector.
-        first = dlogits.view(x.shape[0], -1, num_experts)[:, 0].sum(0)
-        dweight.copy_(partials.sum(0) + first[:, None] * router_start.to(first.dtype))
-        dstart.copy_(first @ router_weight.to(first.dtype))
-    return dx, dweight, dstart
+    if dweight is None or partials is None:
+        return
+    if router_start is None or dstart is None:
+        sum_splits(partials, dweight)
+        return
+    # The first segment of each sequence saw the start vector.
+    first = dlogits.view(x.shape[0], -1, num_experts)[:, 0].sum(0)
+    dweight.copy_(partials.sum(0) + first[:, None] * router_start.to(first.dtype))
+    dstart.copy_(first @ router_weight.to(first.dtype))
+
+
+def sum_splits(partials: Tensor, out: Tensor) -> None:
+    """Add up ``partials (splits, ...)`` in ascending order into ``out (...)``."""
+    size = out.numel()
+    sum_splits_kernel[(triton.cdiv(size, 256),)](
+        partials, out, partials.shape[0], size, ACC=accumulator(partials.dtype), BLOCK=256
+    )
 
 
 def _route_bwd_fake(
@@ -343,10 +429,38 @@ class _RouteBackward(torch.autograd.Function):
     """The gradient as a function of its own, so that a second derivative is refused loudly."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        *tensors, options = args
-        outputs: tuple[Tensor, ...] = _route_bwd_op(*tensors, *options)
-        return outputs
+    def forward(
+        x: Tensor,
+        router_weight: Tensor,
+        router_start: Tensor | None,
+        padding_mask: Tensor | None,
+        seed: Tensor | None,
+        logits: Tensor,
+        topk_ids: Tensor,
+        dtopk_weights: Tensor | None,
+        drow_weights: Tensor | None,
+        dprobs: Tensor | None,
+        dlogits: Tensor | None,
+        dslots: Tensor | None,
+        options: tuple[Any, ...],
+    ) -> tuple[Tensor, ...]:
+        # The parameters are written out: torch.compile counts them.
+        out: tuple[Tensor, ...] = _route_bwd_op(
+            x,
+            router_weight,
+            router_start,
+            padding_mask,
+            seed,
+            logits,
+            topk_ids,
+            dtopk_weights,
+            drow_weights,
+            dprobs,
+            dlogits,
+            dslots,
+            *options,
+        )
+        return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

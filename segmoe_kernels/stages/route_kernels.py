@@ -6,93 +6,14 @@ Launched by `route`.
 import triton
 import triton.language as tl
 
-from segmoe_kernels._triton.activations import dropout_scale
-from segmoe_kernels._triton.sequences import real_steps
-
-
-@triton.jit
-def _step_range(
-    padding_mask_ptr,
-    sequence,
-    first_step,
-    mask_s,
-    length,
-    SEGMENT_SIZE: tl.constexpr,
-):
-    """Return ``(count, first, last)`` of the real steps of segments, as offsets in the segment."""
-    count = tl.zeros_like(first_step).to(tl.int32)
-    first = tl.full(first_step.shape, SEGMENT_SIZE - 1, dtype=tl.int32)
-    last = tl.zeros_like(count)
-    for p in range(SEGMENT_SIZE):
-        real = real_steps(padding_mask_ptr, sequence, first_step + p, mask_s, length)
-        count += real.to(tl.int32)
-        first = tl.minimum(first, tl.where(real, p, SEGMENT_SIZE - 1))
-        last = tl.maximum(last, tl.where(real, p, 0))
-    return count, first, last
-
-
-@triton.jit
-def _load_steps(
-    x_ptr,
-    padding_mask_ptr,
-    sequence,
-    step,
-    mask_s,
-    offs_d,
-    length,
-    stride_x_b,
-    stride_x_t,
-    D: tl.constexpr,
-):
-    """Return ``(x, real)``: one step of each segment, (BLOCK_S, BLOCK_D), 0 where not real."""
-    real = real_steps(padding_mask_ptr, sequence, step, mask_s, length)
-    ptrs = x_ptr + (sequence * stride_x_b + step * stride_x_t)[:, None] + offs_d[None, :]
-    return tl.load(ptrs, mask=real[:, None] & (offs_d < D)[None, :], other=0.0), real
-
-
-@triton.jit
-def _pool(
-    x_ptr,
-    padding_mask_ptr,
-    sequence,
-    first_step,
-    mask_s,
-    count,
-    first,
-    last,
-    offs_d,
-    length,
-    stride_x_b,
-    stride_x_t,
-    D: tl.constexpr,
-    SEGMENT_SIZE: tl.constexpr,
-    POOLING: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """Return columns offs_d of the pooled segments, (BLOCK_S, BLOCK_D) in ACC; not for "concat"."""
-    start = float("-inf") if POOLING == "max" else 0.0
-    pooled = tl.full((first_step.shape[0], offs_d.shape[0]), start, dtype=ACC)
-    for p in range(SEGMENT_SIZE):
-        x, real = _load_steps(
-            x_ptr, padding_mask_ptr, sequence, first_step + p, mask_s, offs_d, length, stride_x_b,
-            stride_x_t, D,
-        )  # fmt: skip
-        x = x.to(ACC)
-        if POOLING == "mean":
-            pooled += x
-        elif POOLING == "max":
-            # Written out because tl.maximum drops a NaN, which must come through.
-            better = real[:, None] & ((x > pooled) | (x != x))
-            pooled = tl.where(better, x, pooled)
-        elif POOLING == "first":
-            pooled += tl.where((first == p)[:, None], x, 0.0)
-        else:
-            pooled += tl.where((last == p)[:, None], x, 0.0)
-    if POOLING == "mean":
-        pooled = pooled / tl.maximum(count, 1).to(ACC)[:, None]
-    if POOLING == "max":
-        pooled = tl.where((count > 0)[:, None], pooled, 0.0)
-    return pooled
+from segmoe_kernels._triton.router import (
+    choose_experts,
+    differentiate_choice,
+    load_steps,
+    pool,
+    score_segments,
+    step_range,
+)
 
 
 @triton.jit
@@ -136,78 +57,20 @@ def route_fwd_kernel(
     mask_e = experts < num_experts
     segment = pid * BLOCK_S + tl.arange(0, BLOCK_S)
     mask_s = segment < num_segments
-    sequence = segment // segments_per_sequence
-    index = segment % segments_per_sequence
-    own_step = index * SEGMENT_SIZE
-    # A causal router looks at the segment before; the first one has none.
-    mask_x = mask_s
-    first_step = own_step
-    if router_start_ptr is not None:
-        mask_x = mask_s & (index > 0)
-        first_step = own_step - SEGMENT_SIZE
-    count = tl.full((BLOCK_S,), 1, dtype=tl.int32)
-    own_count = count
-    first = tl.zeros((BLOCK_S,), dtype=tl.int32)
-    last = first
-    if POOLING != "concat":
-        count, first, last = _step_range(
-            padding_mask_ptr, sequence, first_step, mask_x, length, SEGMENT_SIZE
-        )
-    if padding_mask_ptr is not None:
-        own_count, _first, _last = _step_range(
-            padding_mask_ptr, sequence, own_step, mask_s, length, SEGMENT_SIZE
-        )
-
-    logits = tl.zeros((BLOCK_S, EXPERTS), dtype=ACC)
-    for d0 in range(0, D, BLOCK_D):
-        offs_d = d0 + tl.arange(0, BLOCK_D)
-        mask_d = offs_d < D
-        for p in range(SEGMENT_SIZE if POOLING == "concat" else 1):
-            if POOLING == "concat":
-                pooled, _real = _load_steps(
-                    x_ptr, padding_mask_ptr, sequence, first_step + p, mask_x, offs_d, length,
-                    stride_x_b, stride_x_t, D,
-                )  # fmt: skip
-            else:
-                pooled = _pool(
-                    x_ptr, padding_mask_ptr, sequence, first_step, mask_x, count, first, last,
-                    offs_d, length, stride_x_b, stride_x_t, D, SEGMENT_SIZE, POOLING, ACC,
-                ).to(x_ptr.dtype.element_ty)  # fmt: skip
-            if router_start_ptr is not None:
-                start = tl.load(router_start_ptr + p * D + offs_d, mask=mask_d, other=0.0)
-                pooled = tl.where((index == 0)[:, None], start[None, :], pooled)
-            w = tl.load(
-                router_weight_ptr + experts[:, None] * stride_w_e + p * D + offs_d[None, :],
-                mask=mask_e[:, None] & mask_d[None, :],
-                other=0.0,
-            )
-            logits = tl.dot(pooled, tl.trans(w), logits, input_precision="ieee", out_dtype=ACC)
-
-    routed = mask_s & (own_count > 0)
-    logits = tl.where(routed[:, None], logits, 0.0)
+    logits, routed = score_segments(
+        x_ptr, router_weight_ptr, router_start_ptr, padding_mask_ptr, segment, mask_s,
+        segments_per_sequence, length, num_experts, stride_x_b, stride_x_t, stride_w_e,
+        D, SEGMENT_SIZE, POOLING, ACC, EXPERTS, BLOCK_D,
+    )  # fmt: skip
     offs = segment[:, None] * num_experts + experts[None, :]
     mask_se = mask_s[:, None] & mask_e[None, :]
     tl.store(logits_ptr + offs, logits, mask=mask_se)
-    probs = _softmax(logits / temperature, mask_e)
-    if seed_ptr is not None:
-        probs *= dropout_scale(tl.load(seed_ptr), segment, experts, num_experts, dropout)
-    probs = tl.where(routed[:, None], probs, 0.0)
+    probs, weights, rank = choose_experts(
+        logits, routed, segment, num_experts, temperature, dropout, seed_ptr, TOP_K, RENORMALIZE,
+        EXPERTS,
+    )  # fmt: skip
     tl.store(probs_ptr + offs, probs, mask=mask_se)
-
-    # Choose TOP_K times the largest that is left, the lowest index among equals; a NaN is largest.
-    key = tl.where(mask_e[None, :], tl.where(probs != probs, float("inf"), probs), -1.0)
-    rank = tl.full((BLOCK_S, EXPERTS), TOP_K, dtype=tl.int32)
-    for k in range(TOP_K):
-        best = tl.max(key, 1)
-        chosen = tl.min(tl.where(key == best[:, None], experts[None, :], EXPERTS), 1)
-        hit = experts[None, :] == chosen[:, None]
-        rank = tl.where(hit, k, rank)
-        key = tl.where(hit, -2.0, key)
     selected = rank < TOP_K
-    weights = probs
-    if RENORMALIZE:
-        total = tl.sum(tl.where(selected, probs, 0.0), 1)
-        weights = probs / tl.where(total < 1e-6, 1e-6, total)[:, None]
     ids = tl.where(routed[:, None], experts[None, :], -1)
     out = segment[:, None] * TOP_K + rank
     tl.store(topk_weights_ptr + out, weights, mask=selected & mask_s[:, None])
@@ -215,16 +78,8 @@ def route_fwd_kernel(
     counts = tl.sum((selected & routed[:, None]).to(tl.int32), 0)
     row = block_counts_ptr + pid * (num_experts + 1)
     tl.store(row + experts, counts, mask=mask_e)
-    unrouted = tl.sum((mask_s & (own_count == 0)).to(tl.int32), 0) * TOP_K
+    unrouted = tl.sum((mask_s & (routed == 0)).to(tl.int32), 0) * TOP_K
     tl.store(row + num_experts, unrouted)
-
-
-@triton.jit
-def _softmax(logits, mask_e):
-    """Softmax over axis 1; columns outside mask_e are 0."""
-    logits = tl.where(mask_e[None, :], logits, float("-inf"))
-    exp = tl.exp(logits - tl.max(logits, 1)[:, None])
-    return exp / tl.sum(exp, 1)[:, None]
 
 
 @triton.jit
@@ -249,7 +104,7 @@ def dlogits_kernel(
 ) -> None:
     """Differentiate top-k, dropout, softmax and temperature for BLOCK_S segments.
 
-    Grid: ``(cdiv(S, BLOCK_S),)``. The probabilities are computed anew from the logits.
+    Grid: ``(cdiv(S, BLOCK_S),)``.
     """
     segment = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
     experts = tl.arange(0, EXPERTS)
@@ -259,17 +114,12 @@ def dlogits_kernel(
     offs = segment[:, None] * num_experts + experts[None, :]
 
     logits = tl.load(logits_ptr + offs, mask=mask_se, other=0.0)
-    probs = _softmax(logits / temperature, mask_e)
-    scale = tl.full((BLOCK_S, EXPERTS), 1.0, dtype=logits.dtype)
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-        scale *= dropout_scale(seed, segment, experts, num_experts, dropout)
     dprobs = tl.zeros((BLOCK_S, EXPERTS), dtype=logits.dtype)
     if dprobs_ptr is not None:
         dprobs += tl.load(dprobs_ptr + offs, mask=mask_se, other=0.0)
+    selected = tl.zeros((BLOCK_S, EXPERTS), dtype=tl.int1)
+    dweights = tl.zeros((BLOCK_S, EXPERTS), dtype=logits.dtype)
     if (dtopk_weights_ptr is not None) or (drow_weights_ptr is not None):
-        selected = tl.zeros((BLOCK_S, EXPERTS), dtype=tl.int1)
-        dweights = tl.zeros((BLOCK_S, EXPERTS), dtype=logits.dtype)
         for k in range(TOP_K):
             slot = segment * TOP_K + k
             ids = tl.load(topk_ids_ptr + slot, mask=mask_s, other=-1)
@@ -283,19 +133,10 @@ def dlogits_kernel(
             hit = experts[None, :] == ids[:, None]
             selected |= hit
             dweights = tl.where(hit, dweight[:, None], dweights)
-        if RENORMALIZE:
-            kept = tl.where(selected, probs * scale, 0.0)
-            total = tl.sum(kept, 1)
-            clamped = tl.where(total < 1e-6, 1e-6, total)
-            weights = kept / clamped[:, None]
-            mean = tl.sum(dweights * weights, 1)
-            # Below the clamp the divisor is a constant.
-            mean = tl.where(total < 1e-6, 0.0, mean)
-            dweights = (dweights - mean[:, None]) / clamped[:, None]
-        dprobs += tl.where(selected, dweights, 0.0)
-    dprobs *= scale
-    inner = tl.sum(tl.where(mask_e[None, :], probs * dprobs, 0.0), 1)
-    dlogits = probs * (dprobs - inner[:, None]) / temperature
+    dlogits = differentiate_choice(
+        logits, selected, dweights, dprobs, segment, num_experts, temperature, dropout, seed_ptr,
+        RENORMALIZE, EXPERTS,
+    )  # fmt: skip
     if dlogits_in_ptr is not None:
         dlogits += tl.load(dlogits_in_ptr + offs, mask=mask_se, other=0.0)
     # A segment that is not routed is a constant 0, whatever comes back.
@@ -371,7 +212,7 @@ def route_bwd_kernel(
         )
         dpooled = tl.dot(dlogits, w, input_precision=PRECISION, out_dtype=ACC)
         if POOLING == "concat":
-            x, real = _load_steps(
+            x, real = load_steps(
                 x_ptr, padding_mask_ptr, sequence, first_step + position, mask_s, offs_d, length,
                 stride_x_b, stride_x_t, D,
             )  # fmt: skip
@@ -385,10 +226,10 @@ def route_bwd_kernel(
                     stride_dslots_t, D, ACC,
                 )  # fmt: skip
         else:
-            count, first, last = _step_range(
+            count, first, last = step_range(
                 padding_mask_ptr, sequence, first_step, mask_s, length, SEGMENT_SIZE
             )
-            pooled = _pool(
+            pooled = pool(
                 x_ptr, padding_mask_ptr, sequence, first_step, mask_s, count, first, last, offs_d,
                 length, stride_x_b, stride_x_t, D, SEGMENT_SIZE, POOLING, ACC,
             )  # fmt: skip
@@ -399,7 +240,7 @@ def route_bwd_kernel(
                 # The earliest maximum takes the gradient, once.
                 open_max = tl.full((BLOCK_S, BLOCK_D), 1, dtype=tl.int1)
                 for p in range(SEGMENT_SIZE):
-                    x, real = _load_steps(
+                    x, real = load_steps(
                         x_ptr, padding_mask_ptr, sequence, first_step + p, mask_s, offs_d, length,
                         stride_x_b, stride_x_t, D,
                     )  # fmt: skip
