@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
+# Test processes: one for each core of a small machine.
+JOBS ?= 2
 
 .PHONY: demo test lint bench gpu clean
 
@@ -15,7 +17,7 @@ demo: $(READY)  ## dense, token-wise and segment-wise forecasters on one series
 	$(RUN) examples/train_forecaster.py --demo
 
 test: $(READY)  ## every test that needs no GPU
-	$(RUN) -m pytest -q -m "not slow"
+	$(RUN) -m pytest -q -m "not slow" -n $(JOBS) --dist worksteal
 
 lint: $(READY)  ## style and types
 	$(RUN) -m ruff check .
@@ -26,9 +28,10 @@ bench: $(READY)  ## traffic and launches of every plan, and CPU timing of the re
 	$(RUN) -m benchmarks.traffic
 	$(RUN) -m benchmarks.reference_cpu
 
-# The machine with the GPU has its own torch and triton, so no environment is made for it.
-gpu:  ## tests and stage timings on a GPU; results go to $OUT, else benchmarks/results/
-	$(PYTHON) -m benchmarks.gpu
+# The machine with the GPU has its own torch and triton, so no environment is made for it. Each step
+# takes less than ten minutes and goes on where it was stopped: make gpu STEP="--step layer".
+gpu:  ## tests, timing beside the peers, tuning, profiles; to $OUT, else benchmarks/results/<device>/
+	$(PYTHON) -m benchmarks.gpu $(STEP)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks build *.egg-info

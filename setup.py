@@ -35,6 +35,7 @@ setup(
             "pandas>=2.2",
             "pytest>=8",
             "pytest-benchmark>=5",
+            "pytest-xdist>=3.6",
             "ruff==0.17.6",
             "tqdm>=4.66",
         ],

@@ -98,6 +98,20 @@ ROWS = [
         ["prefix='moe.'", "experts.0.1.up_proj.weight"],
     ),
     (
+        "official_in_a_model",
+        official(state_dict={f"net.0.moe.{key}": value for key, value in changed_keys().items()}),
+        ValueError,
+        ["for one inside a model pass prefix='net.0.moe.'", "net.0.moe.gating.weight"],
+    ),
+    (
+        "official_prefix_without_dot",
+        official(
+            state_dict={f"moe.{key}": value for key, value in changed_keys().items()}, prefix="moe"
+        ),
+        ValueError,
+        ["pass prefix='moe.'"],
+    ),
+    (
         "official_value",
         official(state_dict=changed_keys(gating__weight=[1.0])),
         TypeError,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import STATES, make_layer
 
-from segmoe_kernels import FFNWeights, reference
+from segmoe_kernels import FFNWeights, SegMoE, functional, reference
 from segmoe_kernels.functional import (
     combine,
     expert_ffn,
@@ -236,3 +236,23 @@ def test_seg_moe_takes_views_of_a_fused_projection():
     views = seg_moe(x, router, FFNWeights(up, down, gate), segment_size=SIZE)[0]
     copies = FFNWeights(up.contiguous(), down, gate.contiguous())
     assert torch.equal(views, seg_moe(x, router, copies, segment_size=SIZE)[0])
+
+
+def test_reference_has_every_function_of_functional():
+    names = set(functional.__all__) - {"resolve_backend"}
+    assert all(callable(getattr(reference, name)) for name in names)
+
+
+def test_reference_seg_moe_equals_the_layer():
+    layer = SegMoE(6, 10, 3, segment_size=4, shared_expert="token", dtype=torch.float64)
+    x = torch.randn(2, 3, 9, 6, dtype=torch.float64)
+    y, routing = reference.seg_moe(
+        x,
+        layer.router.weight,
+        layer.experts.weights(),
+        segment_size=4,
+        shared=layer.shared_expert.weights(),
+        shared_gate=layer.shared_gate.weight,
+    )
+    assert torch.equal(y, layer(x))
+    assert routing.topk_ids.shape == (2 * 3 * 3, 1)

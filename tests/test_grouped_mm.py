@@ -91,7 +91,8 @@ def test_grouped_mm_takes_expanded_gradients():
 def test_grouped_mm_takes_strided_operands(dtype):
     offsets = torch.tensor([0, 2, 6], dtype=torch.int32)
     a, b = torch.randn(3, 6).to(dtype).t(), torch.randn(2, 3, 8).to(dtype)[..., ::2].transpose(1, 2)
-    assert torch.equal(
+    # Not bit for bit: some BLAS sum in another order for other strides.
+    torch.testing.assert_close(
         grouped_mm(a, b, offsets), grouped_mm(a.contiguous(), b.contiguous(), offsets)
     )
 

@@ -23,25 +23,50 @@ ARROWS = {
     "testing": {"layer", "reference", "routing"},
     "validation": {"routing"},
     "stages": {
-        f"stages.{name}" for name in ("combine", "experts", "grouped_gemm", "permute", "route")
+        f"stages.{name}"
+        for name in ("combine", "experts", "grouped_gemm", "permute", "plans", "route", "shared")
     },
+    "stages.block": {
+        "stages.block_backward_kernels",
+        "stages.block_kernels",
+        "stages.experts",
+        "stages.grouped_gemm",
+        "stages.permute",
+        "stages.route",
+    },
+    "stages.block_backward_kernels": set(),
+    "stages.block_kernels": set(),
     "stages.combine": set(),
     "stages.experts": {
         "stages.experts_fused",
         "stages.grouped_gemm",
         "stages.grouped_gemm_kernels",
+        "stages.route",
     },
     "stages.experts_fused": set(),
     "stages.grouped_gemm": {"reference", "stages.grouped_gemm_kernels"},
     "stages.grouped_gemm_kernels": set(),
     "stages.permute": set(),
+    "stages.plans": {"stages.block", "stages.experts", "stages.permute", "stages.route"},
     "stages.route": {"stages.route_kernels"},
     "stages.route_kernels": set(),
+    "stages.shared": {
+        "stages.combine",
+        "stages.shared_backward_kernels",
+        "stages.shared_kernels",
+        "stages.shared_passes",
+    },
+    "stages.shared_backward_kernels": {"stages.shared_kernels"},
+    "stages.shared_kernels": set(),
+    "stages.shared_passes": {"stages.shared_backward_kernels", "stages.shared_kernels"},
     "_triton": set(),
     "_triton.activations": set(),
+    "_triton.ffn": set(),
     "_triton.launch": set(),
+    "_triton.plans": {"validation"},
+    "_triton.router": set(),
     "_triton.sequences": set(),
-    "_triton.tiles": set(),
+    "_triton.tiles": {"validation"},
 }
 FOR_STAGES = {"routing", "validation"} | {name for name in ARROWS if name.startswith("_triton")}
 FOR_TRITON = {name for name in ARROWS if name.startswith("_triton.")}

@@ -6,7 +6,7 @@ from official_cases import NAMES, load_case, load_layer, needs_cases
 
 from segmoe_kernels import to_official
 
-BACKENDS = ["reference"]
+BACKENDS = ["reference", "triton"]
 
 pytestmark = needs_cases
 

@@ -282,7 +282,11 @@ def test_layer_causal_never_looks_ahead(shared, pooling, padded):
             other, other_mask = x.clone(), mask.clone()
             other[:, t + 1 :] = future
             other_mask[:, t + 1 :] ^= padded
-            assert torch.equal(layer(other, other_mask)[:, : t + 1], y[:, : t + 1])
+            # Not bit for bit: other futures give experts other row counts, and some BLAS round a
+            # row by how many there are. What leaks would be of the size of y, or NaN.
+            torch.testing.assert_close(
+                layer(other, other_mask)[:, : t + 1], y[:, : t + 1], rtol=1e-12, atol=1e-13
+            )
 
 
 @pytest.mark.parametrize("pooling", ["concat", "mean", "max", "last"])

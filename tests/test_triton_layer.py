@@ -1,4 +1,4 @@
-"""The whole layer on the Triton backend against the float64 oracle, every option."""
+"""The whole layer on the Triton backend against the float64 oracle, every option, every plan."""
 
 import itertools
 
@@ -48,6 +48,41 @@ OPTIONS = [
 ]
 
 
+@pytest.fixture(params=["block", "grouped"])
+def plan(request, monkeypatch):
+    """Run on one plan; options that only the other can serve run on that one all the same."""
+    monkeypatch.setenv("SEGMOE_PLAN", request.param)
+    return request.param
+
+
+def has_block_plan(options):
+    return options.get("expert_scope") != "segment" and options.get("num_experts") != 0
+
+
+def planned(options):
+    """Each set of options with each plan that can serve it."""
+    plans = [(plan, some) for some in options for plan in ("block", "grouped")]
+    return [
+        pytest.param(plan, some, id=f"{plan}-{name_of(some)}")
+        for plan, some in plans
+        if plan == "grouped" or has_block_plan(some)
+    ]
+
+
+def planned_scopes(*scopes):
+    """Each scope with each plan that can serve it."""
+    return [
+        (plan, scope)
+        for scope in scopes
+        for plan in ("block", "grouped")
+        if plan == "grouped" or scope != "segment"
+    ]
+
+
+def name_of(options):
+    return "-".join(f"{k}={v}" for k, v in options.items()) or "defaults"
+
+
 def make_layer(dtype=torch.float32, device="cpu", **options):
     torch.manual_seed(1)
     settings = {**DEFAULTS, **options}
@@ -59,12 +94,9 @@ def make_layer(dtype=torch.float32, device="cpu", **options):
     return layer.eval()
 
 
-def name_of(options):
-    return "-".join(f"{k}={v}" for k, v in options.items()) or "defaults"
-
-
 @pytest.mark.parametrize("masked", [0.0, 0.35], ids=["full", "masked"])
-@pytest.mark.parametrize("options", OPTIONS, ids=name_of)
+@pytest.mark.parametrize(("plan", "options"), planned(OPTIONS), indirect=["plan"])
+@pytest.mark.usefixtures("plan")
 def test_layer_equals_reference_in_float64(options, masked, device):
     layer = make_layer(torch.float64, device, **options)
     inputs = make_inputs(*SHAPE, dtype=torch.float64, device=device, masked=masked)
@@ -88,29 +120,40 @@ def check_accuracy(layer, inputs):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"top_k": 1, "bias": True},
-        {"gated": True, "activation": "silu", "bias": True},
-        {"expert_scope": "segment", "pooling": "mean"},
-        {"shared_expert": "token", "pooling": "max", "causal": True},
-        {"activation": "gelu_tanh", "shared_expert": None},
-    ],
-    ids=name_of,
+    ("plan", "options"),
+    planned(
+        [
+            {},
+            {"top_k": 1, "bias": True},
+            {"gated": True, "activation": "silu", "bias": True},
+            {"expert_scope": "segment", "pooling": "mean"},
+            {"shared_expert": "token", "pooling": "max", "causal": True},
+            {"activation": "gelu_tanh", "shared_expert": None},
+        ]
+    ),
+    indirect=["plan"],
 )
+@pytest.mark.usefixtures("plan")
 def test_layer_is_as_accurate_as_eager(options, dtype, device):
     layer = make_layer(dtype, device, d_model=24, d_ff=72, **options)
     check_accuracy(layer, make_inputs(4, 37, 24, dtype=dtype, device=device, masked=0.1))
 
 
-@pytest.mark.parametrize("width", [64, 130, 300], ids=["fused", "fused padded", "two products"])
+@pytest.mark.parametrize(
+    ("plan", "width"),
+    [("block", 64), ("block", 130), ("grouped", 64), ("grouped", 130), ("grouped", 300)],
+    indirect=["plan"],
+)
+@pytest.mark.usefixtures("plan")
 def test_layer_is_as_accurate_as_eager_beyond_one_tile(width, device):
     layer = make_layer(torch.float32, device, d_model=width, d_ff=2 * width, segment_size=5)
     check_accuracy(layer, make_inputs(3, 66, width, device=device))
 
 
-@pytest.mark.parametrize("scope", ["token", "segment", "projected"])
+@pytest.mark.parametrize(
+    ("plan", "scope"), planned_scopes("token", "segment", "projected"), indirect=["plan"]
+)
+@pytest.mark.usefixtures("plan")
 def test_layer_handles_an_expert_that_takes_all(scope, device):
     layer = make_layer(torch.float64, device, top_k=1, expert_scope=scope, pooling="concat")
     with torch.no_grad():
@@ -125,7 +168,10 @@ def test_layer_handles_an_expert_that_takes_all(scope, device):
 
 
 @pytest.mark.parametrize("shape", [(0, 7, 8), (2, 0, 8), (1, 1, 8), (5, 8), (2, 3, 7, 8)], ids=str)
-@pytest.mark.parametrize("scope", ["token", "segment", "projected"])
+@pytest.mark.parametrize(
+    ("plan", "scope"), planned_scopes("token", "segment", "projected"), indirect=["plan"]
+)
+@pytest.mark.usefixtures("plan")
 def test_layer_takes_any_leading_shape(scope, shape, device):
     layer = make_layer(torch.float64, device, expert_scope=scope)
     inputs = make_inputs(*shape, dtype=torch.float64, device=device)
@@ -148,7 +194,8 @@ def strided(x):
     yield long[:, 2:-3]
 
 
-@pytest.mark.parametrize("scope", ["token", "segment"])
+@pytest.mark.parametrize(("plan", "scope"), planned_scopes("token", "segment"), indirect=["plan"])
+@pytest.mark.usefixtures("plan")
 def test_layer_reads_any_strides(scope, device):
     layer = make_layer(torch.float64, device, expert_scope=scope)
     x, dy, _ = make_inputs(*SHAPE, dtype=torch.float64, device=device)
@@ -165,8 +212,11 @@ def test_layer_reads_any_strides(scope, device):
     assert torch.equal(dx, run_layer(layer, x, one.contiguous())["dx"])
 
 
-@pytest.mark.parametrize("scope", ["token", "segment", "projected"])
+@pytest.mark.parametrize(
+    ("plan", "scope"), planned_scopes("token", "segment", "projected"), indirect=["plan"]
+)
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.usefixtures("plan")
 def test_layer_passes_gradcheck(scope, gated, device):
     layer = make_layer(
         torch.float64, device, expert_scope=scope, gated=gated, d_model=3, d_ff=4, bias=True
@@ -182,6 +232,7 @@ def test_layer_passes_gradcheck(scope, gated, device):
 
 @pytest.mark.parametrize("order", ["reverse", "shuffled 1", "shuffled 2"])
 @pytest.mark.interpreter
+@pytest.mark.usefixtures("plan")
 def test_layer_does_not_depend_on_program_order(order, program_order):
     options = {"gated": True, "activation": "silu", "bias": True, "segment_size": 2}
     for scope, shared in itertools.product(["token", "segment"], ["segment", None]):
@@ -195,6 +246,7 @@ def test_layer_does_not_depend_on_program_order(order, program_order):
             assert torch.equal(actual[name], value), name
 
 
+@pytest.mark.usefixtures("plan")
 def test_layer_repeats_bitwise(device):
     layer = make_layer(torch.float32, device, d_model=16)
     inputs = make_inputs(4, 60, 16, device=device)
@@ -202,6 +254,7 @@ def test_layer_repeats_bitwise(device):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.usefixtures("plan")
 def test_frozen_parameters_get_no_gradient_and_change_no_other(device):
     layer = make_layer(torch.float64, device, bias=True, gated=True, shared_expert=None)
     inputs = make_inputs(*SHAPE, dtype=torch.float64, device=device)
@@ -217,7 +270,8 @@ def test_frozen_parameters_get_no_gradient_and_change_no_other(device):
         assert all(torch.equal(some[name], full[name]) for name in some)
 
 
-@pytest.mark.parametrize("scope", ["token", "segment"])
+@pytest.mark.parametrize(("plan", "scope"), planned_scopes("token", "segment"), indirect=["plan"])
+@pytest.mark.usefixtures("plan")
 def test_dropout_backward_sees_the_mask_of_forward(scope, device):
     layer = make_layer(
         torch.float64, device, expert_scope=scope, d_model=3, d_ff=6, dropout=0.4,
@@ -233,6 +287,7 @@ def test_dropout_backward_sees_the_mask_of_forward(scope, device):
     assert torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True)
 
 
+@pytest.mark.usefixtures("plan")
 def test_dropout_keeps_the_mean_and_the_rate(device):
     layer = SegMoE(
         1, 4000, 1, dropout=0.25, shared_expert=None, activation="relu", backend="triton",
@@ -251,6 +306,7 @@ def test_dropout_keeps_the_mean_and_the_rate(device):
                        torch.ones(1, device=device))  # fmt: skip
 
 
+@pytest.mark.usefixtures("plan")
 def test_second_derivatives_are_refused(device):
     layer = make_layer(torch.float64, device, shared_expert=None)
     x = torch.randn(1, 6, 8, dtype=torch.float64, device=device, requires_grad=True)
@@ -259,6 +315,7 @@ def test_second_derivatives_are_refused(device):
         dx.square().sum().backward()
 
 
+@pytest.mark.usefixtures("plan")
 def test_nan_stays_in_its_segment(device):
     layer = make_layer(torch.float32, device, top_k=2, segment_size=3)
     x, dy, _ = make_inputs(2, 12, 8, device=device)
@@ -274,6 +331,7 @@ def test_nan_stays_in_its_segment(device):
     assert ((ids >= 0) & (ids < 4)).all()
 
 
+@pytest.mark.usefixtures("plan")
 def test_masked_steps_are_never_read(device):
     layer = make_layer(torch.float32, device, pooling="mean")
     x, dy, mask = make_inputs(2, 12, 8, device=device, masked=0.4)

@@ -1,0 +1,265 @@
+"""Plan "block": what it must do beyond giving the layer's results (test_triton_layer.py)."""
+
+import pytest
+import torch
+
+from segmoe_kernels import SegMoE
+from segmoe_kernels.testing import assert_as_accurate, make_inputs, oracle, route_ids, run_layer
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(autouse=True)
+def _block_plan(monkeypatch):
+    monkeypatch.setenv("SEGMOE_PLAN", "block")
+
+
+def make_layer(device="cpu", dtype=torch.float64, **options):
+    torch.manual_seed(2)
+    settings = {"d_model": 8, "d_ff": 20, "num_experts": 4, "segment_size": 3, **options}
+    settings.setdefault("shared_expert", None)
+    return SegMoE(**settings, backend="triton", device=device, dtype=dtype).eval()
+
+
+def check_equal(layer, inputs):
+    actual = run_layer(layer, *inputs)
+    expected = run_layer(layer, *inputs, backend="reference")
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-11, atol=1e-11, msg=name)
+    return actual
+
+
+def launches(run):
+    """Names of the kernels that ``run`` launches, in order."""
+    from triton.runtime.interpreter import GridExecutor
+
+    names = []
+    real = GridExecutor.__call__
+
+    def spy(self, *args, **kwargs):
+        names.append(self.fn.__name__)
+        return real(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GridExecutor, "__call__", spy)
+        run()
+    return names
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (3, 1), (5, 3), (16, 2)])
+def test_block_serves_several_programs_and_unrouted_segments(experts, top_k, device):
+    layer = make_layer(device, num_experts=experts, top_k=top_k, d_ff=16, segment_size=2)
+    inputs = make_inputs(3, 70, 8, dtype=torch.float64, device=device, masked=0.3)
+    inputs.padding_mask[1, 30:50] = False  # some segments have no expert at all
+    check_equal(layer, inputs)
+
+
+def test_block_splits_experts_into_groups(device):
+    # A hidden layer of 128 columns or more lets several programs share a run of segments.
+    layer = make_layer(device, torch.float32, num_experts=3, d_ff=130)
+    inputs = make_inputs(3, 50, 8, device=device, masked=0.3)
+    inputs.padding_mask[1, 20:40] = False
+    ids = route_ids(layer, *inputs)
+    eager = run_layer(layer, *inputs, backend="reference", topk_ids=ids)
+    exact = oracle(layer, *inputs, topk_ids=ids)
+    assert_as_accurate(run_layer(layer, *inputs), eager, exact)
+
+
+@pytest.mark.parametrize("passes", ["one", "two"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias": True, "gated": True, "activation": "silu"},
+        {"bias": True, "renormalize": True, "segment_size": 5},
+        {"d_ff": 40},
+    ],
+    ids=str,
+)
+def test_block_differentiates_in_one_pass_and_in_two(options, passes, device, monkeypatch):
+    monkeypatch.setenv("SEGMOE_BACKWARD", passes)
+    layer = make_layer(device, **options)
+    inputs = make_inputs(3, 30, 8, dtype=torch.float64, device=device, masked=0.3)
+    inputs.padding_mask[1, 10:25] = False
+    check_equal(layer, inputs)
+
+
+@pytest.mark.parametrize("passes", ["one", "two"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_block_backward_is_as_accurate_as_eager(dtype, passes, device, monkeypatch):
+    monkeypatch.setenv("SEGMOE_BACKWARD", passes)
+    layer = make_layer(device, dtype, d_model=24, d_ff=72, bias=True)
+    inputs = make_inputs(3, 37, 24, dtype=dtype, device=device, masked=0.1)
+    ids = route_ids(layer, *inputs)
+    eager = run_layer(layer, *inputs, backend="reference", topk_ids=ids)
+    exact = oracle(layer, *inputs, topk_ids=ids)
+    assert_as_accurate(run_layer(layer, *inputs), eager, exact)
+
+
+@pytest.mark.parametrize("segment_size", [1, 5, 7, 40])
+def test_block_handles_segments_of_any_size(segment_size, device):
+    # 7 leaves too much of a tile empty for the one-pass backward, 40 is longer than a tile.
+    layer = make_layer(device, segment_size=segment_size)
+    check_equal(layer, make_inputs(2, 43, 8, dtype=torch.float64, device=device))
+
+
+@pytest.mark.parametrize("d_ff", [16, 15, 17, 40])
+def test_block_handles_hidden_layers_of_one_chunk_and_of_more(d_ff, device):
+    layer = make_layer(device, d_ff=d_ff, gated=True, bias=True, top_k=2)
+    check_equal(layer, make_inputs(2, 20, 8, dtype=torch.float64, device=device))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_block_differentiates_every_routing_output(top_k, device):
+    layer = make_layer(device, top_k=top_k, router_temperature=0.7)
+    x, _, _ = make_inputs(2, 20, 8, dtype=torch.float64, device=device)
+    names = ("router_logits", "router_probs", "topk_weights")
+    generator = torch.Generator().manual_seed(3)
+    upstream = {}
+
+    def gradients(backend):
+        layer.backend = backend
+        leaf = x.clone().requires_grad_()
+        y, routing = layer.forward_with_routing(leaf)
+        outputs = [y, *(getattr(routing, name) for name in names)]
+        for name, out in zip(("y", *names), outputs, strict=True):
+            if name not in upstream:
+                draw = torch.randn(out.shape, generator=generator, dtype=out.dtype)
+                upstream[name] = draw.to(device)
+        return torch.autograd.grad(
+            outputs, [leaf, *layer.parameters()], [upstream[n] for n in ("y", *names)]
+        )
+
+    for actual, expected in zip(gradients("triton"), gradients("reference"), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_block_differentiates_the_losses_alone(device):
+    layer = make_layer(device)
+    x, _, _ = make_inputs(2, 20, 8, dtype=torch.float64, device=device)
+
+    def gradient(backend):
+        layer.backend = backend
+        leaf = x.clone().requires_grad_()
+        probs = layer.forward_with_routing(leaf)[1].router_probs
+        return torch.autograd.grad(probs.square().sum(), leaf)[0]
+
+    torch.testing.assert_close(gradient("triton"), gradient("reference"), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_block_saves_x_logits_ids_and_seeds_only(top_k, device):
+    layer = make_layer(device, top_k=top_k, dropout=0.1, router_dropout=0.1).train()
+    x, _, _ = make_inputs(4, 60, 8, dtype=torch.float64, device=device)
+    leaf = x.clone().requires_grad_()
+    parameters = {p.data_ptr() for p in layer.parameters()}
+    kept = {}
+
+    def pack(t):
+        if t.data_ptr() not in parameters:
+            kept[t.data_ptr()] = t.numel() * t.element_size()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(leaf)
+    segments = 4 * 20
+    allowed = leaf.numel() * 8 + segments * 4 * 8 + segments * top_k * 4 + 2 * 8
+    assert sum(kept.values()) <= allowed
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_block_launches_few_kernels(top_k):
+    layer = make_layer(top_k=top_k)
+    x, dy, _ = make_inputs(4, 60, 8, dtype=torch.float64)
+    with torch.no_grad():
+        assert launches(lambda: layer(x)) == ["block_fwd_kernel"]
+    assert len(launches(lambda: run_layer(layer, x, dy))) <= 9
+
+
+@pytest.mark.interpreter
+def test_block_launches_nothing_for_frozen_parameters(monkeypatch):
+    monkeypatch.setenv("SEGMOE_BACKWARD", "two")
+    layer = make_layer()
+    x, dy, _ = make_inputs(4, 60, 8, dtype=torch.float64)
+
+    def kernels(frozen, *, x_grad):
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(not name.startswith(frozen))
+        leaf = x.clone().requires_grad_(x_grad)
+        y = layer(leaf)
+        return set(launches(lambda: y.backward(dy)))
+
+    experts, rows = "expert_ffn_dw_kernel", "block_dx_kernel"
+    everything = kernels(("none",), x_grad=True)
+    assert {experts, rows, "reduce_partials_kernel", "sum_splits_kernel"} <= everything
+    assert experts not in kernels(("experts",), x_grad=True)
+    assert "reduce_partials_kernel" not in kernels(("experts",), x_grad=True)
+    assert rows not in kernels(("router",), x_grad=False)
+    assert "sum_splits_kernel" not in kernels(("router",), x_grad=True)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("order", ["reverse", "shuffled"])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_block_does_not_depend_on_program_order(top_k, order, program_order):
+    layer = make_layer(dtype=torch.float32, top_k=top_k, d_ff=130)
+    inputs = make_inputs(4, 70, 8, masked=0.2)
+    expected = run_layer(layer, *inputs)
+    with program_order(order, 5):
+        actual = run_layer(layer, *inputs)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+def test_block_gives_a_segment_the_same_bits_in_any_batch(device):
+    layer = make_layer(device, torch.float32, top_k=2)
+    x, dy, _ = make_inputs(20, 21, 8, device=device)
+    alone, together = run_layer(layer, x[:3], dy[:3]), run_layer(layer, x, dy)
+    for name in ("y", "dx"):
+        assert torch.equal(together[name][:3], alone[name])
+
+
+def test_block_draws_the_dropout_of_the_grouped_plan(device, monkeypatch):
+    layer = make_layer(device, top_k=2, dropout=0.4, router_dropout=0.3).train()
+    inputs = make_inputs(2, 30, 8, dtype=torch.float64, device=device)
+
+    def run():
+        torch.manual_seed(11)
+        return run_layer(layer, *inputs)
+
+    block = run()
+    monkeypatch.setenv("SEGMOE_PLAN", "grouped")
+    for name, value in run().items():
+        torch.testing.assert_close(block[name], value, rtol=1e-11, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_block_runs_under_autocast(top_k, device):
+    layer = make_layer(device, torch.float32, top_k=top_k, d_model=24, d_ff=48)
+    x, dy, _ = make_inputs(3, 41, 24, device=device)
+
+    def run(backend):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            return run_layer(layer, x, dy, backend=backend, topk_ids=ids)
+
+    ids = None
+    actual = run("triton")
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        ids = route_ids(layer, x)
+    eager = run("reference")
+    assert {name: value.dtype for name, value in actual.items()} == {
+        name: value.dtype for name, value in eager.items()
+    }
+    assert_as_accurate(actual, eager, oracle(layer, x, dy, topk_ids=ids))
+
+
+def test_block_returns_ties_to_the_lowest_expert_and_counts(device):
+    layer = make_layer(device, top_k=2)
+    with torch.no_grad():
+        layer.router.weight.zero_()
+    x, _, _ = make_inputs(2, 30, 8, dtype=torch.float64, device=device)
+    routing = layer.forward_with_routing(x)[1]
+    assert torch.equal(routing.topk_ids.cpu(), torch.tensor([[0, 1]] * 20, dtype=torch.int32))
+    assert routing.expert_counts.tolist() == [20, 20, 0, 0]

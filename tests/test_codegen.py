@@ -1,0 +1,54 @@
+"""Machine code of the kernels for GPUs that need not be there: no spill, tensor cores in use."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parent.parent
+# Kernels whose products are large wherever a program works on 64 rows or more.
+LARGE = ("block_fwd", "block_dx", "expert_ffn", "shared_up", "shared_steps", "shared_dhidden")
+
+
+@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
+def rows(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("codegen") / "rows.json"
+    command = ["-m", "benchmarks.codegen", "--arch", request.param, "--brief", "--json", path]
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    # 1 is a fault, which a test below names.
+    assert done.returncode in {0, 1}, done.stderr[-2000:]
+    return json.loads(path.read_text())
+
+
+def test_no_kernel_spills_or_takes_too_much_shared_memory(rows):
+    assert not [(row["kernel"], row["case"], row["fault"]) for row in rows if row["fault"]]
+
+
+def test_no_kernel_adds_floats_atomically(rows):
+    assert sum(row["float_atomics"] for row in rows) == 0
+
+
+def test_large_products_use_tensor_cores(rows):
+    checked = set()
+    for row in rows:
+        tile = dict(word.split("=") for word in row["tile"].split())
+        if (
+            row["dtype"] == "bf16"
+            and row["kernel"].startswith(LARGE)
+            and int(tile["BLOCK_M"]) >= 64
+        ):
+            checked.add(row["kernel"])
+            assert row["wgmma" if row["arch"] == "sm_90" else "mma"] > 0, row
+    assert {"block_fwd_kernel", "expert_ffn_dw_kernel"} <= checked
+
+
+def test_every_width_and_plan_is_compiled(rows):
+    kernels = {row["kernel"] for row in rows}
+    assert {"block_fwd_kernel", "expert_ffn_fwd_kernel", "shared_up_kernel"} <= kernels
+    assert {row["dtype"] for row in rows} >= {"bf16", "fp32"}

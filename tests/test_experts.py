@@ -1,0 +1,432 @@
+"""Stage 3 on the kernels: each slot's expert on its own rows, fused or as two products."""
+
+import itertools
+
+import pytest
+import torch
+from stage_runs import (
+    DTYPES,
+    check_accuracy,
+    check_exactness,
+    check_program_orders,
+    check_same,
+    check_wanted_gradients,
+    draw,
+    run_stage,
+    strided_views,
+)
+
+from segmoe_kernels.functional import expert_ffn, permute
+from segmoe_kernels.routing import FFNWeights
+
+pytest.importorskip("triton")
+
+P = 3
+# Wider rows than the fused kernels take.
+WIDE = 260
+SCOPES = ["token", "segment"]
+SUBJECTS = ["x", "topk_weights", "up_proj", "down_proj", "gate_proj"]
+
+
+def make_stage(ids, num_experts, *, mask=None, **options):
+    """Run the experts on these choices; biases and gate are there if the tensors are."""
+    options = {"segment_size": P, **options}
+    permutation = permute(ids, num_experts, backend="reference")
+
+    def stage(x, topk_weights, *, backend, **weights):
+        out = expert_ffn(
+            x,
+            # Routing weights are float32 at the least.
+            topk_weights.to(torch.promote_types(x.dtype, torch.float32)),
+            permutation,
+            FFNWeights(**weights),
+            padding_mask=mask,
+            backend=backend,
+            **options,
+        )
+        return {"out": out}
+
+    return stage
+
+
+def make_tensors(
+    batch,
+    length,
+    d_model,
+    d_ff,
+    num_experts,
+    *,
+    top_k=2,
+    scope="token",
+    segment_size=P,
+    gated=False,
+    biased=False,
+    dtype=torch.float64,
+    device="cpu",
+):
+    factor = segment_size if scope == "segment" else 1
+    d, f, e = d_model * factor, d_ff * factor, num_experts
+    options = {"dtype": dtype, "device": device}
+    segments = batch * -(-length // segment_size)
+    tensors = {
+        "x": draw(batch, length, d_model, **options),
+        "topk_weights": torch.rand(segments, top_k, dtype=torch.float64).to(device, dtype),
+        "up_proj": draw(e, f, d, **options) / d**0.5,
+        "down_proj": draw(e, d, f, **options) / f**0.5,
+    }
+    if gated:
+        tensors["gate_proj"] = draw(e, f, d, **options) / d**0.5
+    if biased:
+        tensors["up_proj_bias"] = draw(e, f, **options)
+        tensors["down_proj_bias"] = draw(e, d, **options)
+        if gated:
+            tensors["gate_proj_bias"] = draw(e, f, **options)
+    return tensors
+
+
+def make_ids(segments, top_k, num_experts, device="cpu"):
+    """Distinct experts for each segment."""
+    ids = torch.rand(segments, num_experts).argsort(-1)[:, :top_k]
+    return ids.int().to(device)
+
+
+def make_mask(batch, length, ids, device="cpu"):
+    """Scattered padding; the last segment of the first sequence has no real step."""
+    mask = torch.rand(batch, length) < 0.7
+    segments = -(-length // P)
+    mask[0, (segments - 1) * P :] = False
+    for s in range(batch * segments):
+        b, start = s // segments, s % segments * P
+        if not mask[b, start : start + P].any():
+            ids[s] = -1
+    assert (ids < 0).any()
+    return mask.to(device)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize(
+    ("activation", "gated", "biased", "top_k", "masked"),
+    [
+        ("gelu", False, False, 1, False),
+        ("gelu", False, True, 2, True),
+        ("silu", True, False, 2, False),
+        ("silu", True, True, 1, True),
+        ("relu", False, True, 4, True),
+        ("gelu_tanh", True, True, 2, True),
+    ],
+    ids=str,
+)
+def test_expert_ffn_equals_reference_in_float64(
+    activation, gated, biased, top_k, masked, scope, device
+):
+    options = {"top_k": top_k, "scope": scope, "gated": gated, "biased": biased}
+    tensors = make_tensors(2, 8, 5, 7, 4, device=device, **options)
+    ids = make_ids(6, top_k, 4, device)
+    mask = make_mask(2, 8, ids, device) if masked else None
+    stage = make_stage(ids, 4, mask=mask, activation=activation, expert_scope=scope)
+    out = check_exactness(stage, tensors)
+    if masked:
+        assert not out["out"][:, ~mask].any()
+        assert not out["dx"][~mask].any()
+        assert not out["dtopk_weights"][ids < 0].any()
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_expert_ffn_of_wide_rows_equals_reference(gated, device):
+    """Two products instead of one kernel; float32, whose tiles are larger, for speed."""
+    ids = make_ids(6, 2, 3, device)
+    mask = make_mask(2, 8, ids, device)
+    tensors = make_tensors(
+        2, 8, WIDE, 9, 3, gated=gated, biased=True, dtype=torch.float32, device=device
+    )
+    out = check_accuracy(make_stage(ids, 3, mask=mask, activation="silu"), tensors)
+    assert not out["out"][:, ~mask].any()
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("length", [1, 19, 20, 21], ids=lambda n: f"T={n}")
+def test_expert_ffn_of_short_and_cut_sequences_equals_reference(length, scope, device):
+    segments = 2 * -(-length // 20)
+    tensors = make_tensors(2, length, 1, 1, 2, scope=scope, segment_size=20, device=device)
+    ids = make_ids(segments, 2, 2, device)
+    check_exactness(make_stage(ids, 2, segment_size=20, expert_scope=scope), tensors)
+
+
+# Rows of one expert around a tile of 32, 64 or 128; widths around powers of two.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("length", "d_model", "d_ff", "options"),
+    [
+        (5, 1, 1, {"biased": True}),
+        (63, 15, 33, {"biased": True, "gated": True}),
+        (65, 17, 31, {}),
+        (129, 33, 65, {"biased": True}),
+        (66, 64, 128, {"biased": True}),
+        (33, 9, 7, {"scope": "segment", "gated": True, "biased": True}),
+    ],
+    ids=str,
+)
+def test_expert_ffn_is_as_accurate_as_eager(length, d_model, d_ff, options, dtype, device):
+    tensors = make_tensors(1, length, d_model, d_ff, 3, dtype=dtype, device=device, **options)
+    ids = make_ids(-(-length // P), 2, 3, device)
+    ids[:, 0] = 1
+    ids[:, 1] = torch.where(ids[:, 1] == 1, 2, ids[:, 1])
+    activation = "silu" if options.get("gated") else "gelu"
+    stage = make_stage(ids, 3, activation=activation, expert_scope=options.get("scope", "token"))
+    out = check_accuracy(stage, tensors)
+    assert out["out"].dtype == dtype
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("expert", [0, 1, 2])
+def test_expert_ffn_of_one_expert_leaves_the_others_without_gradient(expert, scope, device):
+    tensors = make_tensors(2, 20, 4, 5, 3, top_k=1, scope=scope, biased=True, device=device)
+    ids = torch.full((14, 1), expert, dtype=torch.int32, device=device)
+    out = check_exactness(make_stage(ids, 3, expert_scope=scope), tensors)
+    others = [e for e in range(3) if e != expert]
+    for name in ("up_proj", "down_proj", "up_proj_bias", "down_proj_bias"):
+        assert out[f"d{name}"][expert].any()
+        assert not out[f"d{name}"][others].any()
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_expert_ffn_of_unrouted_segments_is_zero(scope, device):
+    tensors = make_tensors(2, 8, 4, 5, 3, scope=scope, biased=True, device=device)
+    # Nothing about a segment that is not routed is read.
+    tensors["x"].fill_(torch.nan)
+    tensors["topk_weights"].fill_(torch.nan)
+    # There is no expert 3 either, though there is memory behind expert 2.
+    for name in ("up_proj", "down_proj", "up_proj_bias", "down_proj_bias"):
+        behind = torch.full_like(tensors[name][:1], torch.nan)
+        tensors[name] = torch.cat([tensors[name], behind])[:3]
+    ids = torch.full((6, 2), -1, dtype=torch.int32, device=device)
+    out = run_stage(make_stage(ids, 3, expert_scope=scope), tensors)
+    for name, value in out.items():
+        assert not value.any(), name
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("shape", [(0, 7), (2, 0)], ids=str)
+def test_expert_ffn_of_nothing(shape, scope, device):
+    tensors = make_tensors(*shape, 4, 5, 3, scope=scope, biased=True, device=device)
+    ids = torch.empty(0, 2, dtype=torch.int32, device=device)
+    out = check_exactness(make_stage(ids, 3, expert_scope=scope), tensors)
+    assert not out["dup_proj"].any()
+
+
+def test_expert_ffn_of_512_experts_equals_reference(device):
+    """Without the weights' gradients, which take the interpreter minutes."""
+    ids = torch.tensor([[0, 511], [256, 255], [511, 3]], dtype=torch.int32, device=device)
+    tensors = make_tensors(1, 8, 3, 4, 512, device=device)
+    wanted = {"x", "topk_weights"}
+    check_exactness(make_stage(ids, 512), tensors, wanted=wanted)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_expert_ffn_adds_up_the_splits_of_a_weight_gradient(scope, device):
+    """Enough rows for several programs, of float64's 16 each."""
+    length = 540 if scope == "token" else 1620
+    tensors = make_tensors(1, length, 2, 3, 2, top_k=1, scope=scope, biased=True, device=device)
+    ids = (torch.rand(length // P, 1, device=device) < 0.8).int()
+    check_exactness(
+        make_stage(ids, 2, expert_scope=scope), tensors, wanted={"up_proj", "down_proj_bias"}
+    )
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_expert_ffn_computes_only_wanted_gradients(scope, device):
+    tensors = make_tensors(
+        1, 3, 3, 2, 1, top_k=1, scope=scope, gated=True, dtype=torch.float32, device=device
+    )
+    # All of them for the fused kernels; for the two products one leaf, and all but one.
+    counts = range(1, 6) if scope == "token" else (1, 4)
+    subsets = [set(s) for n in counts for s in itertools.combinations(SUBJECTS, n)]
+    stage = make_stage(make_ids(1, 1, 1, device), 1, activation="silu", expert_scope=scope)
+    check_wanted_gradients(stage, tensors, subsets)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_expert_ffn_computes_only_wanted_gradients_of_biases(scope, device):
+    options = {"scope": scope, "gated": True, "biased": True, "dtype": torch.float32}
+    tensors = make_tensors(1, 4, 3, 2, 2, device=device, **options)
+    biases = [name for name in tensors if name.endswith("bias")]
+    assert len(biases) == 3
+    subsets = [{name} for name in biases] + [set(biases), set(tensors) - set(biases)]
+    stage = make_stage(make_ids(2, 2, 2, device), 2, activation="silu", expert_scope=scope)
+    check_wanted_gradients(stage, tensors, subsets)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_expert_ffn_reads_any_strides(scope, device):
+    options = {"scope": scope, "gated": True, "biased": True, "dtype": torch.float32}
+    tensors = make_tensors(2, 5, 3, 2, 2, device=device, **options)
+    stage = make_stage(make_ids(4, 2, 2, device), 2, activation="silu", expert_scope=scope)
+    upstream = {}
+    expected = run_stage(stage, tensors, upstream=upstream)
+    for i, (name, tensor) in enumerate(tensors.items()):
+        # Every kind of strides for x and the weights of one product, one kind for the others.
+        views = list(strided_views(tensor))
+        for view in views if name in {"x", "up_proj"} else views[i % 2 :][:1]:
+            check_same(run_stage(stage, {**tensors, name: view}, upstream=upstream), expected)
+    for dy in strided_views(upstream["out"]):
+        check_same(run_stage(stage, tensors, upstream={"out": dy}), expected)
+    one = upstream["out"][:1, :1, :1].expand_as(upstream["out"])
+    expected = run_stage(stage, tensors, upstream={"out": one.contiguous()})
+    check_same(run_stage(stage, tensors, upstream={"out": one}), expected)
+
+
+def test_expert_ffn_takes_halves_of_a_fused_projection(device):
+    tensors = make_tensors(1, 9, 4, 5, 3, gated=True, dtype=torch.float32, device=device)
+    stage = make_stage(make_ids(3, 2, 3, device), 3, activation="silu")
+    upstream = {}
+    expected = run_stage(stage, tensors, upstream=upstream)
+    fused = torch.cat([tensors["gate_proj"], tensors["up_proj"]], 1)
+    gate, up = fused.chunk(2, dim=1)
+    assert not up.is_contiguous()
+    views = {**tensors, "gate_proj": gate, "up_proj": up}
+    check_same(run_stage(stage, views, upstream=upstream), expected)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_expert_ffn_never_reads_masked_steps(scope, device):
+    tensors = make_tensors(
+        2, 8, 4, 5, 3, scope=scope, biased=True, dtype=torch.float32, device=device
+    )
+    ids = make_ids(6, 2, 3, device)
+    mask = make_mask(2, 8, ids, device)
+    stage = make_stage(ids, 3, mask=mask, expert_scope=scope)
+    upstream = {}
+    clean = run_stage(stage, tensors, upstream=upstream)
+    hidden = ~mask[..., None]
+    dirty = {**tensors, "x": tensors["x"].masked_fill(hidden, torch.nan)}
+    upstream["out"] = upstream["out"].masked_fill(hidden, torch.nan)
+    check_same(run_stage(stage, dirty, upstream=upstream), clean)
+
+
+@pytest.mark.parametrize(
+    ("scope", "d_model"), [("token", 4), ("token", WIDE), ("segment", 4)], ids=str
+)
+def test_expert_ffn_keeps_nan_in_its_rows(scope, d_model, device):
+    tensors = make_tensors(2, 9, d_model, 5, 3, scope=scope, dtype=torch.float32, device=device)
+    ids = make_ids(6, 2, 3, device)
+    ids[4] = torch.tensor([0, 1])
+    stage = make_stage(ids, 3, activation="relu", expert_scope=scope)
+    upstream = {}
+    clean = run_stage(stage, tensors, upstream=upstream)
+    tensors["x"][1, 4, 2] = torch.nan
+    dirty = run_stage(stage, tensors, upstream=upstream)
+    hit = torch.zeros(2, 9, dtype=torch.bool, device=device)
+    hit[1, 4] = True
+    if scope == "segment":
+        hit[1, 3:6] = True
+    assert dirty["out"][:, hit].isnan().all()
+    assert torch.equal(dirty["out"][:, ~hit], clean["out"][:, ~hit])
+    assert torch.equal(dirty["dx"][~hit], clean["dx"][~hit])
+    assert dirty["dtopk_weights"][4].isnan().all()
+    others = torch.arange(6, device=device) != 4
+    assert torch.equal(dirty["dtopk_weights"][others], clean["dtopk_weights"][others])
+    for name in ("dup_proj", "ddown_proj"):
+        assert dirty[name][:2].flatten(1).isnan().any(-1).all()
+        assert torch.equal(dirty[name][2], clean[name][2])
+
+
+@pytest.mark.parametrize(
+    ("scope", "d_model"), [("token", 6), ("token", WIDE), ("segment", 4)], ids=str
+)
+def test_expert_ffn_dropout_equals_its_formula(scope, d_model, device):
+    """With the identity for both matrices the result shows the mask; gradients must follow it."""
+    width, dropout = d_model * (P if scope == "segment" else 1), 0.4
+    ids = make_ids(10, 2, 2, device)
+    x = draw(1, 30, d_model, dtype=torch.float32, device=device).abs() + 0.1
+    weights = 0.1 + torch.rand(10, 2, device=device)
+    eye = torch.eye(width, device=device).expand(2, -1, -1)
+    tensors = {"x": x, "topk_weights": weights, "up_proj": eye, "down_proj": eye}
+    stage = make_stage(ids, 2, activation="relu", expert_scope=scope, dropout=dropout)
+    upstream = {}
+    actual = run_stage(stage, tensors, upstream=upstream)
+    step_weights = weights.t().repeat_interleave(P, 1)[:, None, :, None]
+    scale = actual["out"] / (x * step_weights)
+    kept = scale > 0.5
+    torch.testing.assert_close(scale, kept / (1 - dropout), rtol=1e-5, atol=0)
+    draws = kept.numel()
+    assert abs(kept.float().mean().item() - 0.6) < 5 * (0.24 / draws) ** 0.5
+    rows = kept.reshape(-1, d_model)
+    assert rows.unique(dim=0).shape[0] > (50 if d_model == WIDE else 10)
+
+    def formula(x, topk_weights, *, backend, up_proj, down_proj):  # noqa: ARG001
+        spread = topk_weights.t().repeat_interleave(P, 1)[:, None, :, None]
+        choices = ids.t().long()
+        if scope == "segment":
+            inputs = x.reshape(10, -1).expand(2, -1, -1)
+            masks = (kept / (1 - dropout)).reshape(2, 10, -1)
+        else:
+            inputs, choices = x.expand(2, -1, -1, -1)[:, 0], choices.repeat_interleave(P, 1)
+            masks = (kept / (1 - dropout))[:, 0]
+        hidden = torch.einsum("ksd,ksfd->ksf", inputs, up_proj[choices]).relu() * masks
+        out = torch.einsum("ksf,ksdf->ksd", hidden, down_proj[choices])
+        return {"out": out.reshape(2, 1, 30, d_model) * spread}
+
+    expected = run_stage(formula, tensors, upstream=upstream)
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_expert_ffn_dropout_follows_the_seed(device):
+    ids = make_ids(4, 2, 3, device)
+    tensors = make_tensors(1, 12, 4, 30, 3, dtype=torch.float32, device=device)
+    stage = make_stage(ids, 3, dropout=0.5)
+    torch.manual_seed(3)
+    first, second = (stage(**tensors, backend="triton")["out"] for _ in range(2))
+    torch.manual_seed(3)
+    assert torch.equal(stage(**tensors, backend="triton")["out"], first)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("scope", "d_model", "hidden"),
+    [("token", 8, 0), ("token", WIDE, 1), ("segment", 8, 1)],
+    ids=str,
+)
+def test_expert_ffn_saves_no_hidden_layer_of_narrow_rows(scope, d_model, hidden, device):
+    """Wide rows keep it once, before its activation; nothing else grows with d_ff and the rows."""
+    tensors = make_tensors(1, 30, d_model, 64, 3, scope=scope, dtype=torch.float32, device=device)
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        make_stage(make_ids(10, 2, 3, device), 3, expert_scope=scope)(**leaves, backend="triton")
+    known = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
+    new = sorted(size for place, size in saved.items() if place not in known)
+    rows = 60 * 64 if scope == "token" else 20 * P * 64
+    assert [size for size in new if size > 60] == [rows] * hidden
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("scope", "d_model"), [("token", 20), ("token", WIDE), ("segment", 20)], ids=str
+)
+def test_expert_ffn_does_not_depend_on_program_order(scope, d_model, program_order):
+    """Several tiles of rows for the narrow ones, of columns for the wide ones."""
+    batch, length, gated = (1, 20, False) if d_model == WIDE else (2, 44, True)
+    tensors = make_tensors(
+        batch, length, d_model, 9, 2, scope=scope, biased=True, gated=gated, dtype=torch.float32
+    )
+    ids = make_ids(batch * -(-length // P), 2, 2)
+    mask = make_mask(batch, length, ids)
+    stage = make_stage(ids, 2, mask=mask, activation="silu", expert_scope=scope)
+    check_program_orders(stage, tensors, program_order)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_expert_ffn_refuses_second_derivatives(scope, device):
+    tensors = make_tensors(1, 4, 3, 4, 3, scope=scope, device=device)
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    stage = make_stage(make_ids(2, 2, 3, device), 3, expert_scope=scope)
+    out = stage(**leaves, backend="triton")["out"]
+    (dx,) = torch.autograd.grad(out.square().sum(), leaves["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        dx.square().sum().backward()

@@ -1,0 +1,202 @@
+"""Stage 3' on the kernels: rows of each expert times its matrix, and every gradient."""
+
+import itertools
+
+import pytest
+import torch
+from stage_runs import (
+    DTYPES,
+    check_accuracy,
+    check_exactness,
+    check_program_orders,
+    check_same,
+    check_wanted_gradients,
+    draw,
+    run_stage,
+    strided_views,
+)
+
+from segmoe_kernels.functional import grouped_gemm
+
+pytest.importorskip("triton")
+
+
+def offsets_of(counts, device="cpu"):
+    return torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=device)
+
+
+def make_stage(counts, activation=None, device="cpu"):
+    """``counts``: rows of each expert."""
+    offsets = offsets_of(counts, device)
+
+    def stage(x, weight, bias=None, *, backend):
+        return {"y": grouped_gemm(x, weight, offsets, bias, activation, backend=backend)}
+
+    return stage
+
+
+def make_tensors(counts, n, k, *, beyond=0, biased=True, dtype=torch.float64, device="cpu"):
+    """``beyond``: rows without an expert."""
+    options = {"dtype": dtype, "device": device}
+    tensors = {
+        "x": draw(sum(counts) + beyond, k, **options),
+        "weight": draw(len(counts), n, k, **options) / k**0.5,
+    }
+    if biased:
+        tensors["bias"] = draw(len(counts), n, **options)
+    return tensors
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "silu", "relu"])
+def test_grouped_gemm_equals_reference_in_float64(activation, biased, device):
+    counts = [3, 0, 1, 17]
+    tensors = make_tensors(counts, 7, 5, beyond=2, biased=biased, device=device)
+    out = check_exactness(make_stage(counts, activation, device), tensors)
+    assert not out["y"][21:].any()
+    assert not out["dx"][21:].any()
+    assert not out["dweight"][1].any()
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        [0, 0, 0],
+        [0, 20, 0],
+        [20, 0, 0],
+        [0, 0, 20],
+        [16, 16, 16],
+        [15, 17, 1],
+        [1] * 24,
+    ],
+    ids=lambda c: str(c) if len(c) < 5 else f"{len(c)} experts",
+)
+def test_grouped_gemm_of_any_split_of_rows_equals_reference(counts, device):
+    """A tile of float64 has 16 rows."""
+    tensors = make_tensors(counts, 6, 4, beyond=3, device=device)
+    out = check_exactness(make_stage(counts, "silu", device), tensors)
+    empty = [e for e, count in enumerate(counts) if count == 0]
+    assert not out["dweight"][empty].any()
+    assert not out["dbias"][empty].any()
+
+
+# Rows around tiles of 32, 64 and 128; columns around 64 and 128; depth around 32 and 64.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("counts", "n", "k"),
+    [
+        ([1, 0, 6], 1, 7),
+        ([31, 33, 0], 15, 33),
+        ([65, 0, 63, 64], 65, 31),
+        ([129, 127], 129, 65),
+        ([40, 88, 0, 72], 128, 64),
+    ],
+    ids=str,
+)
+def test_grouped_gemm_is_as_accurate_as_eager(counts, n, k, dtype, device):
+    tensors = make_tensors(counts, n, k, beyond=5, dtype=dtype, device=device)
+    check_accuracy(make_stage(counts, "gelu", device), tensors)
+
+
+@pytest.mark.parametrize("counts", [[300, 230], [0, 530, 0], [1, 528, 1]], ids=str)
+def test_grouped_gemm_adds_up_the_splits_of_a_weight_gradient(counts, device):
+    """530 rows are split over two programs in float64."""
+    tensors = make_tensors(counts, 5, 3, device=device)
+    check_exactness(make_stage(counts, None, device), tensors)
+
+
+def test_grouped_gemm_of_512_experts_equals_reference(device):
+    """Without gradients: those of the weights take the interpreter minutes."""
+    counts = [0] * 512
+    counts[0] = counts[255] = counts[511] = 3
+    tensors = make_tensors(counts, 4, 3, beyond=1, device=device)
+    check_exactness(make_stage(counts, "gelu", device), tensors, wanted=set())
+
+
+@pytest.mark.parametrize("beyond", [0, 4])
+def test_grouped_gemm_of_nothing(beyond, device):
+    counts = [0, 0]
+    tensors = make_tensors(counts, 5, 3, beyond=beyond, device=device)
+    out = check_exactness(make_stage(counts, "gelu", device), tensors)
+    assert out["y"].shape == (beyond, 5)
+    assert not out["y"].any()
+    assert not out["dweight"].any()
+
+
+def test_grouped_gemm_never_reads_rows_beyond(device):
+    counts = [4, 2]
+    tensors = make_tensors(counts, 5, 3, beyond=4, dtype=torch.float32, device=device)
+    stage = make_stage(counts, "gelu", device)
+    upstream = {}
+    clean = run_stage(stage, tensors, upstream=upstream)
+    tensors["x"][6:] = torch.nan
+    actual = run_stage(stage, tensors, upstream=upstream)
+    check_same(actual, clean)
+    assert not actual["y"][6:].any()
+    assert not actual["dx"][6:].any()
+
+
+def test_grouped_gemm_keeps_nan_in_its_row(device):
+    counts = [3, 0, 4]
+    tensors = make_tensors(counts, 5, 6, dtype=torch.float32, device=device)
+    stage = make_stage(counts, "relu", device)
+    upstream = {}
+    clean = run_stage(stage, tensors, upstream=upstream)
+    tensors["x"][4, 2] = torch.nan
+    dirty = run_stage(stage, tensors, upstream=upstream)
+    others = torch.arange(7, device=device) != 4
+    assert dirty["y"][4].isnan().all()
+    assert torch.equal(dirty["y"][others], clean["y"][others])
+    assert torch.equal(dirty["dx"][others], clean["dx"][others])
+    assert dirty["dweight"][2].isnan().any()
+    assert torch.equal(dirty["dweight"][:2], clean["dweight"][:2])
+
+
+def test_grouped_gemm_computes_only_wanted_gradients(device):
+    counts = [3, 0, 9]
+    tensors = make_tensors(counts, 5, 4, dtype=torch.float32, device=device)
+    subsets = [set(s) for n in (1, 2, 3) for s in itertools.combinations(tensors, n)]
+    check_wanted_gradients(make_stage(counts, "silu", device), tensors, subsets)
+
+
+def test_grouped_gemm_reads_any_strides(device):
+    counts = [3, 5, 4]
+    stage = make_stage(counts, "gelu", device)
+    tensors = make_tensors(counts, 6, 12, dtype=torch.float32, device=device)
+    upstream = {}
+    expected = run_stage(stage, tensors, upstream=upstream)
+    for name, tensor in tensors.items():
+        for view in strided_views(tensor):
+            check_same(run_stage(stage, {**tensors, name: view}, upstream=upstream), expected)
+    for dy in strided_views(upstream["y"]):
+        check_same(run_stage(stage, tensors, upstream={"y": dy}), expected)
+    one = upstream["y"][:1].expand(12, 6)
+    expected = run_stage(stage, tensors, upstream={"y": one.contiguous()})
+    check_same(run_stage(stage, tensors, upstream={"y": one}), expected)
+
+
+def test_grouped_gemm_takes_halves_of_a_fused_projection(device):
+    counts = [3, 5]
+    fused = draw(2, 12, 4, dtype=torch.float32, device=device)
+    x = draw(8, 4, dtype=torch.float32, device=device)
+    stage = make_stage(counts, None, device)
+    whole = run_stage(stage, {"x": x, "weight": fused})["y"]
+    halves = [run_stage(stage, {"x": x, "weight": half})["y"] for half in fused.chunk(2, dim=1)]
+    assert torch.equal(torch.cat(halves, 1), whole)
+
+
+@pytest.mark.interpreter
+def test_grouped_gemm_does_not_depend_on_program_order(program_order):
+    """Several tiles of rows and of columns, and two splits of the weight gradient."""
+    counts = [40, 0, 70, 930]
+    tensors = make_tensors(counts, 70, 5, beyond=9, dtype=torch.float32)
+    check_program_orders(make_stage(counts), tensors, program_order)
+
+
+def test_grouped_gemm_refuses_second_derivatives(device):
+    tensors = make_tensors([2, 3], 3, 2, device=device)
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    y = make_stage([2, 3], None, device)(**leaves, backend="triton")["y"]
+    (dx,) = torch.autograd.grad(y.square().sum(), leaves["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        dx.square().sum().backward()

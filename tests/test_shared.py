@@ -1,0 +1,363 @@
+"""The shared expert and the sum with the choices: both plans against the float64 reference."""
+
+import itertools
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from segmoe_kernels import FFNWeights, SegMoE, reference
+from segmoe_kernels.testing import assert_as_accurate, make_inputs, run_layer
+
+pytest.importorskip("triton")
+
+from segmoe_kernels.stages import shared as stage
+from segmoe_kernels.stages import shared_combine
+
+PLANS = ("vendor", "fused")
+DEFAULTS = {"batch": 2, "length": 11, "d_model": 6, "size": 3, "d_ff": 7, "top_k": 2}
+OPTIONS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "gated": {"gated": True, "activation": "silu"},
+    "gated bias": {"gated": True, "bias": True, "activation": "relu"},
+    "tanh": {"activation": "gelu_tanh", "top_k": 1},
+    "whole segments": {"length": 12, "bias": True},
+    "one step": {"size": 1, "gated": True},
+    "short sequence": {"length": 2, "size": 5, "batch": 3},
+    "one row": {"batch": 1, "length": 3},
+    "wide": {"d_model": 16, "size": 2, "d_ff": 20, "gated": True, "bias": True},
+}
+
+
+@pytest.fixture(params=PLANS)
+def plan(request, monkeypatch):
+    monkeypatch.setenv("SEGMOE_SHARED", request.param)
+    return request.param
+
+
+def draw_case(dtype=torch.float64, device="cpu", **options):
+    """The tensors of one call by name, and its keywords."""
+    o = {**DEFAULTS, **options}
+    generator = torch.Generator().manual_seed(3)
+    width, hidden = o["size"] * o["d_model"], o["size"] * o["d_ff"]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def draw(*shape, scale=1.0):
+        return (scale * torch.randn(shape, generator=generator, dtype=wide)).to(device, dtype)
+
+    tensors = {
+        "expert_out": draw(o["top_k"], o["batch"], o["length"], o["d_model"]),
+        "x": draw(o["batch"], o["length"], o["d_model"]),
+        "up_proj": draw(hidden, width, scale=width**-0.5),
+        "down_proj": draw(width, hidden, scale=hidden**-0.5),
+        "shared_gate": draw(1, width, scale=width**-0.5),
+        "dy": draw(o["batch"], o["length"], o["d_model"]),
+    }
+    if o.get("gated"):
+        tensors["gate_proj"] = draw(hidden, width, scale=width**-0.5)
+    if o.get("bias"):
+        tensors["up_proj_bias"] = draw(hidden)
+        tensors["down_proj_bias"] = draw(width)
+        if o.get("gated"):
+            tensors["gate_proj_bias"] = draw(hidden)
+    keywords = {"segment_size": o["size"], "activation": o.get("activation", "gelu")}
+    keywords["dropout"] = o.get("dropout", 0.0)
+    if o.get("masked"):
+        mask = torch.rand(o["batch"], o["length"], generator=generator) < 0.6
+        mask[0, : o["size"]] = False
+        keywords["padding_mask"] = mask.to(device)
+    return tensors, keywords
+
+
+def call(function, tensors, keywords):
+    weights = FFNWeights(**{name: tensors.get(name) for name in FFNWeights._fields})
+    return function(
+        tensors["expert_out"], tensors["x"], weights, tensors["shared_gate"], **keywords
+    )
+
+
+def run(function, tensors, keywords, dtype=None, frozen=()):
+    """The output and the gradients, by name."""
+    tensors = {k: t.to(dtype or t.dtype).detach() for k, t in tensors.items()}
+    wanted = [name for name in tensors if name not in {"dy", *frozen}]
+    for name in wanted:
+        tensors[name].requires_grad_()
+    y = call(function, tensors, keywords)
+    results = {"y": y.detach()}
+    if wanted:
+        grads = torch.autograd.grad(y, [tensors[name] for name in wanted], tensors["dy"])
+        results.update({f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)})
+    return results
+
+
+def assert_equals_reference(tensors, keywords):
+    expected = run(reference.shared_combine, tensors, keywords)
+    actual = run(shared_combine, tensors, keywords)
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-11, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.usefixtures("plan")
+def test_shared_combine_equals_reference_in_float64(options, masked, device):
+    assert_equals_reference(*draw_case(device=device, **options, masked=masked))
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (2, 0)], ids=str)
+@pytest.mark.usefixtures("plan")
+def test_shared_combine_takes_an_empty_batch(shape, device):
+    options = {"batch": shape[0], "length": shape[1], "bias": True, "gated": True}
+    assert_equals_reference(*draw_case(device=device, **options))
+
+
+@pytest.mark.parametrize("options", [{"length": 601}, {"length": 4, "batch": 300}], ids=str)
+@pytest.mark.usefixtures("plan")
+def test_weight_gradients_add_up_over_runs_of_rows(options, device):
+    # 600 rows make two runs of 16 tiles and more; sequences end inside the tiles.
+    case = draw_case(
+        device=device, d_model=2, size=2, d_ff=3, top_k=1, bias=True, masked=True, **options
+    )
+    assert_equals_reference(*case)
+
+
+ACCURACY = {
+    "plain": {"batch": 3, "length": 37, "d_model": 24, "size": 5, "d_ff": 30},
+    "all": {"length": 21, "gated": True, "bias": True, "masked": True, "activation": "silu"},
+    "tiles": {"batch": 5, "length": 79, "d_model": 64, "size": 3, "d_ff": 48, "masked": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", ACCURACY.values(), ids=ACCURACY)
+@pytest.mark.usefixtures("plan")
+def test_shared_combine_is_as_accurate_as_eager(options, dtype, device):
+    tensors, keywords = draw_case(dtype, device, **options)
+    actual = run(shared_combine, tensors, keywords)
+    eager = run(reference.shared_combine, tensors, keywords)
+    exact = run(reference.shared_combine, tensors, keywords, torch.float64)
+    assert_as_accurate(actual, eager, exact)
+
+
+@pytest.mark.parametrize("masked", [0.0, 0.3], ids=["full", "masked"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"shared_expert": "token", "gated": True, "activation": "silu"},
+        {"expert_scope": "projected", "bias": True},
+        {"shared_expert": "token", "causal": True, "top_k": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("plan")
+def test_layer_equals_reference_in_float64(options, masked, device):
+    torch.manual_seed(1)
+    layer = SegMoE(
+        **{"d_model": 6, "d_ff": 9, "num_experts": 2, "segment_size": 3, **options},
+        backend="triton", dtype=torch.float64, device=device,
+    ).eval()  # fmt: skip
+    inputs = make_inputs(2, 11, 6, dtype=torch.float64, device=device, masked=masked)
+    actual = run_layer(layer, *inputs)
+    expected = run_layer(layer, *inputs, backend="reference")
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-11, atol=1e-11, msg=name)
+
+
+@pytest.mark.usefixtures("plan")
+def test_layer_runs_under_autocast(device):
+    layer = SegMoE(8, 12, 2, segment_size=3, backend="triton", device=device)
+    x, dy, _ = make_inputs(2, 8, 8, device=device)
+    exact = run_layer(layer, x, dy, backend="reference", dtype=torch.float64)
+    with torch.autocast(device.type, torch.bfloat16):
+        actual = run_layer(layer, x, dy)
+    for name, value in exact.items():
+        assert actual[name].dtype == torch.float32
+        torch.testing.assert_close(actual[name].double(), value, rtol=0.05, atol=0.05, msg=name)
+
+
+def strided(x):
+    """The same numbers with other strides: sliced, transposed, expanded where they repeat."""
+    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan, dtype=x.dtype, device=x.device)
+    wide[..., ::2] = x
+    yield wide[..., ::2]
+    yield x.transpose(-3, -2).contiguous().transpose(-3, -2)
+    yield x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+@pytest.mark.parametrize("options", [{}, {"length": 12, "d_model": 16}], ids=["tail", "whole"])
+@pytest.mark.usefixtures("plan")
+def test_shared_combine_reads_any_strides(options, device):
+    tensors, keywords = draw_case(device=device, **options)
+    expected = run(shared_combine, tensors, keywords)
+    names = ("expert_out", "x", "dy")
+    for views in zip(*(strided(tensors[name]) for name in names), strict=True):
+        actual = run(shared_combine, {**tensors, **dict(zip(names, views, strict=True))}, keywords)
+        assert all(torch.equal(actual[name], value) for name, value in expected.items())
+    repeated = {name: tensors[name][..., :1, :].expand_as(tensors[name]) for name in names}
+    copies = {name: value.contiguous() for name, value in repeated.items()}
+    actual = run(shared_combine, {**tensors, **repeated}, keywords)
+    for name, value in run(shared_combine, {**tensors, **copies}, keywords).items():
+        assert torch.equal(actual[name], value), name
+
+
+@pytest.mark.usefixtures("plan")
+def test_shared_combine_takes_views_of_a_fused_projection(device):
+    tensors, keywords = draw_case(device=device, gated=True)
+    both = torch.cat([tensors["gate_proj"], tensors["up_proj"]])
+    gate, up = both.chunk(2)
+    columns = tensors["down_proj"].t().contiguous().t()
+    views = {**tensors, "gate_proj": gate, "up_proj": up, "down_proj": columns}
+    expected = run(shared_combine, tensors, keywords)
+    for name, value in run(shared_combine, views, keywords).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.usefixtures("plan")
+def test_frozen_tensors_get_no_gradient_and_change_no_other(device):
+    tensors, keywords = draw_case(
+        device=device, d_model=4, d_ff=5, gated=True, bias=True, masked=True
+    )
+    full = run(shared_combine, tensors, keywords)
+    names = [name for name in tensors if name != "dy"]
+    for n in (1, len(names) - 1, len(names)):
+        for frozen in itertools.combinations(names, n):
+            some = run(shared_combine, tensors, keywords, frozen=frozen)
+            assert some.keys() == full.keys() - {f"d{name}" for name in frozen}
+            assert all(torch.equal(some[name], full[name]) for name in some)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.usefixtures("plan")
+def test_shared_combine_passes_gradcheck(gated, dropout, device):
+    tensors, keywords = draw_case(
+        device=device, batch=1, length=5, d_model=3, size=2, d_ff=4, gated=gated, bias=True,
+        dropout=dropout,
+    )  # fmt: skip
+    del tensors["dy"]
+    leaves = [t.requires_grad_() for t in tensors.values()]
+
+    def run_seeded(*values):
+        torch.manual_seed(5)
+        return call(shared_combine, dict(zip(tensors, values, strict=True)), keywords)
+
+    assert torch.autograd.gradcheck(run_seeded, leaves, fast_mode=True)
+
+
+def test_plans_drop_the_same_elements(monkeypatch, device):
+    tensors, keywords = draw_case(device=device, gated=True, masked=True, dropout=0.5)
+    results = []
+    for name in PLANS:
+        monkeypatch.setenv("SEGMOE_SHARED", name)
+        torch.manual_seed(7)
+        results.append(run(shared_combine, tensors, keywords))
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-12, atol=1e-12)
+    kept = run(shared_combine, tensors, {**keywords, "dropout": 0.0})
+    assert not torch.allclose(results[0]["y"], kept["y"])
+
+
+@pytest.mark.parametrize("order", ["reverse", "shuffled 1", "shuffled 2"])
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("plan")
+def test_shared_combine_does_not_depend_on_program_order(order, program_order):
+    tensors, keywords = draw_case(
+        batch=3, length=31, d_model=4, size=2, d_ff=11, gated=True, bias=True, masked=True
+    )
+    expected = run(shared_combine, tensors, keywords)
+    with program_order(order.split()[0], ord(order[-1])):
+        actual = run(shared_combine, tensors, keywords)
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
+
+
+@pytest.mark.usefixtures("plan")
+def test_shared_combine_repeats_bitwise(device):
+    tensors, keywords = draw_case(torch.float32, device, d_model=16, bias=True)
+    first, second = (run(shared_combine, tensors, keywords) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.usefixtures("plan")
+def test_nan_stays_in_its_segment(device):
+    tensors, keywords = draw_case(torch.float32, device, length=12)
+    clean = run(shared_combine, tensors, keywords)
+    tensors["x"][1, 4] = torch.nan
+    dirty = run(shared_combine, tensors, keywords)
+    hit = torch.zeros(2, 12, dtype=torch.bool, device=device)
+    hit[1, 3:6] = True
+    for name in ("y", "dx"):
+        assert torch.equal(dirty[name][~hit], clean[name][~hit])
+        assert dirty[name][hit].isnan().all()
+
+
+@pytest.mark.parametrize("d_model", [6, 16])
+@pytest.mark.usefixtures("plan")
+def test_masked_steps_are_never_read(d_model, device):
+    tensors, keywords = draw_case(
+        torch.float32, device, d_model=d_model, bias=True, gated=True, masked=True
+    )
+    padding = ~keywords["padding_mask"][..., None]
+    tensors["expert_out"] = tensors["expert_out"].masked_fill(padding, 0)
+    clean = run(shared_combine, tensors, keywords)
+    for name in ("x", "dy"):
+        tensors[name] = tensors[name].masked_fill(padding, torch.nan)
+    dirty = run(shared_combine, tensors, keywords)
+    for name in clean.keys() - {"dexpert_out"}:
+        assert torch.equal(dirty[name], clean[name]), name
+    assert not clean["y"].masked_select(padding).any()
+    assert not clean["dx"].masked_select(padding).any()
+
+
+@pytest.mark.usefixtures("plan")
+def test_second_derivatives_are_refused(device):
+    tensors, keywords = draw_case(device=device)
+    x = tensors["x"].requires_grad_()
+    y = call(shared_combine, tensors, keywords)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        dx.square().sum().backward()
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.usefixtures("plan")
+def test_backward_keeps_the_hidden_layer_once(gated, device):
+    tensors, keywords = draw_case(device=device, length=12, gated=gated)
+    given = {id(t) for t in tensors.values()}
+    for tensor in tensors.values():
+        tensor.requires_grad_()
+    kept = []
+    with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        call(shared_combine, tensors, keywords)
+    own = sum(t.numel() for t in kept if id(t) not in given and t.ndim == 2 and t.shape[0] == 8)
+    assert own == (2 if gated else 1) * 8 * 21
+
+
+def test_operators_agree_with_their_fakes(plan, device):
+    tensors, keywords = draw_case(device=device, gated=True, masked=True)
+    names = ("x", "up_proj", "down_proj", "gate_proj")
+    weights = [*(tensors[name] for name in names), None, None, None, tensors["shared_gate"][0]]
+    options = (plan, 3, "gelu", 0.0)
+    tests = ("test_schema", "test_faketensor")
+    mask = keywords["padding_mask"]
+    for keep in (False, True):
+        args = (tensors["expert_out"], *weights, mask, None, *options, keep)
+        torch.library.opcheck(stage._shared_fwd_op, args, test_utils=tests)
+    _, *kept = stage._shared_fwd_op(*args)
+    need = [True, True, False, True, False, False, False, True]
+    args = (tensors["dy"], *weights, mask, None, *kept, *options, need)
+    torch.library.opcheck(stage._shared_bwd_op, args, test_utils=tests)
+
+
+def test_plan_follows_the_environment(monkeypatch):
+    monkeypatch.delenv("SEGMOE_SHARED", raising=False)
+    sizes = (640, 1280, torch.bfloat16)
+    assert stage.choose_plan(*sizes) == "vendor"
+    for name, chosen in (("auto", "vendor"), ("vendor", "vendor"), ("fused", "fused")):
+        monkeypatch.setenv("SEGMOE_SHARED", name)
+        assert stage.choose_plan(*sizes) == chosen
+    monkeypatch.setenv("SEGMOE_SHARED", "mine")
+    with pytest.raises(ValueError, match="SEGMOE_SHARED"):
+        stage.choose_plan(*sizes)

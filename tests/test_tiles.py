@@ -1,0 +1,148 @@
+"""The table of tiles: deterministic, complete, and blind to the number of rows inside a bucket."""
+
+import itertools
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from segmoe_kernels._triton import tiles
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+WIDTHS = (1, 8, 16, 40, 64, 100, 128, 256)
+VARIANTS = [
+    {"gated": gated, "extras": extras}
+    for gated, extras in itertools.product((False, True), repeat=2)
+]
+FUSED = ("expert_ffn_fwd_tile", "expert_ffn_dx_tile", "expert_ffn_dw_tile", "block_dx_tile")
+
+
+def is_power(number):
+    return number > 0 and number & (number - 1) == 0
+
+
+def assert_sound(tile):
+    *blocks, warps, stages = tile
+    assert all(is_power(size) and size >= 16 for size in blocks)
+    assert warps in {4, 8, 16}
+    assert 1 <= stages <= 4
+
+
+@pytest.fixture(params=tiles.TILES_OF)
+def arch(request, monkeypatch):
+    monkeypatch.setenv("SEGMOE_ARCH", request.param)
+    return request.param
+
+
+def test_every_entry_of_the_tables_is_sound():
+    for key, widths in tiles._TABLE.items():
+        assert set(widths) == {64, 128, 256}, key
+        for entries in widths.values():
+            assert len(entries) == 4, key
+            for entry in entries:
+                if entry is not None:
+                    assert_sound(entry)
+    for key, rows in tiles._GEMMS.items():
+        assert set(rows) == {16, 32, 64, 128}, key
+        for tile in rows.values():
+            assert_sound(tile)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_tiles_are_sound_for_every_width_and_dtype(name, arch):
+    if arch == "gfx942" and name.startswith("block"):
+        pytest.skip("plan block doesn't run there")
+    for d_model, d_ff, dtype, variant in itertools.product(WIDTHS, (1, 48, 512), DTYPES, VARIANTS):
+        tile = getattr(tiles, name)(d_model, d_ff, dtype, **variant)
+        assert_sound(tile)
+        assert tile.block_k >= d_model
+        assert tile.block_n <= max(16, 2 * d_ff)
+        assert tile == getattr(tiles, name)(d_model, d_ff, dtype, **variant)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d_model", [8, 64, 128, 256])
+def test_block_tiles_depend_on_the_rows_in_four_buckets(d_model, dtype, arch):
+    if arch == "gfx942":
+        pytest.skip("plan block doesn't run there")
+    numbers = random.Random(0)
+    for variant in VARIANTS:
+        found = {}
+        for _ in range(300):
+            experts = numbers.choice((1, 4, 8, 16))
+            top_k = min(experts, numbers.choice((1, 2)))
+            segments, count = numbers.randint(1, 12), int(10 ** numbers.uniform(0, 6.5))
+            call = (d_model, 2 * d_model, experts, top_k, segments, count, dtype)
+            tile = tiles.block_fwd_tile(*call, **variant)
+            assert tile == tiles.block_fwd_tile(*call, **variant)
+            assert_sound(tile[2:])
+            assert tile.block_m in tiles.BLOCK_ROWS
+            assert tile.segments % 32 == 0
+            assert 1 <= tile.groups <= experts
+            block_s, block_k = tiles.block_router_tile(d_model, tile.segments, dtype)
+            assert tile.segments % block_s == 0
+            assert is_power(block_s)
+            assert is_power(block_k)
+            assert min(block_s, block_k) >= 16
+            wide = min(top_k, experts) > 1 and tile.block_d > 128
+            found.setdefault((tile.block_m, wide), set()).add(tile[3:])
+        assert all(len(answers) == 1 for answers in found.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gemm_tiles_are_the_same_within_a_bucket_of_rows(dtype, arch):  # noqa: ARG001
+    buckets = [(0, 16), (17, 32), (33, 64), (65, 10**9)]
+    for n, k in itertools.product((16, 48, 96, 640, 4096), repeat=2):
+        for least, most in buckets:
+            rows = (least, (least + most) // 2, most)
+            for gated, activated in itertools.product((False, True), repeat=2):
+                options = {"gated": gated, "activated": activated}
+                answers = {tiles.grouped_gemm_tile(n, k, r, dtype, **options) for r in rows}
+                assert len(answers) == 1
+                assert_sound(next(iter(answers)))
+            for variant in VARIANTS:
+                answers = {tiles.grouped_gemm_dhidden_tile(n, k, r, dtype, **variant) for r in rows}
+                assert len(answers) == 1
+                assert_sound(next(iter(answers)))
+        for bias in (False, True):
+            assert_sound(tiles.grouped_gemm_dw_tile(n, k, dtype, bias=bias))
+
+
+def test_one_pass_backward_has_a_tile_for_narrow_rows_only(arch):  # noqa: ARG001
+    plain = {"gated": False, "extras": False, "dropout": False}
+    tile = tiles.block_bwd_tile(64, 128, torch.bfloat16, **plain)
+    assert_sound(tile)
+    assert tile.block_n >= 128
+    assert tiles.block_bwd_tile(64, 128, torch.bfloat16, **{**plain, "gated": True}) is None
+    assert tiles.block_bwd_tile(128, 256, torch.bfloat16, **plain) is None
+    assert tiles.block_bwd_tile(64, 128, torch.float32, **plain) is None
+
+
+def test_architecture_is_chosen_by_the_environment(monkeypatch):
+    for name in tiles.TILES_OF:
+        monkeypatch.setenv("SEGMOE_ARCH", name)
+        assert tiles.architecture() == name
+    monkeypatch.setenv("SEGMOE_ARCH", "sm_1")
+    with pytest.raises(ValueError, match="SEGMOE_ARCH"):
+        tiles.architecture()
+
+
+@pytest.mark.interpreter
+def test_architecture_without_a_gpu(monkeypatch):
+    monkeypatch.delenv("SEGMOE_ARCH", raising=False)
+    assert tiles.architecture() == "sm_90"
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [
+        ((8, 0), "sm_80"), ((8, 6), "sm_120"), ((8, 9), "sm_120"), ((9, 0), "sm_90"),
+        ((10, 0), "sm_100"), ((10, 3), "sm_100"), ((12, 0), "sm_120"), ((7, 5), "sm_80"),
+    ],
+)  # fmt: skip
+def test_architecture_of_a_gpu(capability, name, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert tiles._architecture_of.__wrapped__(0) == name

@@ -1,0 +1,30 @@
+"""Bytes, launches and FLOPs of the default plan at a named shape, pinned against regressions."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+# What `python -m benchmarks.traffic` measures at B64-T65-D64-F128-E4-k1-P5, rounded up. float32
+# takes two passes backward, each of which computes the hidden layer: 1.5 of the work needed, and
+# padding.
+LIMITS = {
+    "forward": {"launches": 2, "distinct": 0.17, "requested": 0.90, "work": 1.30},
+    "forward+backward": {"launches": 8, "distinct": 0.22, "requested": 1.00, "work": 1.80},
+}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("passes", LIMITS)
+def test_traffic_stays_below_its_limits(passes):
+    from benchmarks.shapes import TRAFFIC_SHAPES
+    from benchmarks.traffic import measure, row
+
+    shape, backward = TRAFFIC_SHAPES[0], passes == "forward+backward"
+    meter = measure(shape, backward=backward)
+    found = row(shape, meter, backward=backward)
+    limits = LIMITS[passes]
+    assert found["launches"] <= limits["launches"]
+    assert found["distinct_over_scattermoe"] <= limits["distinct"]
+    assert found["requested_over_scattermoe"] <= limits["requested"]
+    assert found["executed_over_needed_flops"] <= limits["work"]
+    assert meter.total().atomic_ops == 0
