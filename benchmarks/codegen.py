@@ -1,13 +1,15 @@
 """Compile every kernel with every shipped tile ahead of time, on a machine without a GPU.
 
-    python -m benchmarks.codegen [--arch sm_80|sm_90|sm_100|gfx942] [--json FILE|-] [--only TEXT]
+    python -m benchmarks.codegen [--arch sm_80|sm_90|sm_100|sm_120|gfx942] [--json FILE|-]
+                                 [--only TEXT,TEXT] [--brief]
 
 The launchers themselves are run, on CPU tensors, with their launches caught and compiled instead:
 so what is checked is what a GPU would be given. Exit status 1 if a kernel spills registers or takes
 more shared memory than the architecture has.
 
 A row: ``kernel, case, arch, dtype, tile, registers, spill_bytes, shared_bytes, wgmma, mma,
-uses_dot, instructions``; sizes in bytes, instructions counted in the machine code (SASS or GCN).
+uses_dot, instructions, float_atomics``; sizes in bytes; spills and instructions are counted in the
+machine code (SASS or GCN) that Triton made.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter has no code to show
 
@@ -31,10 +34,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from segmoe_kernels import FFNWeights, SegMoE, functional
+from segmoe_kernels import FFNWeights, SegMoE, functional, stages
 
 # Shared memory that one program may take, in bytes.
-SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+SHARED_LIMIT = {
+    "sm_80": 166912,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "sm_120": 101376,
+    "gfx942": 65536,
+}
 NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTER_NAMES = {
     torch.float32: "*fp32",
@@ -63,11 +72,14 @@ class Row:
     mma: int
     uses_dot: bool
     instructions: int
+    float_atomics: int = 0
 
     def fault(self) -> str | None:
         """Say what makes this kernel unfit, or None."""
         if self.spill_bytes:
             return f"spills {self.spill_bytes} bytes"
+        if self.float_atomics:
+            return f"adds floats atomically {self.float_atomics} times"
         if self.shared_bytes > SHARED_LIMIT[self.arch]:
             return f"takes {self.shared_bytes} of {SHARED_LIMIT[self.arch]} bytes of shared memory"
         return None
@@ -171,27 +183,25 @@ def compile_launch(launch: Launch, arch: str, case: str) -> Row:
     if amd:
         _read_amd(row, compiled.asm["amdgcn"])
     else:
-        _read_nvidia(row, compiled.asm["ptx"])
+        _read_nvidia(row, compiled.asm["ptx"], compiled.asm["cubin"])
     return row
 
 
-def _read_nvidia(row: Row, ptx: str) -> None:
-    name = row.arch + ("a" if row.arch in {"sm_90", "sm_100"} else "")
-    with tempfile.TemporaryDirectory() as folder:
-        source, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
-        source.write_text(ptx, encoding="utf-8")
-        assembler = NVIDIA_BIN / "ptxas"
-        blackwell = NVIDIA_BIN / "ptxas-blackwell"
-        if row.arch == "sm_100" and blackwell.exists():
-            assembler = blackwell
-        log = _run(assembler, "-v", f"--gpu-name={name}", source, "-o", cubin)
-        sass = _run(NVIDIA_BIN / "nvdisasm", "-c", cubin)
-    row.registers = int(re.search(r"Used (\d+) registers", log)[1])
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    row.spill_bytes = int(spills[1]) + int(spills[2]) if spills else 0
+def _read_nvidia(row: Row, ptx: str, cubin: bytes) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run(NVIDIA_BIN / "cuobjdump", "-res-usage", file.name)
+        sass = _run(NVIDIA_BIN / "nvdisasm", "-c", file.name)
+    row.registers = int(re.search(r"REG:(\d+)", usage)[1])
+    row.spill_bytes = sum(
+        {"64": 8, "128": 16}.get(width, 4)
+        for width in re.findall(r"\b(?:STL|LDL)(?:\.LU)?(?:\.(64|128))?\b", sass)
+    )
     row.instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE))
     row.wgmma = len(re.findall(r"wgmma\.mma_async", ptx))
     row.mma = len(re.findall(r"\bmma\.sync", ptx)) + len(re.findall(r"tcgen05\.mma", ptx))
+    row.float_atomics = len(re.findall(r"\b(?:red|atom)\.\S*\.(?:b?f16|f32|f64)", ptx))
 
 
 def _read_amd(row: Row, assembly: str) -> None:
@@ -199,6 +209,7 @@ def _read_amd(row: Row, assembly: str) -> None:
     spilled = re.search(r"\.vgpr_spill_count:\s+(\d+)", assembly)
     row.spill_bytes = 4 * int(spilled[1]) if spilled else 0
     row.mma = assembly.count("v_mfma")
+    row.float_atomics = len(re.findall(r"_atomic_(?:pk_)?add_(?:b?f16|f32|f64)", assembly))
     row.instructions = len(re.findall(r"^\t[sv]_|^\t(?:buffer|global|ds)_", assembly, re.MULTILINE))
 
 
@@ -211,17 +222,24 @@ def _run(*command: Any) -> str:
 
 
 def _layer_case(dtype: torch.dtype, **options: Any) -> Callable[[], None]:
-    """Forward and backward of a layer on the Triton backend."""
+    """Forward and backward of a layer on the Triton backend.
+
+    Args:
+        dtype: of the layer.
+        options: of the layer, and ``masked``: with a padding mask, ``plan``: SEGMOE_PLAN, and
+            ``segments``: their number in each of two sequences.
+    """
 
     def run() -> None:
         settings = {"d_model": 64, "num_experts": 4, "segment_size": 5, **options}
         settings.setdefault("d_ff", 2 * settings["d_model"])
-        masked = settings.pop("masked", False)
-        layer = SegMoE(**settings, backend="triton", dtype=dtype)
-        x = torch.zeros(2, 3 * layer.segment_size - 1, layer.d_model, dtype=dtype)
-        mask = torch.ones(x.shape[:2], dtype=torch.bool) if masked else None
-        y = layer(x.requires_grad_(), mask)
-        y.backward(torch.zeros_like(y))
+        masked, segments = settings.pop("masked", False), settings.pop("segments", 3)
+        with mock.patch.dict(os.environ, SEGMOE_PLAN=settings.pop("plan", "auto")):
+            layer = SegMoE(**settings, backend="triton", dtype=dtype)
+            x = torch.zeros(2, segments * layer.segment_size - 1, layer.d_model, dtype=dtype)
+            mask = torch.ones(x.shape[:2], dtype=torch.bool) if masked else None
+            y = layer(x.requires_grad_(), mask)
+            y.backward(torch.zeros_like(y))
 
     return run
 
@@ -237,19 +255,100 @@ def _gemm_case(dtype: torch.dtype, n: int, k: int) -> Callable[[], None]:
     return run
 
 
+def _shared_case(dtype: torch.dtype, plan: str, **options: Any) -> Callable[[], None]:
+    """Forward and backward of the shared expert and the sum with the choices."""
+
+    def run() -> None:
+        d_model, steps = options["d_model"], options["segment_size"]
+        width, hidden = steps * d_model, 2 * steps * d_model
+        gated, masked = options.get("gated", False), options.get("masked", False)
+
+        def parameter(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, requires_grad=True)
+
+        weights = FFNWeights(
+            parameter(hidden, width),
+            parameter(width, hidden),
+            parameter(hidden, width) if gated else None,
+            parameter(hidden) if masked else None,
+            parameter(hidden) if gated and masked else None,
+            parameter(width) if masked else None,
+        )
+        x = parameter(2, 3 * steps - 1, d_model)
+        mask = torch.ones(x.shape[:2], dtype=torch.bool) if masked else None
+        with mock.patch.dict(os.environ, SEGMOE_SHARED=plan):
+            y = stages.shared_combine(
+                parameter(2, *x.shape),
+                x,
+                weights,
+                parameter(1, width),
+                segment_size=steps,
+                activation="silu" if gated else "gelu",
+                dropout=0.2 if masked else 0.0,
+                padding_mask=mask,
+            )
+        y.backward(torch.zeros_like(y))
+
+    return run
+
+
+# What the table of tiles tells apart.
+EXTRAS = {"bias": True, "masked": True, "dropout": 0.2, "router_dropout": 0.1}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "plain bias": {"bias": True},
+    "plain extras": EXTRAS,
+    "gated": {"gated": True, "activation": "silu"},
+    "gated gelu bias": {"gated": True, "bias": True},
+    "gated extras": {"gated": True, "activation": "silu", **EXTRAS},
+}
+MANY_SEGMENTS = (132 * 128, 132 * 256)
+
+
+def brief_cases() -> list[str]:
+    """Names of the cases that a test compiles: the kernels of each plan at each width."""
+    many = MANY_SEGMENTS[-1]
+    names = ["float32 D=64 plain", "float32 D=256 gated", "bfloat16 D=128 gated grouped"]
+    for d_model in (64, 128, 256):
+        names.append(f"bfloat16 D={d_model} plain S={many}")
+        names.append(f"bfloat16 D={d_model} gated top_k=2 S={many}")
+    return [*names, "bfloat16 shared D=64 P=3"]
+
+
 def cases() -> dict[str, Callable[[], None]]:
     """Name -> what is run. Widths and options of the layers that people build."""
     found: dict[str, Callable[[], None]] = {}
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         for d_model in (64, 128, 256):
-            plain = {"d_model": d_model, "segment_size": 5}
-            found[f"{name} D={d_model}"] = _layer_case(dtype, **plain)
-            found[f"{name} D={d_model} gated bias top_k=2"] = _layer_case(
-                dtype, **plain, gated=True, bias=True, activation="silu", num_experts=8, top_k=2
-            )
+            for variant, options in VARIANTS.items():
+                routed = {"d_model": d_model, "shared_expert": None, **options}
+                label = f"{name} D={d_model} {variant}"
+                found[label] = _layer_case(dtype, **routed)
+                found[f"{label} top_k=2"] = _layer_case(dtype, **routed, top_k=2)
+                found[f"{label} grouped"] = _layer_case(dtype, **routed, top_k=2, plan="grouped")
+                # Enough for each size of plan "block"'s tiles.
+                for segments in MANY_SEGMENTS:
+                    many = {"segments": segments, "num_experts": 4}
+                    found[f"{label} S={segments}"] = _layer_case(dtype, **routed, **many)
+                    found[f"{label} top_k=2 S={segments}"] = _layer_case(
+                        dtype, **routed, **many, top_k=2
+                    )
+            found[f"{name} D={d_model} shared"] = _layer_case(dtype, d_model=d_model)
         wide = {"d_model": 128, "expert_scope": "segment", "shared_expert": None}
         found[f"{name} segment scope"] = _layer_case(dtype, **wide)
+        for d_model, steps in ((64, 3), (128, 5), (256, 5)):
+            sizes = {"d_model": d_model, "segment_size": steps}
+            found[f"{name} shared D={d_model} P={steps}"] = _shared_case(dtype, "fused", **sizes)
+        sizes = {"d_model": 128, "segment_size": 5}
+        found[f"{name} shared gated"] = _shared_case(dtype, "fused", **sizes, gated=True)
+        found[f"{name} shared vendor"] = _shared_case(dtype, "vendor", **sizes)
+        for plan in ("fused", "vendor"):
+            for gated in (False, True):
+                case = f"{name} shared {plan} dropout mask bias{' gated' if gated else ''}"
+                found[case] = _shared_case(dtype, plan, **sizes, gated=gated, masked=True)
+        sizes = {"d_model": 64, "segment_size": 3, "masked": True}
+        found[f"{name} shared mask D=64 P=3"] = _shared_case(dtype, "fused", **sizes)
     bf16 = torch.bfloat16
     found["bfloat16 D=16"] = _layer_case(bf16, d_model=16)
     found["bfloat16 dropout mask"] = _layer_case(
@@ -269,24 +368,32 @@ def cases() -> dict[str, Callable[[], None]]:
 
 
 @contextmanager
-def _pretend_triton_runs() -> Iterator[None]:
-    """Let ``backend="triton"`` take CPU tensors: nothing is launched."""
-    real = functional._why_not_triton
-    functional._why_not_triton = lambda device_type: None  # noqa: ARG005
-    try:
+def _pretend_triton_runs(arch: str) -> Iterator[None]:
+    """Let ``backend="triton"`` take CPU tensors as if on a GPU of ``arch``: nothing is launched."""
+    hip = "0" if arch.startswith("gfx") else None
+    with (
+        mock.patch.object(functional, "_why_not_triton", return_value=None),
+        mock.patch.object(torch.version, "hip", hip),
+        mock.patch.dict(os.environ, SEGMOE_ARCH=arch),
+    ):
         yield
-    finally:
-        functional._why_not_triton = real
 
 
-def compile_all(arch: str, only: str = "") -> Iterator[Row]:
-    """Yield a row for each distinct kernel that the cases launch."""
+def compile_all(arch: str, only: str = "", *, brief: bool = False) -> Iterator[Row]:
+    """Yield a row for each distinct kernel that the cases launch.
+
+    Args:
+        arch: a key of SHARED_LIMIT; its tiles are taken.
+        only: cases whose name has this text; several texts are separated by commas.
+        brief: `brief_cases` alone.
+    """
     seen: set[str] = set()
-    for case, run in cases().items():
-        if only and only not in case:
+    found = cases()
+    for case, run in ((name, found[name]) for name in (brief_cases() if brief else found)):
+        if only and not any(text in case for text in only.split(",")):
             continue
         launches: list[Launch] = []
-        with caught_launches(launches.append), _pretend_triton_runs():
+        with caught_launches(launches.append), _pretend_triton_runs(arch):
             run()
         for launch in launches:
             if launch.key() not in seen:
@@ -301,10 +408,16 @@ def main() -> int:
     parser.add_argument(
         "--json", metavar="FILE", help="write the rows there; - for standard output"
     )
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has TEXT")
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="cases whose name has one of the comma-separated texts",
+    )
+    parser.add_argument("--brief", action="store_true", help="the few cases of tests/test_codegen")
     arguments = parser.parse_args()
     rows, faults = [], 0
-    for row in compile_all(arguments.arch, arguments.only):
+    for row in compile_all(arguments.arch, arguments.only, brief=arguments.brief):
         rows.append(row)
         faults += row.fault() is not None
         if arguments.json != "-":
@@ -316,7 +429,7 @@ def main() -> int:
                 flush=True,
             )
     if arguments.json:
-        text = json.dumps([asdict(row) for row in rows], indent=1)
+        text = json.dumps([asdict(row) | {"fault": row.fault()} for row in rows], indent=1)
         if arguments.json == "-":
             print(text)
         else:

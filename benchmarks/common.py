@@ -1,7 +1,8 @@
-"""What the measurements share: shapes, the environment, interleaved timing, JSON output."""
+"""What the measurements share: the environment, interleaved timing, JSON output."""
 
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -15,43 +16,7 @@ import torch
 
 import segmoe_kernels
 
-__all__ = ["SHAPES", "Shape", "Timing", "environment", "interleaved", "write_json"]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One call of a layer with token-wise experts, "concat" pooling and no shared expert.
-
-    Attributes:
-        batch: B, sequences.
-        length: T, time steps.
-        d_model: D.
-        d_ff: F.
-        num_experts: E.
-        top_k: experts of a segment.
-        segment_size: P.
-    """
-
-    batch: int
-    length: int
-    d_model: int
-    d_ff: int
-    num_experts: int
-    top_k: int
-    segment_size: int
-
-    def __str__(self) -> str:
-        return (
-            f"B{self.batch}-T{self.length}-D{self.d_model}-F{self.d_ff}-E{self.num_experts}"
-            f"-k{self.top_k}-P{self.segment_size}"
-        )
-
-
-SHAPES = (
-    Shape(64, 65, 64, 128, 4, 1, 5),
-    Shape(32, 64, 128, 256, 8, 2, 4),
-    Shape(96, 66, 256, 512, 8, 1, 3),
-)
+__all__ = ["Timing", "device_name", "environment", "interleaved", "write_json"]
 
 
 @dataclass(frozen=True)
@@ -116,7 +81,29 @@ def environment() -> dict[str, str]:
         "triton": triton_version,
         "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "torch_threads": str(torch.get_num_threads()),
+        **_gpu(),
     }
+
+
+def _gpu() -> dict[str, str]:
+    if not torch.cuda.is_available():
+        return {}
+    gpu = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": gpu.name,
+        "gpu_memory_mib": str(gpu.total_memory // 2**20),
+        "gpu_l2_mib": str(gpu.L2_cache_size // 2**20),
+        "gpu_processors": str(gpu.multi_processor_count),
+        "cuda": str(torch.version.cuda or torch.version.hip),
+    }
+
+
+def device_name(device: torch.device | str) -> str:
+    """The folder that results of a device go to: "cpu", "nvidia-h200"."""
+    if torch.device(device).type != "cuda":
+        return torch.device(device).type
+    words = re.findall(r"[a-z0-9]+", torch.cuda.get_device_name().lower())
+    return "-".join(words)
 
 
 def _commit() -> str:

@@ -1,0 +1,265 @@
+"""Search for better tiles: what `_triton.tiles` should say, measured.
+
+    python -m benchmarks.tune [--shapes d128-e4-k1-p5-258k] [--deadline SECONDS] [--plan auto]
+
+For each workload, the functions of the table that its calls ask are found, then changed one value
+at a time (block sizes by 2, warps, stages), the rest as shipped; a change that is correct and
+faster is kept and the search goes on from there. Every candidate has to pass the criterion of the
+`gate`. Rows hold the time of the pass that the function serves; the table itself is edited by hand,
+with the row beside it. A candidate that does not compile or is wrong is a row too.
+"""
+
+import argparse
+import contextlib
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from benchmarks.cases import DTYPES, make_case
+from benchmarks.common import device_name, environment
+from benchmarks.gate import Gate
+from benchmarks.layer import calls, describe
+from benchmarks.peers import Provider, route_ids
+from benchmarks.runner import PLANS, plan_set
+from benchmarks.shapes import Workload, find_workloads
+from benchmarks.store import ROOT, Store, code_version, results_folder
+from benchmarks.timing import Clock, summary, time_interleaved
+from segmoe_kernels import SegMoE
+
+__all__ = ["asked_functions", "neighbours", "overridden", "search"]
+
+Tile = Any
+# A winner has to be this much faster: less is within the noise of the clocks.
+MARGIN = 0.98
+
+
+def _table() -> Any:
+    from segmoe_kernels._triton import tiles
+
+    return tiles
+
+
+def tile_functions() -> dict[str, Callable[..., Tile]]:
+    """The functions of the table, by name."""
+    return {name: f for name, f in vars(_table()).items() if name.endswith("_tile")}
+
+
+@contextlib.contextmanager
+def overridden(name: str, replacement: Callable[..., Tile]) -> Iterator[None]:
+    """Put a function in the place of one of the table's, wherever it was imported to."""
+    original = getattr(_table(), name)
+    places = [
+        module
+        for module_name, module in list(sys.modules.items())
+        if module_name.startswith("segmoe_kernels") and getattr(module, name, None) is original
+    ]
+    for module in places:
+        setattr(module, name, replacement)
+    try:
+        yield
+    finally:
+        for module in places:
+            setattr(module, name, original)
+
+
+def asked_functions(run: Callable[[], object]) -> dict[str, Tile]:
+    """Which functions of the table a call asks, and what they say.
+
+    Args:
+        run: the call.
+
+    Returns:
+        Function -> its last answer; those that answer differently in one call are left out, since
+        one replacement can't stand for both.
+    """
+    answers: dict[str, set[Tile]] = {}
+
+    def spy(name: str, original: Callable[..., Tile]) -> Callable[..., Tile]:
+        def ask(*args: Any, **kwargs: Any) -> Tile:
+            tile = original(*args, **kwargs)
+            answers.setdefault(name, set()).add(tile)
+            return tile
+
+        return ask
+
+    with contextlib.ExitStack() as stack:
+        for name, original in tile_functions().items():
+            stack.enter_context(overridden(name, spy(name, original)))
+        run()
+    return {name: next(iter(tiles)) for name, tiles in answers.items() if len(tiles) == 1}
+
+
+# What may be tried, by field; block sizes and the like go by factors of two.
+_RANGES = {
+    "block_m": (16, 256),
+    "block_n": (16, 256),
+    "block_f": (16, 128),
+    "segments": (32, 1024),
+    "groups": (1, 8),
+    "num_warps": (2, 16),
+    "num_stages": (1, 5),
+}
+
+
+def neighbours(tile: Tile, *, free_k: bool = False) -> Iterator[Tile]:
+    """Tiles that differ from this one in one value: sizes and warps by 2, stages by 1.
+
+    Args:
+        tile: of any kind.
+        free_k: block_k is a choice, not the padded width.
+    """
+    ranges = {**_RANGES, "block_k": (16, 128)} if free_k else _RANGES
+    for field, (least, most) in ranges.items():
+        value = getattr(tile, field, 0)
+        if value <= 0:
+            continue
+        values = (value - 1, value + 1) if field == "num_stages" else (value // 2, 2 * value)
+        for other in values:
+            if least <= other <= most:
+                yield tile._replace(**{field: other})
+
+
+def search(
+    workload: Workload,
+    layer: SegMoE,
+    inputs: Any,
+    emit: Callable[[dict[str, Any]], None],
+    *,
+    seconds_left: Callable[[], float],
+    budget_s: float,
+    only: str = "",
+    most: int | None = None,
+    rounds: int = 10,
+) -> None:
+    """Tune the functions that a layer's forward and backward ask.
+
+    Args:
+        workload: for the rows.
+        layer: on its device.
+        inputs: x and dy.
+        emit: gets a row for each candidate.
+        seconds_left: the search stops when it says 0 or less.
+        budget_s: seconds of timed calls for each candidate.
+        only: names of functions have to hold this.
+        most: candidates of each function; None is no limit.
+        rounds: the least number of timed calls.
+    """
+    provider = Provider("segmoe", layer, layer, lambda x: route_ids(layer, x), dict, ours=True)
+    gate, clock = Gate(layer, inputs), Clock(inputs.x.device)
+    run = calls(provider, inputs, "forward+backward")
+    for name, shipped in asked_functions(run).items():
+        if only not in name:
+            continue
+        passed = "forward" if "fwd" in name else "forward+backward"
+        function = calls(provider, inputs, passed)
+        identity = {"provider": "segmoe", "pass": passed, "mode": "eager", "function": name}
+
+        def timed(tile: Tile, name: str = name, function: Any = function) -> dict[str, Any]:
+            with overridden(name, lambda *_, **__: tile):
+                gate.check(provider)
+                timings = time_interleaved(
+                    {"it": function}, clock, budget_s=budget_s, least_rounds=rounds
+                )
+            return summary(timings["it"])
+
+        free_k = name.startswith("grouped_gemm")
+        best, seen, count = shipped, {shipped}, 0
+        numbers = timed(shipped)
+        least = numbers["time_median_ms"]
+        emit({**identity, "tile": _words(shipped), "shipped": True, **numbers})
+        queue = list(neighbours(best, free_k=free_k))
+        while queue and seconds_left() > 0 and (most is None or count < most):
+            tile = queue.pop(0)
+            if tile in seen:
+                continue
+            seen.add(tile)
+            count += 1
+            row = {**identity, "tile": _words(tile), "shipped": False}
+            try:
+                numbers = timed(tile)
+            except Exception as error:  # does not compile, or is wrong
+                emit({**row, "failed": describe(error)})
+                continue
+            emit({**row, **numbers, "time_over_shipped": numbers["time_median_ms"] / least})
+            if numbers["time_median_ms"] < MARGIN * least:
+                best, least = tile, numbers["time_median_ms"]
+                queue = list(neighbours(best, free_k=free_k))
+        print(f"{workload.name} {name}: {_words(best)} (shipped {_words(shipped)})", flush=True)
+
+
+def _words(tile: Tile) -> str:
+    return " ".join(f"{key}={value}" for key, value in tile._asdict().items())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device_type, choices=("cuda", "cpu"))
+    parser.add_argument("--shapes", default="headline", help="groups or names in shapes.py")
+    parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
+    parser.add_argument("--plan", default="auto", choices=PLANS, help="sets SEGMOE_PLAN")
+    parser.add_argument("--only", default="", metavar="TEXT", help="functions whose name has TEXT")
+    parser.add_argument("--budget", type=float, default=0.2, metavar="SECONDS")
+    parser.add_argument("--rounds", type=int, default=10, help="least timed calls (default: 10)")
+    parser.add_argument("--most", type=int, metavar="N", help="candidates of a function")
+    parser.add_argument("--deadline", type=float, default=float("inf"), metavar="SECONDS")
+    parser.add_argument("--out", metavar="FOLDER", help="of the result file")
+    args = parser.parse_args(arguments)
+    started = time.monotonic()
+    print("  ".join(f"{key} {value}" for key, value in environment().items()))
+    device = torch.device(args.device)
+    store = Store(
+        results_folder(device, args.out) / "tune.json",
+        seed=ROOT / device_name(device) / "tune.json",
+    )
+    code, done = code_version(), 0
+
+    def left() -> float:
+        return args.deadline - (time.monotonic() - started)
+
+    for workload, part in itertools.product(find_workloads(args.shapes), ("routed",)):
+        if left() <= 0:
+            print("stopped at the deadline")
+            break
+        layer, inputs = make_case(
+            workload, part=part, routing="uniform", dtype=DTYPES[args.dtype], device=device
+        )
+        if device.type == "cpu":
+            layer.backend = "triton"  # the interpreter's times mean nothing, its results do
+        prefix = f"{workload.name}/{part}/uniform/{args.dtype}/plan-{args.plan}"
+
+        def emit(row: dict[str, Any], prefix: str = prefix) -> None:
+            nonlocal done
+            done += 1
+            key = f"{prefix}/{row['function']}/{row['tile']}"
+            row = {"configuration": key, "device": device_name(device), "code": code, **row}
+            store.add([row])
+            what = row.get("failed") or f"{row['time_median_ms']:.4f} ms"
+            print(f"  {row['function']:<24} {row['tile']}: {what}", flush=True)
+
+        with plan_set(args.plan):
+            try:
+                search(
+                    workload,
+                    layer,
+                    inputs,
+                    emit,
+                    seconds_left=left,
+                    budget_s=args.budget,
+                    only=args.only,
+                    most=args.most,
+                    rounds=args.rounds,
+                )
+            except RuntimeError as error:
+                print(f"skipped {workload.name}: {describe(error)}", flush=True)
+    print(f"wrote {done} rows to {store.path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
