@@ -191,13 +191,14 @@ def _fetch(url: str) -> bytes:
 
 def _three_ways(name: str, reason: str) -> str:
     stem = DATASETS[name].stem
+    download = "run once with a network connection (the file is downloaded and verified), or "
+    third = (download if DATASETS[name].url else "") + "take --data multiscale, which needs no file"
     return (
         f"{name} is not on this machine; {reason}\n"
         "Any of these three helps:\n"
         f"  1. --data-dir FOLDER or SEGMOE_DATA=FOLDER with {stem}.csv or {stem}.csv.gz in it\n"
         f"  2. put {stem}.csv into the cache, {cache_dir()}\n"
-        "  3. run once with a network connection (the file is downloaded and verified), "
-        "or take --data multiscale, which needs no file"
+        f"  3. {third}"
     )
 
 
