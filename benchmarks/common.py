@@ -44,7 +44,7 @@ def _quartiles(values: Any) -> tuple[float, float, float]:
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 3
+    functions: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 3, calls: int = 1
 ) -> dict[str, Timing]:
     """Time functions in turns on the CPU, every other round in reverse order.
 
@@ -52,18 +52,24 @@ def interleaved(
         functions: what to time, by name.
         rounds: timed calls of each; at least 2.
         warmup: rounds before the first that counts.
+        calls: of one function in a row; with more than one, the first of them does not count, which
+            finds the caches and the allocator as the other function left them.
 
     Returns:
-        A Timing for each name.
+        A Timing for each name, of the mean call of each round.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for index in range(warmup + rounds):
         for name in list(functions)[:: 1 if index % 2 else -1]:
+            if calls > 1:
+                functions[name]()
+            counted = max(1, calls - 1)
             start = time.perf_counter()
-            functions[name]()
+            for _ in range(counted):
+                functions[name]()
             elapsed = time.perf_counter() - start
             if index >= warmup:
-                times[name].append(1e3 * elapsed)
+                times[name].append(1e3 * elapsed / counted)
     return {name: Timing(tuple(values)) for name, values in times.items()}
 
 

@@ -94,7 +94,7 @@ def measure(num_experts: int, shared_expert: str | None, rounds: int) -> list[di
     }
     rows = []
     for name, functions in passes.items():
-        timings = interleaved(functions, rounds=rounds)
+        timings = interleaved(functions, rounds=rounds, calls=5)
         rows.append(
             {
                 "num_experts": num_experts,

@@ -135,6 +135,14 @@ def grouped_mm_contract(a: Tensor, b: Tensor, expert_offsets: Tensor) -> Tensor:
     return out
 
 
+def grouped_linear(a: Tensor, b: Tensor, bias: Tensor | None, expert_offsets: Tensor) -> Tensor:
+    """`grouped_mm` plus a bias (E, N); rows of no expert stay zero."""
+    y = grouped_mm(a, b, expert_offsets)
+    if bias is None:
+        return y
+    return y + grouped_mm(a.new_ones(a.shape[0], 1), bias[..., None], expert_offsets)
+
+
 def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     """Rows of x in another order, ``x[index]``; a gather backwards too, as ``inverse`` is known.
 

@@ -8,7 +8,6 @@ and nothing waits for the device while it is traced. Semantics: ``MoESegment`` o
 import contextlib
 import math
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,26 +15,9 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
-from segmoe_kernels.grouped_mm import gather_rows, grouped_mm
+from segmoe_kernels.grouped_ffn import ACTIVATION_FUNCTIONS, composed_ffn, grouped_ffn, segments
+from segmoe_kernels.grouped_mm import grouped_linear
 from segmoe_kernels.routing import FFNWeights, Permutation, RouterOutput, Routing
-
-ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "relu": F.relu,
-}
-
-
-def segments(x: Tensor, segment_size: int, padding_mask: Tensor | None = None) -> Tensor:
-    """Cut sequences into segments: (B, T, D) -> (B, J, P, D); masked and missing steps are 0."""
-    if padding_mask is not None:
-        x = x.masked_fill(~padding_mask[..., None], 0)
-    missing = -x.shape[1] % segment_size
-    if missing:
-        x = F.pad(x, (0, 0, 0, missing))
-    batch, length, d_model = x.shape
-    return x.reshape(batch, length // segment_size, segment_size, d_model)
 
 
 def valid_steps(x: Tensor, segment_size: int, padding_mask: Tensor | None = None) -> Tensor:
@@ -45,12 +27,12 @@ def valid_steps(x: Tensor, segment_size: int, padding_mask: Tensor | None = None
     return segments(padding_mask[..., None], segment_size)[..., 0]
 
 
-def pool(x: Tensor, valid: Tensor, pooling: str) -> Tensor:
+def pool(x: Tensor, valid: Tensor | None, pooling: str) -> Tensor:
     """Summarise each segment over its real steps; a segment without one gives zeros.
 
     Args:
         x: (B, J, P, D), zero where not valid.
-        valid: (B, J, P) bool.
+        valid: (B, J, P) bool; None where every step is real.
         pooling: "concat" (P steps side by side, missing ones 0), "mean", "max", "first", "last".
 
     Returns:
@@ -58,6 +40,8 @@ def pool(x: Tensor, valid: Tensor, pooling: str) -> Tensor:
     """
     if pooling == "concat":
         return rearrange(x, "b j p d -> b j (p d)")
+    if valid is None:
+        valid = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
     if pooling == "mean":
         count = valid.sum(-1, keepdim=True).clamp_min(1)
         return x.sum(2) / count.to(x.dtype)
@@ -75,9 +59,10 @@ def pool(x: Tensor, valid: Tensor, pooling: str) -> Tensor:
 
 
 def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    if torch.amp.is_autocast_available(device_type):
+    # The meta device has no autocast; entering the context takes longer than a small layer's sort.
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()  # the meta device
+    return contextlib.nullcontext()
 
 
 def route(
@@ -95,26 +80,36 @@ def route(
 ) -> RouterOutput:
     """Stage 1: pool each segment and choose its experts. See `functional.route`."""
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-    valid = valid_steps(x, segment_size, padding_mask)
+    valid = None
+    if padding_mask is not None or pooling != "concat":
+        valid = valid_steps(x, segment_size, padding_mask)
     pooled = pool(segments(x, segment_size, padding_mask), valid, pooling)
     if router_start is not None:
         start = repeat(router_start, "w -> b j w", b=x.shape[0], j=min(1, pooled.shape[1]))
         pooled = torch.cat([start, pooled[:, :-1]], dim=1)
     # The tail of a batch without a mask always has a real step: nothing to blank then.
-    routed = None if padding_mask is None else rearrange(valid.any(-1), "b j -> (b j) 1")
+    routed = None
+    if padding_mask is not None and valid is not None:
+        routed = rearrange(valid.any(-1), "b j -> (b j) 1")
     with _no_autocast(x.device.type):
         pooled = rearrange(pooled, "b j w -> (b j) w").to(accumulate)
         router_logits = pooled @ router_weight.to(accumulate).t()
         if routed is not None:
             router_logits = torch.where(routed, router_logits, 0)
-        router_probs = torch.softmax(router_logits / router_temperature, dim=-1)
+        scaled = router_logits
+        if router_temperature != 1:
+            scaled = scaled / router_temperature
+        router_probs = torch.softmax(scaled, dim=-1)
     router_probs = F.dropout(router_probs, router_dropout)
     if routed is not None:
         router_probs = torch.where(routed, router_probs, 0)
-    # A stable descending sort puts the lower index first among equals; topk promises no order.
-    order = torch.sort(router_probs.detach(), dim=-1, descending=True, stable=True).indices
-    topk_ids = order[:, :top_k]
-    topk_weights = router_probs.gather(-1, topk_ids)
+    # The lower index comes first among equals: a promise of max and of a stable sort, not of topk.
+    if top_k == 1:
+        topk_weights, topk_ids = router_probs.max(-1, keepdim=True)
+    else:
+        order = torch.sort(router_probs.detach(), dim=-1, descending=True, stable=True).indices
+        topk_ids = order[:, :top_k]
+        topk_weights = router_probs.gather(-1, topk_ids)
     if top_k > 1 if renormalize is None else renormalize:
         topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True).clamp_min(1e-6)
     if routed is not None:
@@ -126,14 +121,12 @@ def permute(topk_ids: Tensor, num_experts: int) -> Permutation:
     """Stage 2: group the slots by expert, stable. See `functional.permute`."""
     ids = topk_ids.reshape(-1)
     ids = torch.where(ids < 0, num_experts, ids)
-    sorted_to_slot = torch.sort(ids, stable=True).indices
-    slots = torch.arange(ids.shape[0], device=ids.device)
-    slot_to_sorted = torch.zeros_like(slots).scatter(0, sorted_to_slot, slots)
-    counts = (ids[:, None] == torch.arange(num_experts, device=ids.device)).sum(0)
-    expert_offsets = F.pad(counts.cumsum(0), (1, 0))
-    return Permutation(
-        sorted_to_slot.int(), slot_to_sorted.int(), expert_offsets.int(), counts.int()
-    )
+    sorted_ids, sorted_to_slot = torch.sort(ids, stable=True)
+    slots = torch.arange(ids.shape[0], dtype=torch.int32, device=ids.device)
+    slot_to_sorted = torch.empty_like(slots).scatter_(0, sorted_to_slot, slots)
+    experts = torch.arange(num_experts + 1, dtype=ids.dtype, device=ids.device)
+    expert_offsets = torch.searchsorted(sorted_ids, experts, out_int32=True)
+    return Permutation(sorted_to_slot.int(), slot_to_sorted, expert_offsets, expert_offsets.diff())
 
 
 def grouped_gemm(
@@ -144,10 +137,7 @@ def grouped_gemm(
     activation: str | None = None,
 ) -> Tensor:
     """Stage 3': rows of expert e times its matrix. See `functional.grouped_gemm`."""
-    y = grouped_mm(x, weight, expert_offsets)
-    if bias is not None:
-        ones = x.new_ones(x.shape[0], 1)
-        y = y + grouped_mm(ones, bias[..., None], expert_offsets)
+    y = grouped_linear(x, weight, bias, expert_offsets)
     return y if activation is None else ACTIVATION_FUNCTIONS[activation](y)
 
 
@@ -164,42 +154,32 @@ def expert_ffn(
     padding_mask: Tensor | None = None,
 ) -> Tensor:
     """Stage 3: each slot's expert, times the slot's weight. See `functional.expert_ffn`."""
-    batch, length, _ = x.shape
-    top_k = topk_weights.shape[-1]
-    rows_per_segment = segment_size if expert_scope == "token" else 1
-    offsets = permutation.expert_offsets * rows_per_segment
-    slots = rearrange(segments(x, segment_size, padding_mask), "b j p d -> (b j) (p d)")
-    if top_k > 1:
-        slots = repeat(slots, "s w -> (s k) w", k=top_k)
-    rows = gather_rows(slots, permutation.sorted_to_slot, permutation.slot_to_sorted)
-    width = slots.shape[-1] // rows_per_segment
-    rows = rows.reshape(slots.shape[0] * rows_per_segment, width)
-
-    gate = None
-    if experts.gate_proj is not None:
-        gate = grouped_gemm(
-            rows, experts.gate_proj, offsets, experts.gate_proj_bias, activation=activation
+    length, d_model = x.shape[1:]
+    if expert_scope == "segment":
+        # A segment is one step of width P * D.
+        x = segments(x, segment_size, padding_mask).flatten(2)
+    real = None if expert_scope == "segment" else padding_mask
+    steps = segment_size if expert_scope == "token" else 1
+    sorted_to_slot, expert_offsets = permutation.sorted_to_slot, permutation.expert_offsets
+    options: dict[str, Any] = {"segment_size": steps, "activation": activation}
+    if x.device.type == "cpu" and not dropout:
+        out = grouped_ffn(x, topk_weights, experts, sorted_to_slot, expert_offsets, real, **options)
+    else:
+        out = composed_ffn(
+            x,
+            topk_weights,
+            experts,
+            sorted_to_slot,
+            permutation.slot_to_sorted,
+            expert_offsets,
+            real,
+            **options,
+            dropout=dropout,
         )
-    hidden = grouped_gemm(
-        rows,
-        experts.up_proj,
-        offsets,
-        experts.up_proj_bias,
-        activation=activation if gate is None else None,
-    )
-    if gate is not None:
-        hidden = gate * hidden
-    hidden = F.dropout(hidden, dropout)
-    rows = grouped_gemm(hidden, experts.down_proj, offsets, experts.down_proj_bias)
-
-    rows = rows.reshape(slots.shape)
-    slots = gather_rows(rows, permutation.slot_to_sorted, permutation.sorted_to_slot)
-    slots = slots.reshape(*topk_weights.shape, segment_size * x.shape[-1])
-    slots = slots * topk_weights[..., None].to(slots.dtype)
-    padded = -(-length // segment_size) * segment_size
-    out = slots.transpose(0, 1).reshape(top_k, batch, padded, x.shape[-1])[:, :, :length]
-    if padding_mask is not None:
-        out = out.masked_fill(~padding_mask[..., None], 0)
+    if expert_scope == "segment":
+        out = rearrange(out, "k b j (p d) -> k b (j p) d", d=d_model)[:, :, :length]
+        if padding_mask is not None:
+            out = out.masked_fill(~padding_mask[..., None], 0)
     return out
 
 
@@ -289,7 +269,7 @@ def shared_expert(
         ``(shared_out (B, J, P * D), shared_gate_logits (B, J))``, not yet cropped or masked.
     """
     rows = rearrange(segments(x, segment_size, padding_mask), "b j p d -> b j (p d)")
-    gate_logits = F.linear(rows, shared_gate)[..., 0]
+    gate_logits = F.linear(rows, shared_gate).squeeze(-1)
     return dense_ffn(rows, weights, activation, dropout), gate_logits
 
 
@@ -301,14 +281,15 @@ def combine(
     padding_mask: Tensor | None = None,
 ) -> Tensor:
     """Stage 4: sum over the slots, add the gated shared path. See `functional.combine`."""
-    y = expert_out.sum(0)
+    y = expert_out.squeeze(0) if expert_out.shape[0] == 1 else expert_out.sum(0)
     if shared_out is not None and shared_gate_logits is not None:
-        gated = torch.sigmoid(shared_gate_logits)[..., None] * shared_out
-        steps = gated.shape[-1] // y.shape[-1]
-        shared = gated.unflatten(-1, (steps, y.shape[-1])).flatten(1, 2)[:, : y.shape[1]]
-        y = y + (
-            shared if padding_mask is None else shared.masked_fill(~padding_mask[..., None], 0)
-        )
+        steps = shared_out.shape[-1] // y.shape[-1]
+        gate = torch.sigmoid(shared_gate_logits)
+        gate = repeat(gate, "b j -> b (j p) 1", p=steps)[:, : y.shape[1]]
+        shared = shared_out.unflatten(-1, (steps, y.shape[-1])).flatten(1, 2)[:, : y.shape[1]]
+        if padding_mask is not None:
+            shared = shared.masked_fill(~padding_mask[..., None], 0)
+        y = torch.addcmul(y, gate, shared)
     return y
 
 
