@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segmoe_kernels import SegMoE
-from segmoe_kernels.grouped_ffn import ACTIVATION_FUNCTIONS
+from segmoe_kernels.composed_ffn import ACTIVATION_FUNCTIONS
 from segmoe_kernels.routing import FFNWeights
 
 __all__ = ["OfficialLoop"]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segmoe_kernels import SegMoE
-from segmoe_kernels.grouped_ffn import ACTIVATION_FUNCTIONS
+from segmoe_kernels.composed_ffn import ACTIVATION_FUNCTIONS
 from segmoe_kernels.grouped_mm import gather_rows
 from segmoe_kernels.reference import dense_ffn
 

@@ -4,8 +4,9 @@
 
 float32, training mode without dropout, 64 sequences of 64 steps, D 128, F 256, P 5, E 4 and 8, with
 the official shared expert and without. "forward" runs under no_grad; "forward+backward" asks for
-the gradients of x and of every parameter. Both must agree before either is timed. They take turns;
-times are medians with quartiles, and the ratio is that of the quartiles of each round's ratio.
+the gradients of x and of every parameter. Both must agree before either is timed. They take
+turns of five calls, of which the first does not count; times are medians with quartiles, and the
+ratio is that of the quartiles of each round's ratio.
 """
 
 import argparse

@@ -319,7 +319,7 @@ def combine(
         backend: see `resolve_backend`.
 
     Returns:
-        (B, T, D), dtype of expert_out.
+        (B, T, D), dtype of expert_out; a view of it for one choice without a shared path.
 
     Raises:
         TypeError: for a wrong type or dtype.

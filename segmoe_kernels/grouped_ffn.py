@@ -1,11 +1,10 @@
-"""The experts' FFN of the reference backend: its plain form, and one operator for a CPU.
+"""The experts' FFN of the reference backend as one operator for a CPU.
 
-`composed_ffn` takes a few passes over the whole batch through grouped products. On a CPU each pass
-moves megabytes through memory, which costs a third of the time; `grouped_ffn` gathers a few hundred
-kilobytes of one expert's rows, runs its FFN on them in cache and scatters the result. Missing and
-masked steps are left out, so nothing is padded. For backward it saves the hidden layer before the
-activation. Equal to rounding, with gradients to any order: the first is an operator of the same
-kind, the others are those of the plain form.
+`composed_ffn` takes a few passes over the whole batch, and on a CPU each of them moves megabytes
+through memory. `grouped_ffn` gathers some of one expert's rows, runs its FFN on them in cache and
+scatters the result. Missing and masked steps are left out, so nothing is padded. For backward it
+saves the hidden layer before the activation. Equal to rounding, with gradients to any order: the
+first is an operator of the same kind, the others are those of the plain form.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,18 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
 from torch import Tensor
 
-from segmoe_kernels.grouped_mm import gather_rows, grouped_linear
+from segmoe_kernels.composed_ffn import composed_ffn
+from segmoe_kernels.grouped_mm import register_operator
 from segmoe_kernels.routing import FFNWeights
-
-ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "relu": F.relu,
-}
 
 _ATEN = torch.ops.aten
 _ACTIVATE: dict[str, Callable[..., Tensor]] = {
@@ -63,76 +55,6 @@ _LIBRARY.define(
     " Tensor slots, Tensor row_offsets, int segment_size, str activation, bool[] need)"
     f" -> ({', '.join(['Tensor'] * 8)})"
 )
-
-
-def segments(x: Tensor, segment_size: int, padding_mask: Tensor | None = None) -> Tensor:
-    """Cut sequences into segments: (B, T, D) -> (B, J, P, D); masked and missing steps are 0."""
-    if padding_mask is not None:
-        x = x.masked_fill(~padding_mask[..., None], 0)
-    batch, length, d_model = x.shape
-    missing = -length % segment_size
-    if missing:  # F.pad would fill all of it first
-        x = torch.cat([x, x.new_zeros(batch, missing, d_model)], dim=1)
-        length += missing
-    return x.reshape(batch, length // segment_size, segment_size, d_model)
-
-
-def composed_ffn(
-    x: Tensor,
-    topk_weights: Tensor,
-    experts: FFNWeights,
-    sorted_to_slot: Tensor,
-    slot_to_sorted: Tensor,
-    expert_offsets: Tensor,
-    padding_mask: Tensor | None,
-    *,
-    segment_size: int,
-    activation: str,
-    dropout: float = 0.0,
-) -> Tensor:
-    """Each slot's steps through its expert, times the slot's weight, in plain PyTorch.
-
-    Args:
-        x: (B, T, D).
-        topk_weights: (S, top_k).
-        experts: weights stacked over E.
-        sorted_to_slot: (R,) int32.
-        slot_to_sorted: (R,) int32.
-        expert_offsets: (E + 1,) int32, in slots.
-        padding_mask: (B, T) bool or None.
-        segment_size: P.
-        activation: see `functional.expert_ffn`.
-        dropout: probability, after the activation.
-
-    Returns:
-        (top_k, B, T, D), 0 where masked and for the slots of no expert.
-    """
-    batch, length, d_model = x.shape
-    top_k = topk_weights.shape[-1]
-    slots = rearrange(segments(x, segment_size, padding_mask), "b j p d -> (b j) (p d)")
-    if top_k > 1:
-        slots = repeat(slots, "s w -> (s k) w", k=top_k)
-    offsets = expert_offsets * segment_size
-    rows = gather_rows(slots, sorted_to_slot, slot_to_sorted)
-    rows = rows.reshape(slots.shape[0] * segment_size, d_model)
-    function = ACTIVATION_FUNCTIONS[activation]
-    hidden = grouped_linear(rows, experts.up_proj, experts.up_proj_bias, offsets)
-    if experts.gate_proj is None:
-        hidden = function(hidden)
-    else:
-        gate = grouped_linear(rows, experts.gate_proj, experts.gate_proj_bias, offsets)
-        hidden = function(gate) * hidden
-    hidden = F.dropout(hidden, dropout)
-    rows = grouped_linear(hidden, experts.down_proj, experts.down_proj_bias, offsets)
-
-    slots = gather_rows(rows.reshape(slots.shape), slot_to_sorted, sorted_to_slot)
-    shape = (batch, -(-length // segment_size), top_k, segment_size, d_model)
-    slots = rearrange(slots.reshape(shape), "b j k p d -> k b (j p) d")
-    weights = topk_weights.to(slots.dtype).reshape(shape[:3])
-    weights = repeat(weights, "b j k -> k b (j p) 1", p=segment_size)
-    # Cropped before the product, so that its result is the only copy.
-    out = slots[:, :, :length] * weights[:, :, :length]
-    return out if padding_mask is None else out.masked_fill(~padding_mask[..., None], 0)
 
 
 def grouped_ffn(
@@ -189,6 +111,14 @@ def _rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The real steps of each expert's segments, in the experts' order.
 
+    Args:
+        x: (B, T, D).
+        top_k: slots of a segment.
+        sorted_to_slot: (R,) int32.
+        expert_offsets: (E + 1,) int32, in slots.
+        padding_mask: (B, T) bool or None.
+        segment_size: P.
+
     Returns:
         ``(steps, slots, row_offsets)``: int64, the step in x and the slot of each row, in room for
         (R * P,) of which the first ``row_offsets[E]`` are used; (E + 1,).
@@ -223,6 +153,7 @@ def _chunks(
     slots: Tensor,
     row_offsets: Tensor,
 ) -> list[_Chunk]:
+    """Cut each expert's rows into pieces that fit the caches; the last three from `_rows`."""
     batch, length, _ = x.shape
     top_k, offsets = topk_weights.shape[1], row_offsets.tolist()
     steps, slots = steps[: offsets[-1]], slots[: offsets[-1]]
@@ -502,7 +433,7 @@ class _GroupedFFNBackward(torch.autograd.Function):
                 topk_weights,
                 FFNWeights(*weights),
                 sorted_to_slot,
-                torch.empty_like(slots).scatter_(0, sorted_to_slot.long(), slots),
+                slots.scatter(0, sorted_to_slot.long(), slots),
                 expert_offsets,
                 padding_mask,
                 segment_size=ctx.segment_size,
@@ -530,15 +461,5 @@ class _GroupedFFNBackward(torch.autograd.Function):
         return tuple(found)
 
 
-_LIBRARY.impl("grouped_ffn", _ffn, "CompositeExplicitAutograd")
-_LIBRARY.impl("grouped_ffn_bwd", _ffn_bwd, "CompositeExplicitAutograd")
-torch.library.register_fake("segmoe_reference::grouped_ffn", _ffn_fake, lib=_LIBRARY)
-torch.library.register_fake("segmoe_reference::grouped_ffn_bwd", _ffn_bwd_fake, lib=_LIBRARY)
-# An exported program calls the operators, not the functions above: the same formulas for both.
-for _name, _function in (("grouped_ffn", _GroupedFFN), ("grouped_ffn_bwd", _GroupedFFNBackward)):
-    torch.library.register_autograd(
-        f"segmoe_reference::{_name}",
-        _function.backward,
-        setup_context=_function.setup_context,
-        lib=_LIBRARY,
-    )
+register_operator(_LIBRARY, "grouped_ffn", _ffn, _ffn_fake, _GroupedFFN)
+register_operator(_LIBRARY, "grouped_ffn_bwd", _ffn_bwd, _ffn_bwd_fake, _GroupedFFNBackward)

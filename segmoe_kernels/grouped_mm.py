@@ -10,6 +10,7 @@ differentiation: the gradient of each is expressed by the two, to any order.
 Rows from ``expert_offsets[E]`` on belong to no expert: zeros in ``rows``, ignored in ``contract``.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,12 +47,6 @@ def _rows_fake(a: Tensor, b: Tensor, expert_offsets: Tensor) -> Tensor:  # noqa:
 
 def _contract_fake(a: Tensor, b: Tensor, expert_offsets: Tensor) -> Tensor:
     return a.new_empty(expert_offsets.shape[0] - 1, a.shape[1], b.shape[1])
-
-
-_LIBRARY.impl("grouped_mm", _rows, "CompositeExplicitAutograd")
-_LIBRARY.impl("grouped_mm_contract", _contract, "CompositeExplicitAutograd")
-torch.library.register_fake("segmoe_reference::grouped_mm", _rows_fake, lib=_LIBRARY)
-torch.library.register_fake("segmoe_reference::grouped_mm_contract", _contract_fake, lib=_LIBRARY)
 
 
 class _GroupedMM(torch.autograd.Function):
@@ -113,14 +108,33 @@ class _GatherRows(torch.autograd.Function):
         return gather_rows(grads[0], inverse, index), None, None
 
 
-# An exported program calls the operators, not the functions above: the same formulas for both.
-for _name, _function in (("grouped_mm", _GroupedMM), ("grouped_mm_contract", _GroupedMMContract)):
+def register_operator(
+    library: torch.library.Library,
+    name: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    function: type[torch.autograd.Function],
+) -> None:
+    """Give an operator that a library defines its kernel, its shapes and its gradients.
+
+    Args:
+        library: of the namespace "segmoe_reference".
+        name: of the operator.
+        kernel: for every device.
+        fake: returns tensors of the right shapes without a value.
+        function: what runs the operator outside of compiled and exported programs, which call the
+            operator alone and get the same gradients.
+    """
+    library.impl(name, kernel, "CompositeExplicitAutograd")
+    qualified = f"segmoe_reference::{name}"
+    torch.library.register_fake(qualified, fake, lib=library)
     torch.library.register_autograd(
-        f"segmoe_reference::{_name}",
-        _function.backward,
-        setup_context=_function.setup_context,
-        lib=_LIBRARY,
+        qualified, function.backward, setup_context=function.setup_context, lib=library
     )
+
+
+register_operator(_LIBRARY, "grouped_mm", _rows, _rows_fake, _GroupedMM)
+register_operator(_LIBRARY, "grouped_mm_contract", _contract, _contract_fake, _GroupedMMContract)
 
 
 def grouped_mm(a: Tensor, b: Tensor, expert_offsets: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
-from segmoe_kernels.grouped_ffn import ACTIVATION_FUNCTIONS, composed_ffn, grouped_ffn, segments
+from segmoe_kernels.composed_ffn import ACTIVATION_FUNCTIONS, composed_ffn, segments
+from segmoe_kernels.grouped_ffn import grouped_ffn
 from segmoe_kernels.grouped_mm import grouped_linear
 from segmoe_kernels.routing import FFNWeights, Permutation, RouterOutput, Routing
 
@@ -32,7 +33,7 @@ def pool(x: Tensor, valid: Tensor | None, pooling: str) -> Tensor:
 
     Args:
         x: (B, J, P, D), zero where not valid.
-        valid: (B, J, P) bool; None where every step is real.
+        valid: (B, J, P) bool; "concat" does without.
         pooling: "concat" (P steps side by side, missing ones 0), "mean", "max", "first", "last".
 
     Returns:
@@ -40,8 +41,7 @@ def pool(x: Tensor, valid: Tensor | None, pooling: str) -> Tensor:
     """
     if pooling == "concat":
         return rearrange(x, "b j p d -> b j (p d)")
-    if valid is None:
-        valid = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+    assert valid is not None, pooling
     if pooling == "mean":
         count = valid.sum(-1, keepdim=True).clamp_min(1)
         return x.sum(2) / count.to(x.dtype)
@@ -59,7 +59,7 @@ def pool(x: Tensor, valid: Tensor | None, pooling: str) -> Tensor:
 
 
 def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    # The meta device has no autocast; entering the context takes longer than a small layer's sort.
+    # The meta device has no autocast, and entering the context for nothing costs a small layer.
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
@@ -123,7 +123,7 @@ def permute(topk_ids: Tensor, num_experts: int) -> Permutation:
     ids = torch.where(ids < 0, num_experts, ids)
     sorted_ids, sorted_to_slot = torch.sort(ids, stable=True)
     slots = torch.arange(ids.shape[0], dtype=torch.int32, device=ids.device)
-    slot_to_sorted = torch.empty_like(slots).scatter_(0, sorted_to_slot, slots)
+    slot_to_sorted = slots.scatter(0, sorted_to_slot, slots)
     experts = torch.arange(num_experts + 1, dtype=ids.dtype, device=ids.device)
     expert_offsets = torch.searchsorted(sorted_ids, experts, out_int32=True)
     return Permutation(sorted_to_slot.int(), slot_to_sorted, expert_offsets, expert_offsets.diff())
@@ -436,7 +436,8 @@ def run_stages(
         routed.topk_ids,
         expert_counts,
     )
-    return y.to(x.dtype).reshape(x.shape), routing
+    # Some ways to crop leave a view.
+    return y.to(x.dtype).contiguous().reshape(x.shape), routing
 
 
 def seg_moe(

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from layers import STATES, make_layer
 
 from segmoe_kernels import FFNWeights, SegMoE, functional, reference
+from segmoe_kernels.composed_ffn import ACTIVATION_FUNCTIONS
 from segmoe_kernels.functional import (
     combine,
     expert_ffn,
@@ -17,7 +18,6 @@ from segmoe_kernels.functional import (
     route,
     seg_moe,
 )
-from segmoe_kernels.grouped_ffn import ACTIVATION_FUNCTIONS
 
 BATCH, LENGTH, SIZE, D, F, E = 2, 8, 3, 4, 6, 5
 ACTIVATIONS = [None, "gelu", "gelu_tanh", "silu", "relu"]

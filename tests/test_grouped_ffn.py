@@ -5,7 +5,8 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from segmoe_kernels import grouped_ffn as module
-from segmoe_kernels.grouped_ffn import composed_ffn, grouped_ffn
+from segmoe_kernels.composed_ffn import composed_ffn
+from segmoe_kernels.grouped_ffn import grouped_ffn
 from segmoe_kernels.reference import permute
 from segmoe_kernels.routing import FFNWeights
 

@@ -221,6 +221,15 @@ def test_layer_takes_any_strides(view, case):
     assert torch.equal(y, layer(before))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("shared_expert", ["segment", None])
+@pytest.mark.parametrize("scope", ["token", "segment", "projected"])
+def test_layer_output_is_contiguous_behind_a_ragged_tail(scope, shared_expert, dropout):
+    layer = make_layer(expert_scope=scope, shared_expert=shared_expert, dropout=dropout)
+    x = torch.randn(2, 4 * layer.segment_size - 1, layer.d_model).double()
+    assert layer(x).is_contiguous()
+
+
 def test_route_gives_ties_to_the_lowest_expert():
     layer = make_layer(segment_size=2, num_experts=6, top_k=4)
     with torch.no_grad():

@@ -29,7 +29,7 @@ from segmoe_kernels._triton.tiles import (
     grouped_gemm_tile,
     num_row_splits,
 )
-from segmoe_kernels.grouped_ffn import ACTIVATION_FUNCTIONS
+from segmoe_kernels.composed_ffn import ACTIVATION_FUNCTIONS
 from segmoe_kernels.stages.grouped_gemm_kernels import (
     grouped_gemm_dw_kernel,
     grouped_gemm_kernel,
