@@ -1,21 +1,29 @@
 """Search for better tiles: what `_triton.tiles` should say, measured.
 
     python -m benchmarks.tune [--shapes d128-e4-k1-p5-258k] [--deadline SECONDS] [--plan auto]
+                              [--write tiles.json]
 
 For each workload, the functions of the table that its calls ask are found, then changed one value
 at a time (block sizes by 2, warps, stages), the rest as shipped; a change that is correct and
 faster is kept and the search goes on from there. Every candidate has to pass the criterion of the
-`gate`. Rows hold the time of the pass that the function serves; the table itself is edited by hand,
-with the row beside it. A candidate that does not compile or is wrong is a row too.
+`gate`. Rows hold the time of the pass that the function serves. A candidate that does not compile
+or is wrong is a row too.
+
+``--write`` puts the winners into a file, beside those of earlier searches; SEGMOE_TILES=tiles.json
+makes the kernels take them. The shipped table is edited by hand, with the row beside it, and so is
+the rule for plan "block"'s segments and groups, which follow the number of rows: they are tried and
+reported, never written.
 """
 
 import argparse
 import contextlib
 import itertools
+import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,11 +38,13 @@ from benchmarks.store import ROOT, Store, code_version, results_folder
 from benchmarks.timing import Clock, summary, time_interleaved
 from segmoe_kernels import SegMoE
 
-__all__ = ["asked_functions", "neighbours", "overridden", "search"]
+__all__ = ["Asked", "asked_functions", "neighbours", "overridden", "search", "write_tiles"]
 
 Tile = Any
 # A winner has to be this much faster: less is within the noise of the clocks.
 MARGIN = 0.98
+# Fields of an answer that depend on the number of rows: tried last, and not for a file.
+BY_ROWS = ("segments", "groups")
 
 
 def _table() -> Any:
@@ -43,9 +53,11 @@ def _table() -> Any:
     return tiles
 
 
-def tile_functions() -> dict[str, Callable[..., Tile]]:
-    """The functions of the table, by name."""
-    return {name: f for name, f in vars(_table()).items() if name.endswith("_tile")}
+def _replaceable_fields() -> dict[str, tuple[str, ...]]:
+    from segmoe_kernels._triton import tuned
+
+    _table()  # fills it
+    return tuned.replaceable_fields()
 
 
 @contextlib.contextmanager
@@ -66,37 +78,60 @@ def overridden(name: str, replacement: Callable[..., Tile]) -> Iterator[None]:
             setattr(module, name, original)
 
 
-def asked_functions(run: Callable[[], object]) -> dict[str, Tile]:
+class Asked(NamedTuple):
+    """What a call wanted to know of one function of the table.
+
+    Attributes:
+        tile: the answer.
+        questions: as `segmoe_kernels._triton.tuned.question` words them.
+    """
+
+    tile: Tile
+    questions: frozenset[str]
+
+
+def asked_functions(run: Callable[[], object]) -> dict[str, Asked]:
     """Which functions of the table a call asks, and what they say.
 
     Args:
         run: the call.
 
     Returns:
-        Function -> its last answer; those that answer differently in one call are left out, since
-        one replacement can't stand for both.
+        Function -> `Asked`; those that answer differently in one call are left out, since one
+        replacement can't stand for both.
     """
+    from segmoe_kernels._triton import tuned
+
     answers: dict[str, set[Tile]] = {}
+    questions: dict[str, set[str]] = {}
 
     def spy(name: str, original: Callable[..., Tile]) -> Callable[..., Tile]:
         def ask(*args: Any, **kwargs: Any) -> Tile:
             tile = original(*args, **kwargs)
-            answers.setdefault(name, set()).add(tile)
+            if tile is not None:
+                asked = tuned.question(original, tile, *args, **kwargs)
+                answers.setdefault(name, set()).add(tile)
+                questions.setdefault(name, set()).add(asked)
             return tile
 
         return ask
 
     with contextlib.ExitStack() as stack:
-        for name, original in tile_functions().items():
-            stack.enter_context(overridden(name, spy(name, original)))
+        for name in _replaceable_fields():
+            stack.enter_context(overridden(name, spy(name, getattr(_table(), name))))
         run()
-    return {name: next(iter(tiles)) for name, tiles in answers.items() if len(tiles) == 1}
+    return {
+        name: Asked(next(iter(tiles)), frozenset(questions[name]))
+        for name, tiles in answers.items()
+        if len(tiles) == 1
+    }
 
 
 # What may be tried, by field; block sizes and the like go by factors of two.
 _RANGES = {
     "block_m": (16, 256),
     "block_n": (16, 256),
+    "block_k": (16, 128),
     "block_f": (16, 128),
     "segments": (32, 1024),
     "groups": (1, 8),
@@ -105,22 +140,49 @@ _RANGES = {
 }
 
 
-def neighbours(tile: Tile, *, free_k: bool = False) -> Iterator[Tile]:
+def neighbours(tile: Tile, fields: Iterable[str]) -> Iterator[Tile]:
     """Tiles that differ from this one in one value: sizes and warps by 2, stages by 1.
 
     Args:
         tile: of any kind.
-        free_k: block_k is a choice, not the padded width.
+        fields: what may differ; those that the tile does not have are passed over.
     """
-    ranges = {**_RANGES, "block_k": (16, 128)} if free_k else _RANGES
-    for field, (least, most) in ranges.items():
+    for field in fields:
         value = getattr(tile, field, 0)
         if value <= 0:
             continue
+        least, most = _RANGES[field]
         values = (value - 1, value + 1) if field == "num_stages" else (value // 2, 2 * value)
         for other in values:
             if least <= other <= most:
                 yield tile._replace(**{field: other})
+
+
+def write_tiles(path: Path, arch: str, questions: Iterable[str], fields: dict[str, int]) -> None:
+    """Put a winner into a file for SEGMOE_TILES; what else is in it stays.
+
+    Args:
+        path: of the file; its folder is made.
+        arch: whose tiles they are.
+        questions: that the winner answers.
+        fields: of it.
+
+    Raises:
+        ValueError: if the file holds what no search writes.
+    """
+    from segmoe_kernels._triton import tuned
+
+    tiles = dict(tuned.read_tiles(str(path))) if path.exists() else {}
+    mine = tiles.get(arch, {})
+    for asked in questions:
+        mine = {**mine, asked: {**mine.get(asked, {}), **fields}}
+    tiles[arch] = dict(sorted(mine.items()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Whole or not at all: the search may be stopped at any moment.
+    partial = path.with_name(path.name + ".partial")
+    text = json.dumps({"environment": environment(), "tiles": tiles}, indent=1)
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def search(
@@ -134,6 +196,7 @@ def search(
     only: str = "",
     most: int | None = None,
     rounds: int = 10,
+    keep: Callable[[Iterable[str], dict[str, int]], None] = lambda *_: None,
 ) -> None:
     """Tune the functions that a layer's forward and backward ask.
 
@@ -147,11 +210,12 @@ def search(
         only: names of functions have to hold this.
         most: candidates of each function; None is no limit.
         rounds: the least number of timed calls.
+        keep: gets the questions that a winner answers, and the fields in which it differs.
     """
     provider = Provider("segmoe", layer, layer, lambda x: route_ids(layer, x), dict, ours=True)
     gate, clock = Gate(layer, inputs), Clock(inputs.x.device)
     run = calls(provider, inputs, "forward+backward")
-    for name, shipped in asked_functions(run).items():
+    for name, (shipped, questions) in asked_functions(run).items():
         if only not in name:
             continue
         passed = "forward" if "fwd" in name else "forward+backward"
@@ -166,28 +230,31 @@ def search(
                 )
             return summary(timings["it"])
 
-        free_k = name.startswith("grouped_gemm")
         best, seen, count = shipped, {shipped}, 0
         numbers = timed(shipped)
-        least = numbers["time_median_ms"]
+        shipped_ms = least = numbers["time_median_ms"]
         emit({**identity, "tile": _words(shipped), "shipped": True, **numbers})
-        queue = list(neighbours(best, free_k=free_k))
-        while queue and seconds_left() > 0 and (most is None or count < most):
-            tile = queue.pop(0)
-            if tile in seen:
-                continue
-            seen.add(tile)
-            count += 1
-            row = {**identity, "tile": _words(tile), "shipped": False}
-            try:
-                numbers = timed(tile)
-            except Exception as error:  # does not compile, or is wrong
-                emit({**row, "failed": describe(error)})
-                continue
-            emit({**row, **numbers, "time_over_shipped": numbers["time_median_ms"] / least})
-            if numbers["time_median_ms"] < MARGIN * least:
-                best, least = tile, numbers["time_median_ms"]
-                queue = list(neighbours(best, free_k=free_k))
+        for fields in (_replaceable_fields()[name], BY_ROWS):
+            queue = list(neighbours(best, fields))
+            while queue and seconds_left() > 0 and (most is None or count < most):
+                tile = queue.pop(0)
+                if tile in seen:
+                    continue
+                seen.add(tile)
+                count += 1
+                row = {**identity, "tile": _words(tile), "shipped": False}
+                try:
+                    numbers = timed(tile)
+                except Exception as error:  # does not compile, or is wrong
+                    emit({**row, "failed": describe(error)})
+                    continue
+                found = numbers["time_median_ms"]
+                emit({**row, **numbers, "time_over_shipped": found / shipped_ms})
+                if found < MARGIN * least:
+                    best, least = tile, found
+                    queue = list(neighbours(best, fields))
+            if fields is not BY_ROWS and best != shipped:
+                keep(questions, {f: getattr(best, f) for f in fields})
         print(f"{workload.name} {name}: {_words(best)} (shipped {_words(shipped)})", flush=True)
 
 
@@ -209,6 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--most", type=int, metavar="N", help="candidates of a function")
     parser.add_argument("--deadline", type=float, default=float("inf"), metavar="SECONDS")
     parser.add_argument("--out", metavar="FOLDER", help="of the result file")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="winners, for SEGMOE_TILES")
     args = parser.parse_args(arguments)
     started = time.monotonic()
     print("  ".join(f"{key} {value}" for key, value in environment().items()))
@@ -242,6 +310,10 @@ def main(arguments: list[str] | None = None) -> int:
             what = row.get("failed") or f"{row['time_median_ms']:.4f} ms"
             print(f"  {row['function']:<24} {row['tile']}: {what}", flush=True)
 
+        def keep(questions: Iterable[str], fields: dict[str, int]) -> None:
+            if args.write is not None:
+                write_tiles(args.write, _table().architecture(), questions, fields)
+
         with plan_set(args.plan):
             try:
                 search(
@@ -254,10 +326,13 @@ def main(arguments: list[str] | None = None) -> int:
                     only=args.only,
                     most=args.most,
                     rounds=args.rounds,
+                    keep=keep,
                 )
             except RuntimeError as error:
                 print(f"skipped {workload.name}: {describe(error)}", flush=True)
     print(f"wrote {done} rows to {store.path}")
+    if args.write is not None and args.write.exists():
+        print(f"to use the winners: SEGMOE_TILES={args.write}")
     return 0
 
 

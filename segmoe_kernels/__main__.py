@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import sys
@@ -20,6 +21,8 @@ VARIABLES = (
     "SEGMOE_PLAN",
     "SEGMOE_BACKWARD",
     "SEGMOE_SHARED",
+    "SEGMOE_ARCH",
+    "SEGMOE_TILES",
     "TRITON_INTERPRET",
     "CUDA_VISIBLE_DEVICES",
 )
@@ -98,8 +101,12 @@ def doctor() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         _print_row("backend", _explain_backend(device))
+        if importlib.util.find_spec("triton") is not None:
+            from segmoe_kernels._triton import tiles
+
+            _print_row("tiles", tiles.describe_source())
     except (RuntimeError, ValueError) as error:
-        _print_row("backend", f"none: {error}")
+        _print_row("cannot run", error)
         return 1
     failed = False
     for name, options in CHECKS:

@@ -12,7 +12,7 @@ PACKAGE = Path(segmoe_kernels.__file__).parent
 # The package itself is "", subpackages have dots. A new file or arrow has to be written down here.
 ARROWS = {
     "": {"convert", "layer", "losses", "routing"},
-    "__main__": {"", "functional", "layer", "testing"},
+    "__main__": {"", "_triton.tiles", "functional", "layer", "testing"},
     "composed_ffn": {"grouped_mm", "routing"},
     "convert": {"layer", "validation"},
     "functional": {"reference", "routing", "stages", "validation"},
@@ -68,7 +68,9 @@ ARROWS = {
     "_triton.plans": {"validation"},
     "_triton.router": set(),
     "_triton.sequences": set(),
-    "_triton.tiles": {"validation"},
+    "_triton.tile_table": {"validation"},
+    "_triton.tiles": set(),
+    "_triton.tuned": set(),
 }
 FOR_STAGES = {"routing", "validation"} | {name for name in ARROWS if name.startswith("_triton")}
 FOR_TRITON = {name for name in ARROWS if name.startswith("_triton.")}

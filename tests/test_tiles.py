@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from segmoe_kernels._triton import tiles
+from segmoe_kernels._triton import tile_table, tiles
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 WIDTHS = (1, 8, 16, 40, 64, 100, 128, 256)
@@ -30,21 +30,21 @@ def assert_sound(tile):
     assert 1 <= stages <= 4
 
 
-@pytest.fixture(params=tiles.TILES_OF)
+@pytest.fixture(params=tile_table.TILES_OF)
 def arch(request, monkeypatch):
     monkeypatch.setenv("SEGMOE_ARCH", request.param)
     return request.param
 
 
 def test_every_entry_of_the_tables_is_sound():
-    for key, widths in tiles._TABLE.items():
+    for key, widths in tile_table.FUSED_TILES.items():
         assert set(widths) == {64, 128, 256}, key
         for entries in widths.values():
             assert len(entries) == 4, key
             for entry in entries:
                 if entry is not None:
                     assert_sound(entry)
-    for key, rows in tiles._GEMMS.items():
+    for key, rows in tile_table.GEMM_TILES.items():
         assert set(rows) == {16, 32, 64, 128}, key
         for tile in rows.values():
             assert_sound(tile)
@@ -121,18 +121,18 @@ def test_one_pass_backward_has_a_tile_for_narrow_rows_only(arch):  # noqa: ARG00
 
 
 def test_architecture_is_chosen_by_the_environment(monkeypatch):
-    for name in tiles.TILES_OF:
+    for name in tile_table.TILES_OF:
         monkeypatch.setenv("SEGMOE_ARCH", name)
-        assert tiles.architecture() == name
+        assert tile_table.architecture() == name
     monkeypatch.setenv("SEGMOE_ARCH", "sm_1")
     with pytest.raises(ValueError, match="SEGMOE_ARCH"):
-        tiles.architecture()
+        tile_table.architecture()
 
 
 @pytest.mark.interpreter
 def test_architecture_without_a_gpu(monkeypatch):
     monkeypatch.delenv("SEGMOE_ARCH", raising=False)
-    assert tiles.architecture() == "sm_90"
+    assert tile_table.architecture() == "sm_90"
 
 
 @pytest.mark.parametrize(
@@ -145,4 +145,4 @@ def test_architecture_without_a_gpu(monkeypatch):
 def test_architecture_of_a_gpu(capability, name, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert tiles._architecture_of.__wrapped__(0) == name
+    assert tile_table._architecture_of.__wrapped__(0) == name

@@ -28,8 +28,8 @@ from segmoe_kernels._triton.launch import (
     refuse_double_backward,
 )
 from segmoe_kernels._triton.plans import choose_backward
+from segmoe_kernels._triton.tile_table import TileConfig
 from segmoe_kernels._triton.tiles import (
-    TileConfig,
     block_bwd_tile,
     block_dx_tile,
     block_fwd_tile,

@@ -21,10 +21,10 @@ from segmoe_kernels._triton.launch import (
     padded,
     refuse_double_backward,
 )
+from segmoe_kernels._triton.tile_table import TileConfig
 from segmoe_kernels._triton.tiles import (
     GEMM_DW_GROUP_M,
     GEMM_GROUP_M,
-    TileConfig,
     grouped_gemm_dw_tile,
     grouped_gemm_tile,
     num_row_splits,

@@ -29,9 +29,9 @@ from segmoe_kernels._triton.launch import (
     padded,
     refuse_double_backward,
 )
+from segmoe_kernels._triton.tile_table import TileConfig
 from segmoe_kernels._triton.tiles import (
     SHARED_GROUP_M,
-    TileConfig,
     num_shared_splits,
     shared_gemm_dw_tile,
     shared_gemm_tile,
