@@ -149,7 +149,7 @@ def test_results_do_not_depend_on_the_tiles(plan, options, device, tile_file, mo
     monkeypatch.setenv("SEGMOE_PLAN", plan)
     torch.manual_seed(0)
     layer = SegMoE(32, 48, 4, segment_size=3, backend="triton", device=device, **options).train()
-    inputs = make_inputs(3, 70, 32, device=device)
+    inputs = make_inputs(2, 40, 32, device=device)
     shipped = run(layer, inputs)
     asked = tune.asked_functions(lambda: run(layer, inputs))
     fields = tuned.replaceable_fields()

@@ -292,11 +292,11 @@ def grouped_gemm_dw_tile(n: int, k: int, dtype: torch.dtype, *, bias: bool) -> T
 def num_row_splits(num_rows: int, block_m: int, column_programs: int) -> int:
     """Into how many runs of rows a weight gradient is split.
 
-    Enough to fill a GPU together with the programs over columns, but at least 16 tiles of rows
-    each, since every split writes and reads a whole gradient in float32.
+    Enough to fill a GPU together with the programs over columns, but at least 16 tiles and 512 rows
+    each, since the splits that share an expert write and read its gradient in float32.
     """
     wanted = triton.cdiv(_NUM_SMS, column_programs)
-    return int(max(1, min(wanted, num_rows // (16 * block_m))))
+    return int(max(1, min(wanted, num_rows // max(16 * block_m, 512))))
 
 
 # Tiles of rows that the programs of one group share in L2.

@@ -27,6 +27,7 @@ from segmoe_kernels._triton.launch import (
     padded,
     refuse_double_backward,
 )
+from segmoe_kernels._triton.partials import new_partials, reduce_partials
 from segmoe_kernels._triton.plans import choose_backward
 from segmoe_kernels._triton.tile_table import TileConfig
 from segmoe_kernels._triton.tiles import (
@@ -46,7 +47,6 @@ from segmoe_kernels.stages.experts import (
     launch_dx,
     rows_contiguous,
 )
-from segmoe_kernels.stages.grouped_gemm import reduce_partials
 from segmoe_kernels.stages.permute import SEGMENTS_PER_BLOCK, permute
 from segmoe_kernels.stages.route import input_gradients, logits_gradient, router_precision
 
@@ -368,9 +368,7 @@ def _launch_block_bwd(
 ) -> None:
     splits = num_row_splits(call.num_rows, tile.block_m, 1)
     parts = in_slot_order(dweights)
-    size = sum(part[0].numel() for part in parts if part is not None)
-    slots = splits + call.num_experts - 1
-    partials = call.x.new_empty(slots, size, dtype=accumulator_dtype(call.dtype))
+    partials = new_partials(parts, splits, call.num_experts, accumulator_dtype(call.dtype))
     block_bwd_kernel[(splits,)](
         call.x,
         dy,
@@ -380,6 +378,7 @@ def _launch_block_bwd(
         *_kernel_weights(call),
         dx,
         dlogits,
+        *parts,
         partials,
         call.sorted_to_slot,
         call.expert_offsets,
@@ -392,7 +391,7 @@ def _launch_block_bwd(
         call.num_experts,
         call.batch,
         splits,
-        size,
+        partials.shape[1],
         *_strides(call, dy, router.weight),
         router.temperature,
         router.dropout,

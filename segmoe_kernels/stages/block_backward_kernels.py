@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from segmoe_kernels._triton.ffn import hidden_with_grads, load_bias, load_tile
+from segmoe_kernels._triton.partials import store_sum
 from segmoe_kernels._triton.router import differentiate_choice
 from segmoe_kernels._triton.sequences import (
     find_group,
@@ -290,6 +291,12 @@ def block_bwd_kernel(
     down_bias_ptr,  # (E, D) or None
     dx_ptr,  # (B, T, D) contiguous, every row is written
     dlogits_ptr,  # (S, E) or None, every row is written
+    dup_ptr,  # (E, F, D), written where one split has all rows of an expert, as the next five
+    ddown_ptr,  # (E, D, F)
+    dgate_ptr,  # (E, F, D) or None
+    dup_bias_ptr,  # (E, F) or None
+    ddown_bias_ptr,  # (E, D) or None
+    dgate_bias_ptr,  # (E, F) or None
     partials_ptr,  # (splits + E - 1, up | down | gate | biases), slots that are read are written
     sorted_to_slot_ptr,  # (S,) int32
     expert_offsets_ptr,  # (E + 1,) int32
@@ -334,8 +341,8 @@ def block_bwd_kernel(
     """All gradients of a run of tiles; the router's weight follows from the logits'.
 
     Grid: ``(splits,)``. Split i owns tiles ``[i * tiles // splits, ...)`` of the segments grouped
-    by expert; its weight gradients for expert e go to slot ``i + e``, which no other pair uses. The
-    hidden layer is one chunk: BLOCK_F is at least F.
+    by expert; its weight gradients for expert e go to slot ``i + e``, which no other pair uses, or
+    where they belong if they are whole. The hidden layer is one chunk: BLOCK_F is at least F.
     """
     segments_per_tile: tl.constexpr = BLOCK_M // SEGMENT_SIZE
     split = tl.program_id(0)
@@ -413,23 +420,25 @@ def block_bwd_kernel(
                     ROUTER_PRECISION, EXPERTS, BLOCK_M, BLOCK_D,
                 )  # fmt: skip
             out = partials_ptr + (split + expert).to(tl.int64) * partial_size
+            whole = (begin == before) & (stop == before + tiles)
             mask_fd = mask_f[:, None] & mask_d[None, :]
+            mask_df = mask_d[:, None] & mask_f[None, :]
             offs_fd = offs_f[:, None] * D + offs_d[None, :]
-            tl.store(out + offs_fd, dup, mask=mask_fd)
+            offs_df = offs_d[:, None] * F + offs_f[None, :]
+            store_sum(dup_ptr, out, e * F * D, whole, offs_fd, dup, mask_fd)
             out += F * D
-            tl.store(
-                out + offs_d[:, None] * F + offs_f[None, :], ddown,
-                mask=mask_d[:, None] & mask_f[None, :],
-            )  # fmt: skip
+            store_sum(ddown_ptr, out, e * F * D, whole, offs_df, ddown, mask_df)
             out += F * D
             if gate_ptr is not None:
-                tl.store(out + offs_fd, dgate, mask=mask_fd)
+                store_sum(dgate_ptr, out, e * F * D, whole, offs_fd, dgate, mask_fd)
                 out += F * D
             if HAS_BIAS:
-                tl.store(out + offs_f, dup_bias, mask=mask_f)
-                tl.store(out + F + offs_d, ddown_bias, mask=mask_d)
+                store_sum(dup_bias_ptr, out, e * F, whole, offs_f, dup_bias, mask_f)
+                out += F
+                store_sum(ddown_bias_ptr, out, e * D, whole, offs_d, ddown_bias, mask_d)
+                out += D
                 if gate_ptr is not None:
-                    tl.store(out + F + D + offs_f, dgate_bias, mask=mask_f)
+                    store_sum(dgate_bias_ptr, out, e * F, whole, offs_f, dgate_bias, mask_f)
         before += tiles
     if padding_mask_ptr is not None:
         # Segments without an expert: their gradients are 0.

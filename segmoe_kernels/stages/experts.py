@@ -23,6 +23,7 @@ from segmoe_kernels._triton.launch import (
     padded,
     refuse_double_backward,
 )
+from segmoe_kernels._triton.partials import new_partials, reduce_partials
 from segmoe_kernels._triton.tiles import (
     GEMM_GROUP_M,
     MAX_FUSED_WIDTH,
@@ -41,7 +42,6 @@ from segmoe_kernels.stages.experts_fused import (
 from segmoe_kernels.stages.grouped_gemm import (
     gemm_grid,
     product,
-    reduce_partials,
     weight_gradient,
 )
 from segmoe_kernels.stages.grouped_gemm_kernels import grouped_gemm_dhidden_kernel
@@ -261,9 +261,7 @@ def launch_dw(
     columns = triton.cdiv(call.d_ff, tile.block_n)
     splits = num_row_splits(call.num_rows, tile.block_m, columns)
     parts = in_slot_order(dweights)
-    size = sum(part[0].numel() for part in parts if part is not None)
-    slots = splits + call.num_experts - 1
-    partials = call.x.new_empty(slots, size, dtype=accumulator_dtype(call.dtype))
+    partials = new_partials(parts, splits, call.num_experts, accumulator_dtype(call.dtype))
     router_partials = None if drouter is None else partials.new_empty(splits, *drouter.shape)
     expert_ffn_dw_kernel[(splits, columns + (drouter is not None))](
         call.x,
@@ -274,6 +272,7 @@ def launch_dw(
         down,
         up_bias,
         gate_bias,
+        *parts,
         partials,
         call.sorted_to_slot,
         call.expert_offsets,
@@ -286,7 +285,7 @@ def launch_dw(
         call.length,
         call.num_experts,
         splits,
-        size,
+        partials.shape[1],
         *call.x.stride()[:3],
         *dy.stride()[:3],
         *call.weight_strides(),

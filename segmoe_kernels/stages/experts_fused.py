@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from segmoe_kernels._triton.ffn import ffn_rows, hidden_with_grads, load_bias, load_tile
+from segmoe_kernels._triton.partials import store_sum
 from segmoe_kernels._triton.sequences import (
     find_group,
     find_split,
@@ -271,6 +272,12 @@ def expert_ffn_dw_kernel(
     down_ptr,  # (E, D, F)
     up_bias_ptr,  # (E, F) or None
     gate_bias_ptr,  # (E, F) or None
+    dup_ptr,  # (E, F, D), written where one split has all rows of an expert, as the next five
+    ddown_ptr,  # (E, D, F)
+    dgate_ptr,  # (E, F, D) or None
+    dup_bias_ptr,  # (E, F) or None
+    ddown_bias_ptr,  # (E, D) or None
+    dgate_bias_ptr,  # (E, F) or None
     partials_ptr,  # (splits + E - 1, up | down | gate | biases), slots that are read are written
     sorted_to_slot_ptr,  # (R,) int32
     expert_offsets_ptr,  # (E + 1,) int32
@@ -312,10 +319,11 @@ def expert_ffn_dw_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """Partial weight gradients of a run of tiles, for BLOCK_F hidden columns.
+    """Weight gradients of a run of tiles, for BLOCK_F hidden columns.
 
     Grid: ``(splits, cdiv(F, BLOCK_F))``. Split i owns tiles ``[i * tiles // splits, ...)`` of all
-    rows grouped by expert; its sum for expert e goes to slot ``i + e``, which no other pair uses.
+    rows grouped by expert; its sum for expert e goes to slot ``i + e``, which no other pair uses,
+    or where it belongs if it is the whole.
     With dlogits there is one column of programs more: its split i owns segments
     ``[i * S // splits, ...)`` and sums the router's gradient, while x is in the cache.
     """
@@ -400,21 +408,24 @@ def expert_ffn_dw_kernel(
                     if gate_ptr is not None:
                         dgate_bias += tl.sum(dgate_pre, 0)
             out = partials_ptr + (split + expert).to(tl.int64) * partial_size
+            whole = (start == before) & (stop == before + tiles)
             mask_df = mask_d[:, None] & mask_f[None, :]
             offs_fd = offs_f[None, :] * D + offs_d[:, None]
-            tl.store(out + offs_fd, dup, mask=mask_df)
+            offs_df = offs_d[:, None] * F + offs_f[None, :]
+            store_sum(dup_ptr, out, e * F * D, whole, offs_fd, dup, mask_df)
             out += F * D
-            tl.store(out + offs_d[:, None] * F + offs_f[None, :], ddown, mask=mask_df)
+            store_sum(ddown_ptr, out, e * F * D, whole, offs_df, ddown, mask_df)
             out += F * D
             if gate_ptr is not None:
-                tl.store(out + offs_fd, dgate, mask=mask_df)
+                store_sum(dgate_ptr, out, e * F * D, whole, offs_fd, dgate, mask_df)
                 out += F * D
             if HAS_BIAS:
-                tl.store(out + offs_f, dup_bias, mask=mask_f)
+                store_sum(dup_bias_ptr, out, e * F, whole, offs_f, dup_bias, mask_f)
                 out += F
                 # Every chunk of F has the same sum; the first one stores it.
-                tl.store(out + offs_d, ddown_bias, mask=mask_d & (tl.program_id(1) == 0))
+                first_chunk = mask_d & (tl.program_id(1) == 0)
+                store_sum(ddown_bias_ptr, out, e * D, whole, offs_d, ddown_bias, first_chunk)
                 out += D
                 if gate_ptr is not None:
-                    tl.store(out + offs_f, dgate_bias, mask=mask_f)
+                    store_sum(dgate_bias_ptr, out, e * F, whole, offs_f, dgate_bias, mask_f)
         before += tiles

@@ -5,7 +5,6 @@ Data flow: ``x (M, K), weight (E, N, K) -> y (M, N)``. Backward: ``dx = dy @ wei
 fixed order. The launchers here serve `experts` too.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from segmoe_kernels._triton.launch import (
     padded,
     refuse_double_backward,
 )
+from segmoe_kernels._triton.partials import new_partials, reduce_partials
 from segmoe_kernels._triton.tile_table import TileConfig
 from segmoe_kernels._triton.tiles import (
     GEMM_DW_GROUP_M,
@@ -33,46 +33,7 @@ from segmoe_kernels.composed_ffn import ACTIVATION_FUNCTIONS
 from segmoe_kernels.stages.grouped_gemm_kernels import (
     grouped_gemm_dw_kernel,
     grouped_gemm_kernel,
-    reduce_partials_kernel,
 )
-
-
-def reduce_partials(
-    partials: Tensor,
-    outputs: Sequence[Tensor | None],
-    expert_offsets: Tensor,
-    num_splits: int,
-    rows_per_slot: int,
-    block_m: int,
-) -> None:
-    """Add up partial weight gradients into ``outputs``, which lie one behind the other in a slot.
-
-    Args:
-        partials: (splits + E - 1, sum of the sizes), in the accumulator's dtype.
-        outputs: up to six tensors (E, ...), contiguous; None for an absent one.
-        expert_offsets: (E + 1,) int32.
-        num_splits: of the kernel that wrote partials.
-        rows_per_slot: of that kernel.
-        block_m: of that kernel.
-    """
-    num_experts = expert_offsets.shape[0] - 1
-    outputs = [*outputs, *[None] * (6 - len(outputs))]
-    sizes = [0 if out is None else out[0].numel() for out in outputs]
-    grid = (triton.cdiv(partials.shape[1], 1024), num_experts)
-    reduce_partials_kernel[grid](
-        partials,
-        *outputs,
-        expert_offsets,
-        num_experts,
-        num_splits,
-        partials.shape[1],
-        *sizes,
-        ROWS_PER_SLOT=rows_per_slot,
-        BLOCK_M=block_m,
-        GROUPS=padded(num_experts),
-        ACC=accumulator(partials.dtype),
-        BLOCK=1024,
-    )
 
 
 def weight_gradient(
@@ -108,14 +69,14 @@ def weight_gradient(
     tile = grouped_gemm_dw_tile(n, k, a.dtype, bias=bias is not None)
     columns = triton.cdiv(n, tile.block_n) * triton.cdiv(k, tile.block_k)
     splits = num_row_splits(num_rows, tile.block_m, columns)
-    size = n * k + (0 if bias is None else n)
-    slots = splits + num_experts - 1
-    partials = a.new_empty(slots, size, dtype=accumulator_dtype(a.dtype))
+    partials = new_partials([weight, bias], splits, num_experts, accumulator_dtype(a.dtype))
     check.check_programs("grouped_gemm", splits * columns)
     grouped_gemm_dw_kernel[(splits * columns,)](
         a,
         b,
         row_weights,
+        weight,
+        bias,
         partials,
         where["sorted_to_slot"],
         expert_offsets,
@@ -124,7 +85,7 @@ def weight_gradient(
         where["length"],
         num_experts,
         splits,
-        size,
+        partials.shape[1],
         *_row_strides(a, gather=gather[0]),
         *_row_strides(b, gather=gather[1]),
         N=n,

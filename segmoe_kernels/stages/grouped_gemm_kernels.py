@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from segmoe_kernels._triton.activations import activate, activate_with_grad, dropout_scale
+from segmoe_kernels._triton.partials import store_sum
 from segmoe_kernels._triton.sequences import (
-    expert_tiles,
     find_group,
     find_split,
     find_steps,
@@ -330,6 +330,8 @@ def grouped_gemm_dw_kernel(
     a_ptr,  # (M, N) sorted, or (top_k, B, T, D) gathered
     b_ptr,  # (M, K) sorted, or (top_k, B, T, D) gathered
     row_weights_ptr,  # (R,) by slot, or None: scales rows of a in the bias gradient
+    dw_ptr,  # (E, N, K), written where one split has all rows of an expert
+    dbias_ptr,  # (E, N) or None, likewise
     partials_ptr,  # (splits + E - 1, N * K + N), slots that are read are written
     sorted_to_slot_ptr,  # (R,) int32, or None where both are sorted
     expert_offsets_ptr,  # (E + 1,) int32
@@ -363,10 +365,11 @@ def grouped_gemm_dw_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ) -> None:
-    """Partial sums of ``a.T @ b`` over the rows of each expert, and of a for the bias.
+    """Sums of ``a.T @ b`` over the rows of each expert, and of a for the bias.
 
     Grid: ``(splits * cdiv(N, BLOCK_N) * cdiv(K, BLOCK_K),)``. Split i owns tiles
-    ``[i * tiles // splits, ...)`` of the rows; its sum for expert e goes to slot ``i + e``.
+    ``[i * tiles // splits, ...)`` of the rows; its sum for expert e goes to slot ``i + e``, or
+    where it belongs if it is the whole.
     """
     # The programs of a split lie next to each other: they read the same rows.
     n_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -419,84 +422,14 @@ def grouped_gemm_dw_kernel(
                         a = a * weights.to(ACC)[:, None]
                     dbias += tl.sum(a, 0)
             out = partials_ptr + (split + expert).to(tl.int64) * partial_size
+            whole = (start == before) & (stop == before + tiles)
+            e = (split * 0 + expert).to(tl.int64)
             mask_n = offs_n < N
             mask = mask_n[:, None] & (offs_k < K)[None, :]
-            tl.store(out + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :], dw, mask=mask)
+            offs = offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
+            store_sum(dw_ptr, out, e * N * K, whole, offs, dw, mask)
             if HAS_BIAS:
-                first_k = k_tile == 0
-                tl.store(out + N * K + offs_n, dbias, mask=mask_n & first_k)
+                store_sum(
+                    dbias_ptr, out + N * K, e * N, whole, offs_n, dbias, mask_n & (k_tile == 0)
+                )
         before += tiles
-
-
-@triton.jit
-def reduce_partials_kernel(
-    partials_ptr,  # (splits + E - 1, n0 + ... + n5)
-    out0_ptr,  # (E, n0), every element is written, as in the others
-    out1_ptr,  # (E, n1) or None
-    out2_ptr,
-    out3_ptr,
-    out4_ptr,
-    out5_ptr,
-    expert_offsets_ptr,  # (E + 1,) int32
-    num_experts,
-    num_splits,
-    partial_size,
-    n0,
-    n1,
-    n2,
-    n3,
-    n4,
-    n5,
-    ROWS_PER_SLOT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """Add up the splits of one expert in ascending order; zeros where it has no row.
-
-    Grid: ``(cdiv(partial_size, BLOCK), E)``. The tiles of a split are computed as in the kernels
-    that wrote the partial sums.
-    """
-    me = tl.program_id(1)
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < partial_size
-    experts = tl.arange(0, GROUPS)
-    tiles = expert_tiles(expert_offsets_ptr, num_experts, ROWS_PER_SLOT, BLOCK_M, GROUPS)
-    mine_start = tl.sum(tl.where(experts < me, tiles, 0), 0).to(tl.int64)
-    mine_stop = tl.sum(tl.where(experts <= me, tiles, 0), 0).to(tl.int64)
-    total = tl.sum(tiles, 0).to(tl.int64)
-    acc = tl.zeros((BLOCK,), dtype=ACC)
-    # Splits that may have tiles of this expert, give or take one at either end.
-    some = tl.maximum(total, 1)
-    begin = tl.maximum(mine_start * num_splits // some - 1, 0)
-    end = tl.minimum(mine_stop * num_splits // some + 2, num_splits)
-    for split in range(begin, end):
-        first = tl.maximum(split * total // num_splits, mine_start)
-        last = tl.minimum((split + 1) * total // num_splits, mine_stop)
-        ptrs = partials_ptr + (split + me).to(tl.int64) * partial_size + offs
-        acc += tl.load(ptrs, mask=mask & (first < last), other=0.0)
-    expert = me.to(tl.int64)
-    _store_part(out0_ptr, acc, offs, expert, n0)
-    offs -= n0
-    if out1_ptr is not None:
-        _store_part(out1_ptr, acc, offs, expert, n1)
-    offs -= n1
-    if out2_ptr is not None:
-        _store_part(out2_ptr, acc, offs, expert, n2)
-    offs -= n2
-    if out3_ptr is not None:
-        _store_part(out3_ptr, acc, offs, expert, n3)
-    offs -= n3
-    if out4_ptr is not None:
-        _store_part(out4_ptr, acc, offs, expert, n4)
-    offs -= n4
-    if out5_ptr is not None:
-        _store_part(out5_ptr, acc, offs, expert, n5)
-
-
-@triton.jit
-def _store_part(out_ptr, value, offs, expert, n):
-    """Store the elements of value whose offset lies in ``[0, n)`` to row ``expert`` of out."""
-    mask = (offs >= 0) & (offs < n)
-    tl.store(out_ptr + expert * n + offs, value.to(out_ptr.dtype.element_ty), mask=mask)
