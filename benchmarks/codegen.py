@@ -72,12 +72,15 @@ class Row:
     mma: int
     uses_dot: bool
     instructions: int
+    num_warps: int = 4
     float_atomics: int = 0
 
     def fault(self) -> str | None:
         """Say what makes this kernel unfit, or None."""
         if self.spill_bytes:
             return f"spills {self.spill_bytes} bytes"
+        if self.arch.startswith("sm_") and self.registers * 32 * self.num_warps > 65536:
+            return f"needs {self.registers} registers in each of {32 * self.num_warps} threads"
         if self.float_atomics:
             return f"adds floats atomically {self.float_atomics} times"
         if self.shared_bytes > SHARED_LIMIT[self.arch]:
@@ -123,7 +126,8 @@ def _describe(value: Any, *, constexpr: bool) -> tuple[str, bool]:
 
 
 def _catch(function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
-    options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+    names = ("num_warps", "num_stages", "maxnreg")
+    options = {name: kwargs.pop(name) for name in names if name in kwargs}
     for name in ("grid", "warmup"):
         kwargs.pop(name, None)
     values = dict(zip(function.arg_names, args, strict=False)) | kwargs
@@ -179,6 +183,7 @@ def compile_launch(launch: Launch, arch: str, case: str) -> Row:
         mma=0,
         uses_dot="tt.dot" in compiled.asm["ttir"],
         instructions=0,
+        num_warps=options.get("num_warps", 4),
     )
     if amd:
         _read_amd(row, compiled.asm["amdgcn"])

@@ -107,10 +107,14 @@ def _sum_kernel(
                 rows = lo + (tile - before) * BLOCK_M + tl.arange(0, BLOCK_M)
                 block = rows_ptr + rows[:, None] * N + offs[None, :]
                 acc += tl.sum(tl.load(block, mask=(rows < hi)[:, None], other=0.0), 0)
-            whole = (start == before) & (stop == before + tiles)
+            whole = (first <= before) & (before + tiles <= last)
             out = partials_ptr + (split + expert).to(tl.int64) * size
-            store_sum(out_ptr, out, expert * N, whole, offs, acc, offs < N)
-            store_sum(out2_ptr, out + N, expert * N, whole, offs, 2 * acc, offs < N)
+            if whole:
+                store_sum(out_ptr + expert * N, offs, acc, offs < N)
+                store_sum(out2_ptr + expert * N, offs, 2 * acc, offs < N)
+            else:
+                store_sum(out, offs, acc, offs < N)
+                store_sum(out + N, offs, 2 * acc, offs < N)
         before += tiles
 
 

@@ -24,7 +24,10 @@ def is_power(number):
 
 
 def assert_sound(tile):
-    *blocks, warps, stages = tile
+    if isinstance(tile, tuple) and not hasattr(tile, "options"):  # an entry of the table
+        tile = tile_table.TileConfig(*tile[:2], 16, *tile[2:])
+    *blocks, warps, stages, registers = tile
+    assert registers == 0 or 64 <= registers <= min(255, 2048 // warps)
     assert all(is_power(size) and size >= 16 for size in blocks)
     assert warps in {4, 8, 16}
     assert 1 <= stages <= 4
@@ -77,7 +80,7 @@ def test_block_tiles_depend_on_the_rows_in_four_buckets(d_model, dtype, arch):
             call = (d_model, 2 * d_model, experts, top_k, segments, count, dtype)
             tile = tiles.block_fwd_tile(*call, **variant)
             assert tile == tiles.block_fwd_tile(*call, **variant)
-            assert_sound(tile[2:])
+            assert_sound(tile_table.TileConfig(*tile[2:]))
             assert tile.block_m in tiles.BLOCK_ROWS
             assert tile.segments % 32 == 0
             assert 1 <= tile.groups <= experts
@@ -146,3 +149,24 @@ def test_architecture_of_a_gpu(capability, name, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert tile_table._architecture_of.__wrapped__(0) == name
+
+
+def test_registers_are_limited_where_the_table_says_so(arch):
+    tile = tile_table.TileConfig(64, 64, 64, 8, 2)
+    assert tile.options() == {"num_warps": 8, "num_stages": 2}
+    limited = tile._replace(max_registers=255).options()
+    if arch == "gfx942":  # the option is ptxas's
+        assert limited == tile.options()
+    else:
+        assert limited == {**tile.options(), "maxnreg": 255}
+        # What a multiprocessor has is shared by all warps of a program.
+        assert tile._replace(max_registers=255, num_warps=16).options()["maxnreg"] == 128
+
+
+def test_many_experts_are_routed_a_few_segments_at_a_time():
+    from segmoe_kernels.stages.permute import SEGMENTS_PER_BLOCK
+
+    for experts, dtype in itertools.product((4, 64, 256, 257, 512), DTYPES):
+        tile = tiles.route_fwd_tile(64, experts, dtype)
+        assert SEGMENTS_PER_BLOCK % tile.block_m == 0
+        assert tile.block_m * max(16, experts) <= 8192

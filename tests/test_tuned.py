@@ -108,14 +108,14 @@ def test_the_rows_of_a_block_tile_may_change_but_not_its_segments(tile_file):
 def test_a_file_that_no_search_writes_is_refused(questions, words, tile_file):
     path = tile_file(questions)
     with pytest.raises(ValueError, match=words) as caught:
-        tiles.route_bwd_tile(64, 4)
+        tiles.route_bwd_tile(64, 4, torch.float32)
     assert f"SEGMOE_TILES={str(path)!r}" in str(caught.value)
 
 
 def test_an_unknown_architecture_is_refused(tile_file):
     tile_file({}, arch="sm_70")
     with pytest.raises(ValueError, match="the architecture 'sm_70', not one of sm_80, sm_90"):
-        tiles.route_bwd_tile(64, 4)
+        tiles.route_bwd_tile(64, 4, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -125,10 +125,10 @@ def test_an_unknown_architecture_is_refused(tile_file):
 def test_an_unreadable_file_is_refused(text, words, tile_file, tmp_path, monkeypatch):
     tile_file({}).write_text(text)
     with pytest.raises(ValueError, match=words):
-        tiles.route_bwd_tile(64, 4)
+        tiles.route_bwd_tile(64, 4, torch.float32)
     monkeypatch.setenv("SEGMOE_TILES", str(tmp_path / "none"))
     with pytest.raises(ValueError, match="No such file or directory when it was opened"):
-        tiles.route_bwd_tile(64, 4)
+        tiles.route_bwd_tile(64, 4, torch.float32)
 
 
 # Layers

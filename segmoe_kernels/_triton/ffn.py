@@ -94,7 +94,8 @@ def ffn_rows(
     """Return expert e of rows, (M, BLOCK_D) in ACC, BLOCK_F hidden columns at a time."""
     offs_d = tl.arange(0, BLOCK_D)
     out = tl.zeros((x.shape[0], BLOCK_D), dtype=ACC)
-    if down_bias_ptr is not None:
+    WIDE: tl.constexpr = x.dtype.primitive_bitwidth > 16
+    if down_bias_ptr is not None and not WIDE:
         # First, when the registers of the sum are free.
         bias = tl.load(down_bias_ptr + e * D + offs_d, mask=(offs_d < D) & (f_end > 0), other=0.0)
         out += bias.to(ACC)[None, :]
@@ -115,6 +116,9 @@ def ffn_rows(
         out = tl.dot(
             hidden.to(x.dtype), tl.trans(down), out, input_precision=PRECISION, out_dtype=ACC
         )
+    if down_bias_ptr is not None and WIDE:
+        bias = tl.load(down_bias_ptr + e * D + offs_d, mask=(offs_d < D) & (f_end > 0), other=0.0)
+        out += bias.to(ACC)[None, :]
     return out
 
 

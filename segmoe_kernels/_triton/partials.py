@@ -75,12 +75,9 @@ def reduce_partials(
 
 
 @triton.jit
-def store_sum(out_ptr, partial_ptr, first, whole, offs, value, mask):
-    """Store a sum over all rows of an expert in its place, a split's share of one as it is."""
-    if whole:
-        tl.store(out_ptr + first + offs, value.to(out_ptr.dtype.element_ty), mask=mask)
-    else:
-        tl.store(partial_ptr + offs, value, mask=mask)
+def store_sum(ptr, offs, value, mask):
+    """Store a sum in the dtype of its place."""
+    tl.store(ptr + offs, value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -22,6 +22,8 @@ class TileConfig(NamedTuple):
         block_k: contraction, or the padded width.
         num_warps: warps in a program.
         num_stages: software-pipelining depth.
+        max_registers: of a thread, 0 for the compiler's own choice. It likes to spill a few
+            bytes for one more program on a multiprocessor, and can be told not to.
     """
 
     block_m: int
@@ -29,6 +31,20 @@ class TileConfig(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
+    max_registers: int = 0
+
+    def options(self) -> dict[str, int]:
+        """Say how to launch it: keywords of a kernel's launch."""
+        return launch_options(self.num_warps, self.num_stages, self.max_registers)
+
+
+def launch_options(num_warps: int, num_stages: int, max_registers: int) -> dict[str, int]:
+    """Keywords of a kernel's launch; `TileConfig` says what they are."""
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    if max_registers and architecture().startswith("sm_"):
+        # A multiprocessor has 65,536 registers, and a warp 32 threads.
+        options["maxnreg"] = min(max_registers, 2048 // num_warps)
+    return options
 
 
 # What an architecture's tiles are: its own, or those of another. sm_120 stands for all that have
@@ -79,7 +95,8 @@ def kind_of(dtype: torch.dtype) -> str:
     return {torch.float64: "fp64", torch.float32: "fp32"}.get(dtype, "16-bit")
 
 
-Tile = tuple[int, int, int, int]  # rows, columns of d_ff at a time, warps, stages
+# Rows, columns of d_ff at a time, warps, stages, and registers where they have a limit.
+Tile = tuple[int, int, int, int] | tuple[int, int, int, int, int]
 
 # The fused kernels: (operation, kind of dtype, architecture or "any") -> padded width -> tiles of
 # plain experts, plain ones with extras, gated ones, gated ones with extras. Extras are biases, a
@@ -102,29 +119,34 @@ FUSED_TILES: dict[tuple[str, str, str], dict[int, tuple[Tile | None, ...]]] = {
         256: (None, None, None, (32, 32, 8, 1)),
     },
     ("block_fwd 128", "16-bit", "sm_80"): {
-        64: ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
-        128: ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
+        64: ((128, 64, 8, 2), (128, 64, 8, 2, 168), (128, 64, 8, 2), (128, 64, 8, 2)),
+        128: ((128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
         256: (None, None, None, None),
     },
     ("block_fwd 64", "16-bit", "sm_80"): {
-        64: ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 1), (64, 64, 4, 2)),
+        64: ((64, 64, 8, 2), (64, 64, 8, 2, 168), (64, 64, 4, 1), (64, 64, 4, 2)),
         128: ((64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
         256: ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), None),
     },
     ("block_fwd 32", "16-bit", "sm_80"): {
-        64: ((32, 64, 4, 1), (32, 64, 4, 1), (32, 64, 4, 1), (32, 64, 4, 1)),
+        64: ((32, 64, 4, 1, 255), (32, 64, 4, 1, 255), (32, 64, 4, 1, 255), (32, 64, 4, 1, 255)),
         128: (None, None, None, None),
-        256: (None, None, None, (32, 32, 8, 2)),
+        256: (None, None, None, (32, 32, 8, 2, 255)),
     },
     ("block_fwd 32", "fp32", "any"): {
-        64: ((32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
-        128: ((32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
-        256: ((32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 16, 1), (32, 16, 8, 1)),
+        64: ((32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1, 168), (32, 16, 8, 1, 128)),
+        128: ((32, 16, 8, 1), (32, 16, 8, 1, 168), None, (32, 16, 16, 1, 128)),
+        256: ((32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 16, 1), (32, 16, 16, 1)),
+    },
+    ("block_fwd 16", "fp32", "any"): {
+        64: (None, None, None, None),
+        128: (None, None, (16, 16, 8, 1, 255), None),
+        256: (None, None, None, None),
     },
     ("block_dx", "16-bit", "sm_90"): {
         64: ((128, 64, 8, 1), (128, 64, 8, 1), (128, 32, 8, 1), (128, 32, 8, 1)),
         128: ((128, 64, 8, 1), (128, 64, 8, 1), (128, 32, 8, 1), (128, 32, 8, 1)),
-        256: ((64, 32, 4, 1), (64, 16, 4, 1), (64, 32, 4, 1), (64, 16, 4, 1)),
+        256: ((64, 32, 4, 1), (64, 16, 4, 1), (64, 32, 4, 1), (64, 16, 4, 1, 255)),
     },
     ("block_dx", "16-bit", "sm_80"): {
         64: ((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
@@ -132,7 +154,7 @@ FUSED_TILES: dict[tuple[str, str, str], dict[int, tuple[Tile | None, ...]]] = {
         256: ((16, 32, 8, 1), (16, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
     },
     ("block_dx", "fp32", "any"): {
-        64: ((64, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
+        64: ((64, 16, 8, 1), (32, 16, 8, 1, 168), (32, 16, 8, 1), (32, 16, 8, 1, 255)),
         128: ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
         256: ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     },
@@ -151,10 +173,15 @@ FUSED_TILES: dict[tuple[str, str, str], dict[int, tuple[Tile | None, ...]]] = {
         128: ((64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1)),
         256: ((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
     },
-    ("expert_ffn_fwd", "fp32", "any"): {
+    ("expert_ffn_fwd", "fp32", "gfx942"): {
         64: ((32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
         128: ((32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
-        256: ((32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
+        256: ((32, 16, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1)),
+    },
+    ("expert_ffn_fwd", "fp32", "any"): {
+        64: ((32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
+        128: ((32, 16, 8, 1, 255), (32, 16, 8, 1, 255), (16, 16, 8, 1), (16, 16, 8, 1, 168)),
+        256: ((16, 16, 8, 1, 168), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     },
     ("expert_ffn_dx", "16-bit", "sm_90"): {
         64: ((128, 64, 8, 1), (128, 64, 8, 1), (128, 64, 8, 1), (128, 32, 8, 1)),
@@ -162,7 +189,7 @@ FUSED_TILES: dict[tuple[str, str, str], dict[int, tuple[Tile | None, ...]]] = {
         256: ((64, 32, 4, 1), (64, 16, 4, 1), (64, 16, 4, 1), (64, 16, 4, 1)),
     },
     ("expert_ffn_dx", "16-bit", "sm_80"): {
-        64: ((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
+        64: ((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1, 255)),
         128: ((64, 32, 8, 1), (32, 32, 4, 1), (64, 32, 8, 1), (32, 32, 4, 1)),
         256: ((32, 16, 8, 1), (16, 32, 8, 1), (64, 16, 8, 1), (16, 32, 8, 1)),
     },
@@ -171,10 +198,15 @@ FUSED_TILES: dict[tuple[str, str, str], dict[int, tuple[Tile | None, ...]]] = {
         128: ((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
         256: ((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (64, 16, 4, 1)),
     },
+    ("expert_ffn_dx", "fp32", "gfx942"): {
+        64: ((32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
+        128: ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+        256: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    },
     ("expert_ffn_dx", "fp32", "any"): {
         64: ((32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
         128: ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-        256: ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+        256: ((16, 16, 8, 1), (16, 16, 8, 1, 128), (16, 16, 8, 1), (16, 16, 8, 1, 168)),
     },
     ("expert_ffn_dw", "16-bit", "sm_90"): {
         64: ((64, 64, 4, 1), (128, 64, 8, 1), (128, 32, 8, 1), (128, 32, 8, 1)),
@@ -184,21 +216,26 @@ FUSED_TILES: dict[tuple[str, str, str], dict[int, tuple[Tile | None, ...]]] = {
     ("expert_ffn_dw", "16-bit", "sm_80"): {
         64: ((64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (64, 16, 8, 1)),
         128: ((64, 32, 8, 1), (32, 32, 8, 1), (64, 32, 8, 1), (32, 16, 8, 1)),
-        256: ((32, 32, 8, 1), (32, 16, 8, 1), (64, 16, 8, 1), (16, 16, 8, 1)),
+        256: ((32, 32, 8, 1), (16, 16, 8, 1), (64, 16, 8, 1), (16, 16, 8, 1)),
     },
     ("expert_ffn_dw", "16-bit", "gfx942"): {
         64: ((64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1)),
         128: ((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (64, 16, 4, 1)),
         256: ((64, 16, 4, 1), (64, 16, 4, 1), (64, 16, 4, 1), (64, 16, 4, 1)),
     },
-    ("expert_ffn_dw", "fp32", "any"): {
+    ("expert_ffn_dw", "fp32", "gfx942"): {
         64: ((32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
-        128: ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-        256: ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+        128: ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
+        256: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    },
+    ("expert_ffn_dw", "fp32", "any"): {
+        64: ((32, 16, 8, 1), (32, 16, 8, 1, 168), (32, 16, 8, 1), (32, 16, 8, 1, 255)),
+        128: ((16, 16, 8, 1), (16, 16, 8, 1, 128), (16, 16, 8, 1, 168), (16, 16, 8, 1, 168)),
+        256: ((16, 16, 8, 1, 255), (16, 16, 8, 1, 255), (16, 16, 8, 1), (16, 16, 8, 1, 255)),
     },
 }
 # Float64 is for checks.
-SMALLEST: Tile = (16, 16, 4, 1)
+SMALLEST: Tile = (16, 16, 4, 1, 255)
 
 # The grouped products: (operation, kind of dtype, architecture or "any") -> experts with so many
 # rows, rounded up to a power of two between 16 and 128 -> tile. "product" is one sum that is stored
@@ -208,13 +245,13 @@ GEMM_TILES: dict[tuple[str, str, str], dict[int, TileConfig]] = {
         128: TileConfig(128, 256, 64, 8, 3),
         64: TileConfig(64, 128, 64, 4, 3),
         32: TileConfig(32, 128, 64, 4, 3),
-        16: TileConfig(16, 128, 64, 4, 3),
+        16: TileConfig(16, 128, 64, 4, 3, 128),
     },
     ("activated", "16-bit", "sm_90"): {
         128: TileConfig(128, 128, 64, 8, 3),
         64: TileConfig(64, 128, 64, 4, 3),
         32: TileConfig(32, 128, 64, 4, 3),
-        16: TileConfig(16, 128, 64, 4, 3),
+        16: TileConfig(16, 128, 64, 4, 3, 128),
     },
     ("gated", "16-bit", "sm_90"): {
         128: TileConfig(128, 64, 64, 8, 3),

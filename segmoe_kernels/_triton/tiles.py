@@ -22,6 +22,7 @@ from segmoe_kernels._triton.tile_table import (
     TileConfig,
     architecture,
     kind_of,
+    launch_options,
     power,
 )
 from segmoe_kernels._triton.tuned import FUSED, PRODUCT, read_tiles, replaceable
@@ -42,18 +43,22 @@ def describe_source() -> str:
 
 @replaceable(*FUSED[1:])
 def route_fwd_tile(d_model: int, num_experts: int, dtype: torch.dtype) -> TileConfig:
-    """block_n columns of x at a time; block_m is fixed by `permute`'s histogram."""
-    wide = dtype in {torch.float32, torch.float64}
-    most = 64 if wide else 128
-    return TileConfig(32, power(d_model, 16, most), 0, 4 if num_experts <= 64 else 8, 2)
+    """block_m segments (they divide `permute`'s blocks) and block_n columns of x at a time."""
+    # Every expert's logit, probability and rank stay in registers.
+    if num_experts > 256:
+        return TileConfig(16, power(d_model, 16, 32), 0, 8, 1)
+    if dtype.itemsize > 2:
+        return TileConfig(32, power(d_model, 16, 64), 0, 8, 2, 128)
+    return TileConfig(32, power(d_model, 16, 128), 0, 8 if num_experts > 64 else 4, 2)
 
 
 @replaceable(*FUSED[1:])
-def route_bwd_tile(d_model: int, num_experts: int) -> TileConfig:
+def route_bwd_tile(d_model: int, num_experts: int, dtype: torch.dtype) -> TileConfig:
     """block_m segments and block_n columns."""
     # 128 columns spill 36 bytes at 4 warps.
-    most = 32 if num_experts > 64 else 64
-    return TileConfig(32, power(d_model, 16, most), 0, 4 if num_experts <= 64 else 8, 2)
+    most = 16 if num_experts > 256 else 32 if num_experts > 64 else 64
+    warps = 8 if num_experts > 64 or dtype.itemsize > 2 else 4
+    return TileConfig(32, power(d_model, 16, most), 0, warps, 2)
 
 
 # A row of at most this many columns stays on chip through the whole FFN.
@@ -81,8 +86,8 @@ def _find(
             tile = widths[max(width, min(widths))][2 * gated + extras]
     if tile is None:
         return None
-    block_m, chunk, num_warps, num_stages = tile
-    return TileConfig(block_m, power(d_ff, 16, chunk), width, num_warps, num_stages)
+    block_m, chunk, *others = tile
+    return TileConfig(block_m, power(d_ff, 16, chunk), width, *others)
 
 
 def _fused_tile(
@@ -137,7 +142,8 @@ def block_bwd_tile(
     # Dropout spills, and float32 without tensor cores and gated experts do at any tile.
     if kind_of(dtype) == "fp32" or gated or dropout or width > 64 or hidden > 128:
         return None
-    return TileConfig(16 if extras else 32, hidden, width, 8, 1)
+    rows = 16 if extras or TILES_OF[architecture()] == "sm_80" else 32
+    return TileConfig(rows, hidden, width, 8, 1)
 
 
 class BlockTile(NamedTuple):
@@ -151,6 +157,7 @@ class BlockTile(NamedTuple):
         block_d: padded width.
         num_warps: warps in a program.
         num_stages: software-pipelining depth.
+        max_registers: see `TileConfig`.
     """
 
     segments: int
@@ -160,6 +167,11 @@ class BlockTile(NamedTuple):
     block_d: int
     num_warps: int
     num_stages: int
+    max_registers: int = 0
+
+    def options(self) -> dict[str, int]:
+        """Say how to launch it: keywords of a kernel's launch."""
+        return launch_options(self.num_warps, self.num_stages, self.max_registers)
 
 
 # Rows at a time in plan "block", largest first.
@@ -214,10 +226,7 @@ def block_fwd_tile(
     if top_k == 1:
         # Every group routes anew: 32 * D FLOPs a row, an eighth of the experts' at most.
         groups = max(1, min(num_experts, 4, d_ff // 64, 2 * _NUM_SMS // max(1, blocks)))
-    tile = tiles[block_m]
-    return BlockTile(
-        segments, int(groups), block_m, tile.block_n, width, tile.num_warps, tile.num_stages
-    )
+    return BlockTile(segments, int(groups), *tiles[block_m])
 
 
 def block_router_tile(d_model: int, segments: int, dtype: torch.dtype) -> tuple[int, int]:

@@ -242,6 +242,14 @@ def block_dx_kernel(
         # Before the loop: dy need not stay in registers through it.
         bias = tl.load(down_bias_ptr + e * D + offs_d, mask=(offs_d < D) & (f_end > 0), other=0.0)
         dweight += tl.sum(dy.to(ACC) * bias.to(ACC)[None, :], 1)
+        if dy.dtype.primitive_bitwidth > 16:
+            # As in `expert_ffn_dx_kernel`.
+            tl.debug_barrier()
+            _row_ids, _x, dy, _weights = _load_segments(
+                x_ptr, dy_ptr, topk_weights_ptr, sorted_to_slot_ptr, padding_mask_ptr, start, end,
+                expert < num_experts, segments_per_sequence, length, stride_x_b, stride_x_t,
+                stride_dy_b, stride_dy_t, up_ptr, D, SEGMENT_SIZE, ACC, BLOCK_M, BLOCK_D,
+            )  # fmt: skip
     for f0 in tl.range(0, f_end, BLOCK_F, disable_licm=True):
         offs_f = f0 + tl.arange(0, BLOCK_F)
         up = load_tile(up_ptr, e, offs_f, offs_d, F, D, stride_up_e, stride_up_f)
@@ -353,7 +361,7 @@ def block_bwd_kernel(
     first, last, first_expert, end_expert, before = find_split(
         split, num_splits, expert_offsets_ptr, num_experts, 1, segments_per_tile, EXPERTS
     )
-    for expert in range(first_expert, end_expert):
+    for expert in tl.range(first_expert, end_expert, disable_licm=True):
         lo = tl.load(expert_offsets_ptr + expert)
         hi = tl.load(expert_offsets_ptr + expert + 1)
         tiles = (hi - lo + segments_per_tile - 1) // segments_per_tile
@@ -420,25 +428,35 @@ def block_bwd_kernel(
                     ROUTER_PRECISION, EXPERTS, BLOCK_M, BLOCK_D,
                 )  # fmt: skip
             out = partials_ptr + (split + expert).to(tl.int64) * partial_size
-            whole = (begin == before) & (stop == before + tiles)
+            # From numbers that stay in registers anyway.
+            whole = (first <= before) & (before + tiles <= last)
             mask_fd = mask_f[:, None] & mask_d[None, :]
             mask_df = mask_d[:, None] & mask_f[None, :]
             offs_fd = offs_f[:, None] * D + offs_d[None, :]
             offs_df = offs_d[:, None] * F + offs_f[None, :]
-            store_sum(dup_ptr, out, e * F * D, whole, offs_fd, dup, mask_fd)
-            out += F * D
-            store_sum(ddown_ptr, out, e * F * D, whole, offs_df, ddown, mask_df)
-            out += F * D
-            if gate_ptr is not None:
-                store_sum(dgate_ptr, out, e * F * D, whole, offs_fd, dgate, mask_fd)
-                out += F * D
-            if HAS_BIAS:
-                store_sum(dup_bias_ptr, out, e * F, whole, offs_f, dup_bias, mask_f)
-                out += F
-                store_sum(ddown_bias_ptr, out, e * D, whole, offs_d, ddown_bias, mask_d)
-                out += D
+            if whole:
+                store_sum(dup_ptr + e * F * D, offs_fd, dup, mask_fd)
+                store_sum(ddown_ptr + e * F * D, offs_df, ddown, mask_df)
                 if gate_ptr is not None:
-                    store_sum(dgate_bias_ptr, out, e * F, whole, offs_f, dgate_bias, mask_f)
+                    store_sum(dgate_ptr + e * F * D, offs_fd, dgate, mask_fd)
+                if HAS_BIAS:
+                    store_sum(dup_bias_ptr + e * F, offs_f, dup_bias, mask_f)
+                    store_sum(ddown_bias_ptr + e * D, offs_d, ddown_bias, mask_d)
+                    if gate_ptr is not None:
+                        store_sum(dgate_bias_ptr + e * F, offs_f, dgate_bias, mask_f)
+            else:
+                store_sum(out, offs_fd, dup, mask_fd)
+                out += F * D
+                store_sum(out, offs_df, ddown, mask_df)
+                out += F * D
+                if gate_ptr is not None:
+                    store_sum(out, offs_fd, dgate, mask_fd)
+                    out += F * D
+                if HAS_BIAS:
+                    store_sum(out, offs_f, dup_bias, mask_f)
+                    store_sum(out + F, offs_d, ddown_bias, mask_d)
+                    if gate_ptr is not None:
+                        store_sum(out + F + D, offs_f, dgate_bias, mask_f)
         before += tiles
     if padding_mask_ptr is not None:
         # Segments without an expert: their gradients are 0.

@@ -184,6 +184,14 @@ def expert_ffn_dx_kernel(
         # Before the loop: dy need not stay in registers through it.
         bias = tl.load(down_bias_ptr + e * D + offs_d, mask=(offs_d < D) & (f_end > 0), other=0.0)
         dweight += tl.sum(dy.to(ACC) * bias.to(ACC)[None, :], 1)
+        if dy.dtype.primitive_bitwidth > 16:
+            # Without tensor cores the sum and the products below would share dy in registers, whole
+            # rows in each thread. Loaded anew, behind a barrier, it's read from shared memory.
+            tl.debug_barrier()
+            dy = load_rows(
+                dy_ptr, padding_mask_ptr, choice, sequence, step, routed, offs_d, D, length,
+                stride_dy_k, stride_dy_b, stride_dy_t, D, False,
+            )  # fmt: skip
     for f0 in tl.range(0, f_end, BLOCK_F, disable_licm=True):
         offs_f = f0 + tl.arange(0, BLOCK_F)
         up = load_tile(up_ptr, e, offs_f, offs_d, F, D, stride_up_e, stride_up_f)
@@ -327,6 +335,7 @@ def expert_ffn_dw_kernel(
     With dlogits there is one column of programs more: its split i owns segments
     ``[i * S // splits, ...)`` and sums the router's gradient, while x is in the cache.
     """
+    WIDE: tl.constexpr = up_ptr.dtype.element_ty.primitive_bitwidth > 16
     split = tl.program_id(0)
     if dlogits_ptr is not None:  # noqa: SIM102  the first test is compile-time
         if tl.program_id(1) == (F + BLOCK_F - 1) // BLOCK_F:
@@ -344,7 +353,7 @@ def expert_ffn_dw_kernel(
     first, last, first_expert, end_expert, before = find_split(
         split, num_splits, expert_offsets_ptr, num_experts, SEGMENT_SIZE, BLOCK_M, GROUPS
     )
-    for expert in range(first_expert, end_expert):
+    for expert in tl.range(first_expert, end_expert, disable_licm=True):
         lo = tl.load(expert_offsets_ptr + expert) * SEGMENT_SIZE
         hi = tl.load(expert_offsets_ptr + expert + 1) * SEGMENT_SIZE
         tiles = (hi - lo + BLOCK_M - 1) // BLOCK_M
@@ -390,6 +399,12 @@ def expert_ffn_dw_kernel(
                 )  # fmt: skip
                 hidden = (hidden * weights[:, None]).to(x.dtype)
                 dpre = dpre * weights[:, None]
+                dgate_pre = dgate_pre * weights[:, None]
+                # Registers are short: without tensor cores sums before products take fewer.
+                if HAS_BIAS and WIDE:
+                    dup_bias += tl.sum(dpre, 0)
+                    dgate_bias += tl.sum(dgate_pre, 0)
+                    ddown_bias += tl.sum(dy.to(ACC) * weights[:, None], 0)
                 dup = tl.dot(
                     tl.trans(x), dpre.to(x.dtype), dup, input_precision=PRECISION, out_dtype=ACC
                 )
@@ -397,35 +412,43 @@ def expert_ffn_dw_kernel(
                     tl.trans(dy), hidden, ddown, input_precision=PRECISION, out_dtype=ACC
                 )
                 if gate_ptr is not None:
-                    dgate_pre = dgate_pre * weights[:, None]
                     dgate = tl.dot(
                         tl.trans(x), dgate_pre.to(x.dtype), dgate, input_precision=PRECISION,
                         out_dtype=ACC,
                     )  # fmt: skip
-                if HAS_BIAS:
+                if HAS_BIAS and not WIDE:
                     dup_bias += tl.sum(dpre, 0)
+                    dgate_bias += tl.sum(dgate_pre, 0)
                     ddown_bias += tl.sum(dy.to(ACC) * weights[:, None], 0)
-                    if gate_ptr is not None:
-                        dgate_bias += tl.sum(dgate_pre, 0)
             out = partials_ptr + (split + expert).to(tl.int64) * partial_size
-            whole = (start == before) & (stop == before + tiles)
+            # From numbers that stay in registers anyway.
+            whole = (first <= before) & (before + tiles <= last)
             mask_df = mask_d[:, None] & mask_f[None, :]
             offs_fd = offs_f[None, :] * D + offs_d[:, None]
             offs_df = offs_d[:, None] * F + offs_f[None, :]
-            store_sum(dup_ptr, out, e * F * D, whole, offs_fd, dup, mask_df)
-            out += F * D
-            store_sum(ddown_ptr, out, e * F * D, whole, offs_df, ddown, mask_df)
-            out += F * D
-            if gate_ptr is not None:
-                store_sum(dgate_ptr, out, e * F * D, whole, offs_fd, dgate, mask_df)
-                out += F * D
-            if HAS_BIAS:
-                store_sum(dup_bias_ptr, out, e * F, whole, offs_f, dup_bias, mask_f)
-                out += F
-                # Every chunk of F has the same sum; the first one stores it.
-                first_chunk = mask_d & (tl.program_id(1) == 0)
-                store_sum(ddown_bias_ptr, out, e * D, whole, offs_d, ddown_bias, first_chunk)
-                out += D
+            # Every chunk of F has the same sum; the first one stores it.
+            first_chunk = mask_d & (tl.program_id(1) == 0)
+            if whole:
+                store_sum(dup_ptr + e * F * D, offs_fd, dup, mask_df)
+                store_sum(ddown_ptr + e * F * D, offs_df, ddown, mask_df)
                 if gate_ptr is not None:
-                    store_sum(dgate_bias_ptr, out, e * F, whole, offs_f, dgate_bias, mask_f)
+                    store_sum(dgate_ptr + e * F * D, offs_fd, dgate, mask_df)
+                if HAS_BIAS:
+                    store_sum(dup_bias_ptr + e * F, offs_f, dup_bias, mask_f)
+                    store_sum(ddown_bias_ptr + e * D, offs_d, ddown_bias, first_chunk)
+                    if gate_ptr is not None:
+                        store_sum(dgate_bias_ptr + e * F, offs_f, dgate_bias, mask_f)
+            else:
+                store_sum(out, offs_fd, dup, mask_df)
+                out += F * D
+                store_sum(out, offs_df, ddown, mask_df)
+                out += F * D
+                if gate_ptr is not None:
+                    store_sum(out, offs_fd, dgate, mask_df)
+                    out += F * D
+                if HAS_BIAS:
+                    store_sum(out, offs_f, dup_bias, mask_f)
+                    store_sum(out + F, offs_d, ddown_bias, first_chunk)
+                    if gate_ptr is not None:
+                        store_sum(out + F + D, offs_f, dgate_bias, mask_f)
         before += tiles

@@ -30,10 +30,7 @@ from segmoe_kernels._triton.tiles import (
     num_row_splits,
 )
 from segmoe_kernels.composed_ffn import ACTIVATION_FUNCTIONS
-from segmoe_kernels.stages.grouped_gemm_kernels import (
-    grouped_gemm_dw_kernel,
-    grouped_gemm_kernel,
-)
+from segmoe_kernels.stages.grouped_gemm_kernels import grouped_gemm_dw_kernel, grouped_gemm_kernel
 
 
 def weight_gradient(
@@ -100,8 +97,7 @@ def weight_gradient(
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         GROUP_M=GEMM_DW_GROUP_M,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile.options(),
     )
     rows_per_slot = where["constants"]["ROWS_PER_SLOT"]
     reduce_partials(partials, [weight, bias], expert_offsets, splits, rows_per_slot, tile.block_m)
@@ -226,8 +222,7 @@ def product(
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         GROUP_M=GEMM_GROUP_M,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile.options(),
     )
 
 

@@ -385,7 +385,7 @@ def grouped_gemm_dw_kernel(
     first, last, first_expert, end_expert, before = find_split(
         split, num_splits, expert_offsets_ptr, num_experts, ROWS_PER_SLOT, BLOCK_M, GROUPS
     )
-    for expert in range(first_expert, end_expert):
+    for expert in tl.range(first_expert, end_expert, disable_licm=True):
         lo = tl.load(expert_offsets_ptr + expert) * ROWS_PER_SLOT
         hi = tl.load(expert_offsets_ptr + expert + 1) * ROWS_PER_SLOT
         tiles = (hi - lo + BLOCK_M - 1) // BLOCK_M
@@ -422,14 +422,19 @@ def grouped_gemm_dw_kernel(
                         a = a * weights.to(ACC)[:, None]
                     dbias += tl.sum(a, 0)
             out = partials_ptr + (split + expert).to(tl.int64) * partial_size
-            whole = (start == before) & (stop == before + tiles)
+            # From numbers that stay in registers anyway.
+            whole = (first <= before) & (before + tiles <= last)
             e = (split * 0 + expert).to(tl.int64)
             mask_n = offs_n < N
             mask = mask_n[:, None] & (offs_k < K)[None, :]
             offs = offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
-            store_sum(dw_ptr, out, e * N * K, whole, offs, dw, mask)
-            if HAS_BIAS:
-                store_sum(
-                    dbias_ptr, out + N * K, e * N, whole, offs_n, dbias, mask_n & (k_tile == 0)
-                )
+            first_k = mask_n & (k_tile == 0)
+            if whole:
+                store_sum(dw_ptr + e * N * K, offs, dw, mask)
+                if HAS_BIAS:
+                    store_sum(dbias_ptr + e * N, offs_n, dbias, first_k)
+            else:
+                store_sum(out, offs, dw, mask)
+                if HAS_BIAS:
+                    store_sum(out + N * K, offs_n, dbias, first_k)
         before += tiles

@@ -20,14 +20,10 @@ from segmoe_kernels._triton.launch import (
     padded,
     refuse_double_backward,
 )
-from segmoe_kernels._triton.tiles import route_bwd_tile, route_fwd_tile
+from segmoe_kernels._triton.tiles import route_fwd_tile
 from segmoe_kernels.routing import RouterOutput
-from segmoe_kernels.stages.route_kernels import (
-    dlogits_kernel,
-    route_bwd_kernel,
-    route_fwd_kernel,
-    sum_splits_kernel,
-)
+from segmoe_kernels.stages.route_gradients import input_gradients, logits_gradient
+from segmoe_kernels.stages.route_kernels import route_fwd_kernel
 
 # Segments of a block of the histogram that `permute` reads; equal to its SEGMENTS_PER_BLOCK.
 SEGMENTS_PER_BLOCK = 32
@@ -88,10 +84,10 @@ def _route_fwd(
         RENORMALIZE=renormalize,
         ACC=accumulator(x.dtype),
         EXPERTS=padded(router_weight.shape[0]),
-        BLOCK_S=SEGMENTS_PER_BLOCK,
+        SEGMENTS=SEGMENTS_PER_BLOCK,
+        BLOCK_S=tile.block_m,
         BLOCK_D=tile.block_n,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile.options(),
     )
     return outputs
 
@@ -203,144 +199,6 @@ def _route_bwd(
         pooling,
     )
     return dx, dweight, dstart
-
-
-def logits_gradient(
-    logits: Tensor,
-    topk_ids: Tensor,
-    seed: Tensor | None,
-    dtopk_weights: Tensor | None,
-    drow_weights: Tensor | None,
-    dprobs: Tensor | None,
-    dlogits_in: Tensor | None,
-    temperature: float,
-    dropout: float,
-    renormalize: bool,
-) -> Tensor:
-    """Launch `dlogits_kernel`; the arguments are its own. Returns (S, E)."""
-    num_segments, num_experts = logits.shape
-    dlogits = torch.empty_like(logits)
-    experts = padded(num_experts)
-    block_s = max(16, min(128, 4096 // experts))
-    dlogits_kernel[(triton.cdiv(num_segments, block_s),)](
-        logits,
-        topk_ids,
-        seed,
-        None if dtopk_weights is None else dtopk_weights.contiguous(),
-        None if drow_weights is None else drow_weights.contiguous(),
-        None if dprobs is None else dprobs.contiguous(),
-        None if dlogits_in is None else dlogits_in.contiguous(),
-        dlogits,
-        num_segments,
-        num_experts,
-        temperature,
-        dropout,
-        TOP_K=topk_ids.shape[1],
-        SEGMENT_SIZE=1 if drow_weights is None else drow_weights.shape[2],
-        RENORMALIZE=renormalize,
-        EXPERTS=experts,
-        BLOCK_S=block_s,
-    )
-    return dlogits
-
-
-def router_precision(x: Tensor) -> str:
-    """How products of the router's gradients round: its share of dx is rounded to x's dtype."""
-    return "tf32" if x.dtype in {torch.float16, torch.bfloat16} else "ieee"
-
-
-def input_gradients(
-    x: Tensor,
-    router_weight: Tensor,
-    router_start: Tensor | None,
-    padding_mask: Tensor | None,
-    dlogits: Tensor,
-    dslots: Tensor | None,
-    dx: Tensor | None,
-    dweight: Tensor | None,
-    dstart: Tensor | None,
-    segment_size: int,
-    pooling: str,
-) -> None:
-    """Launch `route_bwd_kernel` and add up its partial sums.
-
-    Args:
-        x: (B, T, D).
-        router_weight: (E, W).
-        router_start: (W,) or None.
-        padding_mask: (B, T) bool or None.
-        dlogits: (S, E).
-        dslots: (k, B, T, D) or None, gradients of x from the experts; added to dx.
-        dx: (B, T, D) contiguous or None, every element is written.
-        dweight: (E, W) or None, every element is written.
-        dstart: (W,) or None, every element is written.
-        segment_size: P.
-        pooling: see `functional.route`.
-    """
-    num_segments, num_experts = dlogits.shape
-    experts = padded(num_experts)
-    d_model = x.shape[2]
-    tile = route_bwd_tile(d_model, num_experts)
-    positions = segment_size if pooling == "concat" else 1
-    columns = triton.cdiv(d_model, tile.block_n)
-    blocks = triton.cdiv(num_segments, tile.block_m)
-    # Enough programs to fill a large GPU, few enough that the partial sums stay small.
-    splits = max(1, min(triton.cdiv(blocks, 4), 1024 // (positions * columns)))
-    blocks_per_split = triton.cdiv(blocks, splits)
-    splits = triton.cdiv(blocks, blocks_per_split)
-    partials = None
-    if dweight is not None:
-        partials = dlogits.new_empty(splits, *router_weight.shape)
-    if dslots is not None and dslots.stride(-1) != 1:
-        dslots = dslots.contiguous()
-    strides = (0, 0, 0) if dslots is None else dslots.stride()[:3]
-    route_bwd_kernel[(splits, positions, columns)](
-        x,
-        router_weight,
-        padding_mask,
-        dlogits,
-        dslots,
-        dx,
-        partials,
-        num_segments,
-        num_segments // x.shape[0],
-        x.shape[1],
-        num_experts,
-        0 if dslots is None else dslots.shape[0],
-        blocks_per_split,
-        x.stride(0),
-        x.stride(1),
-        router_weight.stride(0),
-        *strides,
-        D=d_model,
-        SEGMENT_SIZE=segment_size,
-        POOLING=pooling,
-        CAUSAL=router_start is not None,
-        ACC=accumulator(x.dtype),
-        PRECISION=router_precision(x),
-        EXPERTS=experts,
-        BLOCK_S=tile.block_m,
-        BLOCK_D=tile.block_n,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
-    if dweight is None or partials is None:
-        return
-    if router_start is None or dstart is None:
-        sum_splits(partials, dweight)
-        return
-    # The first segment of each sequence saw the start vector.
-    first = dlogits.view(x.shape[0], -1, num_experts)[:, 0].sum(0)
-    dweight.copy_(partials.sum(0) + first[:, None] * router_start.to(first.dtype))
-    dstart.copy_(first @ router_weight.to(first.dtype))
-
-
-def sum_splits(partials: Tensor, out: Tensor) -> None:
-    """Add up ``partials (splits, ...)`` in ascending order into ``out (...)``."""
-    size = out.numel()
-    sum_splits_kernel[(triton.cdiv(size, 256),)](
-        partials, out, partials.shape[0], size, ACC=accumulator(partials.dtype), BLOCK=256
-    )
 
 
 def _route_bwd_fake(

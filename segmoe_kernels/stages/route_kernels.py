@@ -44,41 +44,49 @@ def route_fwd_kernel(
     RENORMALIZE: tl.constexpr,
     ACC: tl.constexpr,
     EXPERTS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """Route BLOCK_S consecutive segments.
+    """Route SEGMENTS consecutive segments, BLOCK_S at a time.
 
-    Grid: ``(cdiv(S, BLOCK_S),)``. Products of x and router_weight are summed in ACC; softmax and
+    Grid: ``(cdiv(S, SEGMENTS),)``. Products of x and router_weight are summed in ACC; softmax and
     top-k run in ACC.
     """
     pid = tl.program_id(0).to(tl.int64)
     experts = tl.arange(0, EXPERTS)
     mask_e = experts < num_experts
-    segment = pid * BLOCK_S + tl.arange(0, BLOCK_S)
-    mask_s = segment < num_segments
-    logits, routed = score_segments(
-        x_ptr, router_weight_ptr, router_start_ptr, padding_mask_ptr, segment, mask_s,
-        segments_per_sequence, length, num_experts, stride_x_b, stride_x_t, stride_w_e,
-        D, SEGMENT_SIZE, POOLING, ACC, EXPERTS, BLOCK_D,
-    )  # fmt: skip
-    offs = segment[:, None] * num_experts + experts[None, :]
-    mask_se = mask_s[:, None] & mask_e[None, :]
-    tl.store(logits_ptr + offs, logits, mask=mask_se)
-    probs, weights, rank = choose_experts(
-        logits, routed, segment, num_experts, temperature, dropout, seed_ptr, TOP_K, RENORMALIZE,
-        EXPERTS,
-    )  # fmt: skip
-    tl.store(probs_ptr + offs, probs, mask=mask_se)
-    selected = rank < TOP_K
-    ids = tl.where(routed[:, None], experts[None, :], -1)
-    out = segment[:, None] * TOP_K + rank
-    tl.store(topk_weights_ptr + out, weights, mask=selected & mask_s[:, None])
-    tl.store(topk_ids_ptr + out, ids, mask=selected & mask_s[:, None])
-    counts = tl.sum((selected & routed[:, None]).to(tl.int32), 0)
+    counts = tl.zeros((EXPERTS,), dtype=tl.int32)
+    unrouted = tl.sum(counts, 0)
+    for start in range(0, SEGMENTS, BLOCK_S):
+        # What is 64 bits wide goes into scalar pointers: offsets inside a block fit 32.
+        first = pid * SEGMENTS + start
+        inner = tl.arange(0, BLOCK_S)
+        segment = first + inner
+        mask_s = segment < num_segments
+        logits, routed = score_segments(
+            x_ptr, router_weight_ptr, router_start_ptr, padding_mask_ptr, segment, mask_s,
+            segments_per_sequence, length, num_experts, stride_x_b, stride_x_t, stride_w_e,
+            D, SEGMENT_SIZE, POOLING, ACC, EXPERTS, BLOCK_D,
+        )  # fmt: skip
+        offs = inner[:, None] * num_experts + experts[None, :]
+        mask_se = mask_s[:, None] & mask_e[None, :]
+        tl.store(logits_ptr + first * num_experts + offs, logits, mask=mask_se)
+        probs, weights, rank = choose_experts(
+            logits, routed, segment, num_experts, temperature, dropout, seed_ptr, TOP_K,
+            RENORMALIZE, EXPERTS,
+        )  # fmt: skip
+        tl.store(probs_ptr + first * num_experts + offs, probs, mask=mask_se)
+        selected = rank < TOP_K
+        ids = tl.where(routed[:, None], experts[None, :], -1)
+        out = inner[:, None] * TOP_K + rank
+        chosen = selected & mask_s[:, None]
+        tl.store(topk_weights_ptr + first * TOP_K + out, weights, mask=chosen)
+        tl.store(topk_ids_ptr + first * TOP_K + out, ids, mask=chosen)
+        counts += tl.sum((selected & routed[:, None]).to(tl.int32), 0)
+        unrouted += tl.sum((mask_s & (routed == 0)).to(tl.int32), 0) * TOP_K
     row = block_counts_ptr + pid * (num_experts + 1)
     tl.store(row + experts, counts, mask=mask_e)
-    unrouted = tl.sum((mask_s & (routed == 0)).to(tl.int32), 0) * TOP_K
     tl.store(row + num_experts, unrouted)
 
 

@@ -1,0 +1,400 @@
+"""Launches of `experts`: one call's tensors, and the kernels that run on them, fused or not."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from segmoe_kernels._triton.launch import accumulator, accumulator_dtype, input_precision, padded
+from segmoe_kernels._triton.partials import new_partials, reduce_partials
+from segmoe_kernels._triton.tiles import (
+    GEMM_GROUP_M,
+    MAX_FUSED_WIDTH,
+    expert_ffn_dw_tile,
+    expert_ffn_dx_tile,
+    expert_ffn_fwd_tile,
+    grouped_gemm_dhidden_tile,
+    num_row_splits,
+)
+from segmoe_kernels.routing import FFNWeights
+from segmoe_kernels.stages.experts_fused import (
+    expert_ffn_dw_kernel,
+    expert_ffn_dx_kernel,
+    expert_ffn_fwd_kernel,
+)
+from segmoe_kernels.stages.grouped_gemm import gemm_grid, product, weight_gradient
+from segmoe_kernels.stages.grouped_gemm_kernels import grouped_gemm_dhidden_kernel
+from segmoe_kernels.stages.route_gradients import router_precision, sum_splits
+
+
+class Call:
+    """One call's tensors and what the launches derive from them.
+
+    Products run in the weights' dtype; under autocast x has a wider one.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        topk_weights: Tensor,
+        sorted_to_slot: Tensor,
+        expert_offsets: Tensor,
+        weights: FFNWeights,
+        padding_mask: Tensor | None,
+        seed: Tensor | None,
+        segment_size: int,
+        concat: bool,
+        activation: str,
+        dropout: float,
+    ) -> None:
+        self.x, self.topk_weights, self.weights = x, topk_weights, weights
+        self.sorted_to_slot, self.expert_offsets = sorted_to_slot, expert_offsets
+        self.padding_mask, self.seed = padding_mask, seed
+        self.activation, self.dropout = activation, dropout
+        self.top_k, self.batch, self.length, self.d_model = x.shape
+        self.num_slots = topk_weights.shape[0] * topk_weights.shape[1]
+        self.segments_per_sequence = -(-self.length // segment_size)
+        self.rows_per_slot = 1 if concat else segment_size
+        self.num_rows = self.num_slots * self.rows_per_slot
+        self.num_experts, self.d_ff, self.width = weights.up_proj.shape
+        self.dtype = weights.up_proj.dtype
+        self.gated = weights.gate_proj is not None
+        biased = any(bias is not None for bias in weights[3:])
+        # What the table of tiles asks of a fused kernel.
+        self.fused_in = {
+            "gated": self.gated,
+            "extras": biased or padding_mask is not None or seed is not None,
+        }
+        self.fused = self.width <= MAX_FUSED_WIDTH and not concat
+        self.sequences: dict[str, Any] = {
+            "sorted_to_slot": sorted_to_slot,
+            "padding_mask": padding_mask,
+            "segments_per_sequence": self.segments_per_sequence,
+            "length": self.length,
+            "constants": {
+                "D": self.d_model,
+                "TOP_K": self.top_k,
+                "SEGMENT_SIZE": segment_size,
+                "ROWS_PER_SLOT": self.rows_per_slot,
+                "CONCAT": concat,
+            },
+        }
+        self.numerics = {
+            "ACC": accumulator(self.dtype),
+            "PRECISION": input_precision(self.dtype),
+        }
+        self.fused_constants = {
+            "D": self.d_model,
+            "F": self.d_ff,
+            "TOP_K": self.top_k,
+            "SEGMENT_SIZE": segment_size,
+            "ACTIVATION": activation,
+        }
+
+    def weight_strides(self) -> tuple[int, ...]:
+        """Outer strides of up, gate and down."""
+        up, down, gate = self.weights[:3]
+        gate_strides = (0, 0) if gate is None else gate.stride()[:2]
+        return (*up.stride()[:2], *gate_strides, *down.stride()[:2])
+
+
+def forward_fused(call: Call, out: Tensor) -> None:
+    """Weighted outputs of every slot, hidden layer on chip: out is (top_k, B, T, D)."""
+    up, down, gate, up_bias, gate_bias, down_bias = call.weights
+    tile = expert_ffn_fwd_tile(call.width, call.d_ff, call.dtype, **call.fused_in)
+    grid = gemm_grid(call.num_rows, call.num_experts, 1, tile)
+    expert_ffn_fwd_kernel[grid](
+        call.x,
+        call.topk_weights,
+        up,
+        gate,
+        down,
+        up_bias,
+        gate_bias,
+        down_bias,
+        out,
+        call.sorted_to_slot,
+        call.expert_offsets,
+        call.padding_mask,
+        call.seed,
+        call.num_slots,
+        call.segments_per_sequence,
+        call.length,
+        call.num_experts,
+        *call.x.stride()[:3],
+        *call.weight_strides(),
+        call.batch,
+        call.dropout,
+        **call.fused_constants,
+        **call.numerics,
+        GROUPS=padded(call.num_experts + 1),
+        BLOCK_M=tile.block_m,
+        BLOCK_F=tile.block_n,
+        BLOCK_D=tile.block_k,
+        **tile.options(),
+    )
+
+
+def forward_two_products(
+    call: Call, out: Tensor, pre: Tensor | None, gate_pre: Tensor | None
+) -> None:
+    """As `forward_fused`, for wide rows; pre and gate_pre keep what the activation saw."""
+    up, down, gate, up_bias, gate_bias, down_bias = call.weights
+    hidden = call.x.new_empty(call.num_rows, call.d_ff)
+    product(
+        call.x,
+        up,
+        hidden,
+        call.expert_offsets,
+        call.num_rows,
+        widths=(call.d_ff, call.width),
+        b2=gate,
+        bias=up_bias,
+        bias2=gate_bias,
+        pre=pre,
+        pre2=gate_pre,
+        seed=call.seed,
+        dropout=call.dropout,
+        activation=call.activation,
+        gather=True,
+        sequences=call.sequences,
+    )
+    product(
+        hidden,
+        down,
+        out,
+        call.expert_offsets,
+        call.num_rows,
+        widths=(call.width, call.d_ff),
+        bias=down_bias,
+        row_weights=call.topk_weights,
+        scatter=True,
+        sequences=call.sequences,
+    )
+
+
+def launch_dx(call: Call, dy: Tensor, dx: Tensor | None, drow_weights: Tensor) -> None:
+    """Gradients of x, for each choice, and of the routing weights, one share for each step."""
+    up, down, gate, up_bias, gate_bias, down_bias = call.weights
+    tile = expert_ffn_dx_tile(call.width, call.d_ff, call.dtype, **call.fused_in)
+    grid = gemm_grid(call.num_rows, call.num_experts, 1, tile)
+    expert_ffn_dx_kernel[grid](
+        call.x,
+        dy,
+        call.topk_weights,
+        up,
+        gate,
+        down,
+        up_bias,
+        gate_bias,
+        down_bias,
+        dx,
+        drow_weights,
+        call.sorted_to_slot,
+        call.expert_offsets,
+        call.padding_mask,
+        call.seed,
+        call.num_slots,
+        call.segments_per_sequence,
+        call.length,
+        call.num_experts,
+        *call.x.stride()[:3],
+        *dy.stride()[:3],
+        *call.weight_strides(),
+        call.batch,
+        call.dropout,
+        **call.fused_constants,
+        **call.numerics,
+        GROUPS=padded(call.num_experts + 1),
+        BLOCK_M=tile.block_m,
+        BLOCK_F=tile.block_n,
+        BLOCK_D=tile.block_k,
+        **tile.options(),
+    )
+
+
+def in_slot_order(dweights: FFNWeights) -> list[Tensor | None]:
+    """The gradients in the order in which a slot of partial sums holds them."""
+    up, down, gate, up_bias, gate_bias, down_bias = dweights
+    return [up, down, gate, up_bias, down_bias, gate_bias]
+
+
+def launch_dw(
+    call: Call,
+    dy: Tensor,
+    dweights: FFNWeights,
+    dlogits: Tensor | None = None,
+    drouter: Tensor | None = None,
+) -> None:
+    """Weight gradients of the experts, and of the router in the same pass over x.
+
+    Args:
+        call: of a width that is fused.
+        dy: (top_k, B, T, D).
+        dweights: contiguous, every element is written.
+        dlogits: (S, E), or None without the router; its pooling is "concat".
+        drouter: (E, P * D) contiguous or None, every element is written.
+    """
+    up, down, gate, up_bias, gate_bias, _ = call.weights
+    tile = expert_ffn_dw_tile(call.width, call.d_ff, call.dtype, **call.fused_in)
+    columns = triton.cdiv(call.d_ff, tile.block_n)
+    splits = num_row_splits(call.num_rows, tile.block_m, columns)
+    parts = in_slot_order(dweights)
+    partials = new_partials(parts, splits, call.num_experts, accumulator_dtype(call.dtype))
+    router_partials = None if drouter is None else partials.new_empty(splits, *drouter.shape)
+    expert_ffn_dw_kernel[(splits, columns + (drouter is not None))](
+        call.x,
+        dy,
+        call.topk_weights,
+        up,
+        gate,
+        down,
+        up_bias,
+        gate_bias,
+        *parts,
+        partials,
+        call.sorted_to_slot,
+        call.expert_offsets,
+        call.padding_mask,
+        call.seed,
+        dlogits,
+        router_partials,
+        call.num_slots // call.top_k,
+        call.segments_per_sequence,
+        call.length,
+        call.num_experts,
+        splits,
+        partials.shape[1],
+        *call.x.stride()[:3],
+        *dy.stride()[:3],
+        *call.weight_strides(),
+        call.dropout,
+        **call.fused_constants,
+        **call.numerics,
+        HAS_BIAS=dweights.up_proj_bias is not None,
+        ROUTER_PRECISION=router_precision(call.x),
+        EXPERTS=padded(call.num_experts),
+        GROUPS=padded(call.num_experts),
+        BLOCK_M=tile.block_m,
+        BLOCK_F=tile.block_n,
+        BLOCK_D=tile.block_k,
+        **tile.options(),
+    )
+    reduce_partials(partials, parts, call.expert_offsets, splits, call.rows_per_slot, tile.block_m)
+    if drouter is not None and router_partials is not None:
+        sum_splits(router_partials, drouter)
+
+
+def backward_two_products(
+    call: Call,
+    dy: Tensor,
+    dx: Tensor | None,
+    drow_weights: Tensor,
+    dweights: FFNWeights | None,
+    pre: Tensor,
+    gate_pre: Tensor | None,
+) -> None:
+    """Gradients of wide rows, their routing weights and, where dweights is given, the weights."""
+    up, down, gate, _, _, down_bias = call.weights
+    hidden, dpre = torch.empty_like(pre), torch.empty_like(pre)
+    dgate = None if gate_pre is None else torch.empty_like(gate_pre)
+    tile = _dhidden_tile(call)
+    grid = gemm_grid(call.num_rows, call.num_experts, call.d_ff, tile)
+    grouped_gemm_dhidden_kernel[grid](
+        dy,
+        down,
+        pre,
+        gate_pre,
+        call.topk_weights,
+        down_bias,
+        hidden,
+        dpre,
+        dgate,
+        drow_weights,
+        call.sorted_to_slot,
+        call.expert_offsets,
+        call.padding_mask,
+        call.seed,
+        call.num_slots,
+        call.segments_per_sequence,
+        call.length,
+        call.num_experts,
+        *dy.stride()[:3],
+        *down.stride()[:2],
+        call.dropout,
+        N=call.d_ff,
+        K=call.width,
+        ACTIVATION=call.activation,
+        **call.sequences["constants"],
+        **call.numerics,
+        GROUPS=padded(call.num_experts + 1),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        GROUP_M=GEMM_GROUP_M,
+        **tile.options(),
+    )
+    if dx is not None:
+        product(
+            dpre,
+            up.transpose(1, 2),
+            dx,
+            call.expert_offsets,
+            call.num_rows,
+            widths=(call.width, call.d_ff),
+            a2=dgate,
+            b2=None if gate is None else gate.transpose(1, 2),
+            scatter=True,
+            sequences=call.sequences,
+        )
+    if dweights is None:
+        return
+    offsets, rows = call.expert_offsets, call.num_rows
+    for d, weight, bias in (
+        (dpre, dweights.up_proj, dweights.up_proj_bias),
+        (dgate, dweights.gate_proj, dweights.gate_proj_bias),
+    ):
+        if d is not None and weight is not None:
+            weight_gradient(
+                d,
+                call.x,
+                offsets,
+                weight,
+                bias,
+                rows,
+                widths=(call.d_ff, call.width),
+                gather=(False, True),
+                sequences=call.sequences,
+            )
+    weight_gradient(
+        dy,
+        hidden,
+        offsets,
+        dweights.down_proj,
+        dweights.down_proj_bias,
+        rows,
+        widths=(call.width, call.d_ff),
+        gather=(True, False),
+        row_weights=call.topk_weights,
+        sequences=call.sequences,
+    )
+
+
+def _dhidden_tile(call: Call) -> Any:
+    rows_per_expert = call.num_rows // call.num_experts
+    return grouped_gemm_dhidden_tile(
+        call.d_ff, call.width, rows_per_expert, call.x.dtype, **call.fused_in
+    )
+
+
+def column_tiles(call: Call) -> int:
+    """Rows of drow_weights: one for each column tile that contributes to a routing weight."""
+    return int(triton.cdiv(call.d_ff, _dhidden_tile(call).block_n))
+
+
+def rows_contiguous(weights: FFNWeights) -> FFNWeights:
+    """Inner stride 1 for the matrices, biases contiguous; copies only what is not."""
+    matrices = [w if w is None or w.stride(-1) == 1 else w.contiguous() for w in weights[:3]]
+    biases = [None if w is None else w.contiguous() for w in weights[3:]]
+    return FFNWeights(*matrices, *biases)  # type: ignore[arg-type]  # up and down are never None
