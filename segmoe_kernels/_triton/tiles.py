@@ -48,7 +48,7 @@ def route_fwd_tile(d_model: int, num_experts: int, dtype: torch.dtype) -> TileCo
     if num_experts > 256:
         return TileConfig(16, power(d_model, 16, 32), 0, 8, 1)
     if dtype.itemsize > 2:
-        return TileConfig(32, power(d_model, 16, 64), 0, 8, 2, 128)
+        return TileConfig(32, power(d_model, 16, 64), 0, 8, 2, 255)
     return TileConfig(32, power(d_model, 16, 128), 0, 8 if num_experts > 64 else 4, 2)
 
 
@@ -142,7 +142,8 @@ def block_bwd_tile(
     # Dropout spills, and float32 without tensor cores and gated experts do at any tile.
     if kind_of(dtype) == "fp32" or gated or dropout or width > 64 or hidden > 128:
         return None
-    rows = 16 if extras or TILES_OF[architecture()] == "sm_80" else 32
+    full = TILES_OF[architecture()] == "sm_80" and width * hidden > 4096
+    rows = 16 if extras or full else 32
     return TileConfig(rows, hidden, width, 8, 1)
 
 
