@@ -109,7 +109,7 @@ def asked_functions(run: Callable[[], object]) -> dict[str, Asked]:
         def ask(*args: Any, **kwargs: Any) -> Tile:
             tile = original(*args, **kwargs)
             if tile is not None:
-                asked = tuned.question(original, tile, *args, **kwargs)
+                asked = tuned.question(original, *args, **kwargs)
                 answers.setdefault(name, set()).add(tile)
                 questions.setdefault(name, set()).add(asked)
             return tile
@@ -311,8 +311,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"  {row['function']:<24} {row['tile']}: {what}", flush=True)
 
         def keep(questions: Iterable[str], fields: dict[str, int]) -> None:
+            from segmoe_kernels._triton.tile_table import architecture
+
             if args.write is not None:
-                write_tiles(args.write, _table().architecture(), questions, fields)
+                write_tiles(args.write, architecture(), questions, fields)
 
         with plan_set(args.plan):
             try:

@@ -59,7 +59,7 @@ def test_positional_and_named_arguments_ask_the_same(tile_file):
 
 def test_the_number_of_rows_is_in_no_question_but_by_its_bucket():
     def asked(function, *args, **kwargs):
-        return tuned.question(function, function(*args, **kwargs), *args, **kwargs)
+        return tuned.question(function, *args, **kwargs)
 
     sizes = (64, 128, 4, 1, 5)
     few, more, many = (
@@ -80,9 +80,11 @@ def test_the_number_of_rows_is_in_no_question_but_by_its_bucket():
 def test_the_rows_of_a_block_tile_may_change_but_not_its_segments(tile_file):
     call = (64, 128, 4, 1, 5, 100_000, torch.bfloat16)
     shipped = tiles.block_fwd_tile(*call, **FUSED)
-    asked = tuned.question(tiles.block_fwd_tile, shipped, *call, **FUSED)
+    asked = tuned.question(tiles.block_fwd_tile, *call, **FUSED)
     tile_file({asked: {"block_m": 32, "block_f": 32}})
     assert tiles.block_fwd_tile(*call, **FUSED) == shipped._replace(block_m=32, block_f=32)
+    # A search that starts from a file asks the same.
+    assert tuned.question(tiles.block_fwd_tile, *call, **FUSED) == asked
     tile_file({asked: {"segments": 32}})
     with pytest.raises(ValueError, match="the field 'segments', not one of block_m, block_f"):
         tiles.block_fwd_tile(*call, **FUSED)
@@ -168,6 +170,28 @@ def test_results_do_not_depend_on_the_tiles(plan, options, device, tile_file, mo
 
 
 # The file
+
+
+@pytest.mark.interpreter
+def test_a_search_writes_tiles_that_are_taken(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SEGMOE_ARCH", "sm_90")
+    path = tmp_path / "tiles.json"
+    # Every candidate is faster than the one before.
+    times = iter(range(1000, 0, -1))
+    monkeypatch.setattr(tune, "summary", lambda _: {"time_median_ms": 0.9 ** -next(times)})
+    options = ["--device", "cpu", "--shapes", "tiny-k2", "--dtype", "float32", "--only", "dw_tile"]
+    options += ["--most", "2", "--rounds", "2", "--budget", "0", "--out", str(tmp_path)]
+    assert tune.main([*options, "--write", str(path)]) == 0
+    assert f"SEGMOE_TILES={path}" in capsys.readouterr().out
+    ((asked, fields),) = tuned.read_tiles(str(path))["sm_90"].items()
+    assert asked.startswith("expert_ffn_dw_tile(d_model=")
+    monkeypatch.setenv("SEGMOE_TILES", str(path))
+    words = dict(word.strip().split("=") for word in asked.partition("(")[2][:-1].split(","))
+    tile = tiles.expert_ffn_dw_tile(
+        int(words["d_model"]), int(words["d_ff"]), torch.float32,
+        gated=words["gated"] == "True", extras=words["extras"] == "True",
+    )  # fmt: skip
+    assert {field: getattr(tile, field) for field in fields} == fields
 
 
 def test_winners_are_put_beside_those_of_earlier_searches(tmp_path, tile_file):

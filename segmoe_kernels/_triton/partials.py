@@ -2,7 +2,7 @@
 
 A kernel cuts the tiles of all experts' rows into splits. A split that has all tiles of an expert
 stores that expert's gradient where it belongs; the others store shares, in float32, into slots of
-their own, ``split + expert``, which `reduce_partials` adds up.
+their own, ``split + expert``, which `reduce_partials` adds up; with float64 weights, in float64.
 """
 
 from collections.abc import Sequence
@@ -78,6 +78,61 @@ def reduce_partials(
 def store_sum(ptr, offs, value, mask):
     """Store a sum in the dtype of its place."""
     tl.store(ptr + offs, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_gradients(
+    whole,  # whether these are sums over all rows of the expert
+    e,
+    slot_ptr,  # room for a share: up | down | gate | up bias | down bias | gate bias
+    dup_ptr,  # (E, F, D)
+    ddown_ptr,  # (E, D, F)
+    dgate_ptr,  # (E, F, D) or None
+    dup_bias_ptr,  # (E, F) or None, as the next two
+    ddown_bias_ptr,  # (E, D)
+    dgate_bias_ptr,  # (E, F)
+    dup,
+    ddown,
+    dgate,
+    dup_bias,
+    ddown_bias,
+    dgate_bias,
+    offs_fd,  # where elements of dup and dgate go in a matrix
+    offs_df,  # those of ddown
+    offs_f,
+    offs_d,
+    mask_fd,
+    mask_df,
+    mask_f,
+    mask_down_bias,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """Store the gradients of one expert's weights where they belong, or as a split's share."""
+    if whole:
+        store_sum(dup_ptr + e * F * D, offs_fd, dup, mask_fd)
+        store_sum(ddown_ptr + e * F * D, offs_df, ddown, mask_df)
+        if dgate_ptr is not None:
+            store_sum(dgate_ptr + e * F * D, offs_fd, dgate, mask_fd)
+        if HAS_BIAS:
+            store_sum(dup_bias_ptr + e * F, offs_f, dup_bias, mask_f)
+            store_sum(ddown_bias_ptr + e * D, offs_d, ddown_bias, mask_down_bias)
+            if dgate_ptr is not None:
+                store_sum(dgate_bias_ptr + e * F, offs_f, dgate_bias, mask_f)
+    else:
+        store_sum(slot_ptr, offs_fd, dup, mask_fd)
+        slot_ptr += F * D
+        store_sum(slot_ptr, offs_df, ddown, mask_df)
+        slot_ptr += F * D
+        if dgate_ptr is not None:
+            store_sum(slot_ptr, offs_fd, dgate, mask_fd)
+            slot_ptr += F * D
+        if HAS_BIAS:
+            store_sum(slot_ptr, offs_f, dup_bias, mask_f)
+            store_sum(slot_ptr + F, offs_d, ddown_bias, mask_down_bias)
+            if dgate_ptr is not None:
+                store_sum(slot_ptr + F + D, offs_f, dgate_bias, mask_f)
 
 
 @triton.jit

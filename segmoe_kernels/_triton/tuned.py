@@ -49,7 +49,7 @@ def replaceable(*fields: str) -> Callable[[Callable[..., _Answer]], Callable[...
             path = os.environ.get(VARIABLE)
             if not path or shipped is None:
                 return shipped
-            found = _replacement(path, architecture(), question(answer, shipped, *args, **kwargs))
+            found = _replacement(path, architecture(), question(answer, *args, **kwargs))
             return shipped._replace(**found) if found else shipped  # type: ignore[attr-defined]
 
         _FIELDS[function.__name__] = fields
@@ -63,12 +63,11 @@ def replaceable_fields() -> dict[str, tuple[str, ...]]:
     return dict(_FIELDS)
 
 
-def question(function: Callable[..., Any], answer: Any, *args: Any, **kwargs: Any) -> str:
+def question(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     """Name a call of a table's function, the same for every number of rows in a bucket.
 
     Args:
         function: of the table.
-        answer: what the table says: its block_m stands for the number of segments.
         *args: of the call.
         **kwargs: of the call.
 
@@ -78,7 +77,9 @@ def question(function: Callable[..., Any], answer: Any, *args: Any, **kwargs: An
     words = []
     for name, value in _signature(function).bind(*args, **kwargs).arguments.items():
         if name == "num_segments":
-            words.append(f"rows_at_a_time={answer.block_m}")
+            # The bucket is what the table itself says, whatever a file makes of it.
+            shipped = inspect.unwrap(function)(*args, **kwargs)
+            words.append(f"rows_at_a_time={shipped.block_m}")
         elif name == "rows_per_expert":
             words.append(f"{name}={power(value, 16, 128)}")
         else:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from segmoe_kernels._triton.ffn import ffn_rows, hidden_with_grads, load_bias, load_tile
-from segmoe_kernels._triton.partials import store_sum
+from segmoe_kernels._triton.partials import store_gradients
 from segmoe_kernels._triton.sequences import (
     find_group,
     find_split,
@@ -428,27 +428,9 @@ def expert_ffn_dw_kernel(
             offs_df = offs_d[:, None] * F + offs_f[None, :]
             # Every chunk of F has the same sum; the first one stores it.
             first_chunk = mask_d & (tl.program_id(1) == 0)
-            if whole:
-                store_sum(dup_ptr + e * F * D, offs_fd, dup, mask_df)
-                store_sum(ddown_ptr + e * F * D, offs_df, ddown, mask_df)
-                if gate_ptr is not None:
-                    store_sum(dgate_ptr + e * F * D, offs_fd, dgate, mask_df)
-                if HAS_BIAS:
-                    store_sum(dup_bias_ptr + e * F, offs_f, dup_bias, mask_f)
-                    store_sum(ddown_bias_ptr + e * D, offs_d, ddown_bias, first_chunk)
-                    if gate_ptr is not None:
-                        store_sum(dgate_bias_ptr + e * F, offs_f, dgate_bias, mask_f)
-            else:
-                store_sum(out, offs_fd, dup, mask_df)
-                out += F * D
-                store_sum(out, offs_df, ddown, mask_df)
-                out += F * D
-                if gate_ptr is not None:
-                    store_sum(out, offs_fd, dgate, mask_df)
-                    out += F * D
-                if HAS_BIAS:
-                    store_sum(out, offs_f, dup_bias, mask_f)
-                    store_sum(out + F, offs_d, ddown_bias, first_chunk)
-                    if gate_ptr is not None:
-                        store_sum(out + F + D, offs_f, dgate_bias, mask_f)
+            store_gradients(
+                whole, e, out, dup_ptr, ddown_ptr, dgate_ptr, dup_bias_ptr, ddown_bias_ptr,
+                dgate_bias_ptr, dup, ddown, dgate, dup_bias, ddown_bias, dgate_bias, offs_fd,
+                offs_df, offs_f, offs_d, mask_df, mask_df, mask_f, first_chunk, D, F, HAS_BIAS,
+            )  # fmt: skip
         before += tiles

@@ -1,0 +1,293 @@
+"""What becomes of the measurements: tuning, traffic, the report, and the steps for a GPU."""
+
+import dataclasses
+import json
+import sys
+import types
+
+import pytest
+import torch
+from benchmark_runs import CPU, ROOT, needs_scattermoe, rows_of
+
+from benchmarks import (
+    ceilings,
+    gpu,
+    layer,
+    memory,
+    outcome_log,
+    profiles,
+    report,
+    stages,
+    tune,
+)
+from benchmarks.cases import make_case
+from benchmarks.shapes import TRAFFIC_SHAPES, Shape, Workload, find_workloads
+
+
+@pytest.fixture
+def traffic():
+    """Imported late: the module chooses Triton's interpreter, which tests on a GPU must not."""
+    from benchmarks import traffic
+
+    return traffic
+
+
+# Tuning
+
+
+def test_neighbours_change_one_value_within_its_range():
+    from segmoe_kernels._triton.tiles import TileConfig
+
+    tile = TileConfig(16, 64, 128, 4, 1)
+    found = list(tune.neighbours(tile, ("block_m", "block_f", "num_warps", "num_stages")))
+    assert all(sum(a != b for a, b in zip(tile, other, strict=True)) == 1 for other in found)
+    assert {other.block_m for other in found} == {16, 32}
+    assert {other.block_k for other in found} == {128}
+    assert {other.block_k for other in tune.neighbours(tile, ("block_k",))} == {64}
+    assert {other.num_stages for other in found} == {1, 2}
+
+
+@pytest.mark.interpreter
+def test_search_tries_tiles_and_puts_the_table_back(monkeypatch):
+    from segmoe_kernels._triton import tiles
+
+    monkeypatch.setenv("SEGMOE_PLAN", "grouped")
+    before = dict(vars(tiles))
+    kept = []
+    workload = Workload("least", Shape(1, 4, 16, 16, 2, 1, 2), "none")
+    layer_, inputs = make_case(
+        workload, part="routed", routing="uniform", dtype=torch.float32, device=CPU
+    )
+    layer_.backend = "triton"
+    rows = []
+    tune.search(
+        workload,
+        layer_,
+        inputs,
+        rows.append,
+        seconds_left=lambda: 1.0,
+        budget_s=0.0,
+        only="route_fwd",
+        most=1,
+        rounds=2,
+        keep=lambda *winner: kept.append(winner),
+    )
+    for questions, fields in kept:  # whatever won: times of the interpreter mean nothing
+        assert all(asked.startswith("route_fwd_tile(d_model=16, ") for asked in questions)
+        assert set(fields) == {"block_n", "num_warps", "num_stages"}
+    assert [row["shipped"] for row in rows] == [True, False]
+    assert rows[0]["function"] == rows[1]["function"] == "route_fwd_tile"
+    assert rows[0]["tile"] != rows[1]["tile"]
+    assert dict(vars(tiles)) == before
+
+
+# Traffic
+
+
+@pytest.mark.interpreter
+def test_scattermoes_bytes_are_known_for_every_shape(traffic):
+    assert set(traffic.SCATTERMOE_MB) == set(TRAFFIC_SHAPES)
+    assert len(set(TRAFFIC_SHAPES)) == len(TRAFFIC_SHAPES)
+    given = [(14.5, 32.1), (26.7, 62.4), (93.6, 214.3)]
+    for shape, (forward, backward) in zip(TRAFFIC_SHAPES, given, strict=False):
+        found = traffic.SCATTERMOE_MB[shape]
+        assert [round(mb, 1) for mb in found[:2]] == [forward, backward]
+    shape = TRAFFIC_SHAPES[0]
+    both = traffic.scattermoe_bytes(shape, backward=True, requested=True)
+    assert both == pytest.approx(1e6 * sum(traffic.SCATTERMOE_MB[shape][2:]))
+
+
+@needs_scattermoe
+@pytest.mark.interpreter
+def test_scattermoes_bytes_are_what_the_meter_counts(traffic):
+    shape = TRAFFIC_SHAPES[0]
+    total = traffic.measure_scattermoe(shape, backward=False).total()
+    distinct = traffic.scattermoe_bytes(shape, backward=False)
+    requested = traffic.scattermoe_bytes(shape, backward=False, requested=True)
+    assert total.distinct_bytes == pytest.approx(distinct, rel=1e-3)
+    assert total.requested_bytes == pytest.approx(requested, rel=1e-3)
+
+
+# Report
+
+
+def fake_results(folder):
+    """Rows as the measurements write them, with round numbers."""
+    environment = {"gpu": "A GPU", "torch": "2", "triton": "3"}
+
+    def write(name, rows):
+        content = {"environment": environment, "rows": rows}
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+    def row(name, provider, time_ms, mode, workload):
+        return {
+            "configuration": f"{name}/routed/uniform/bfloat16/plan-auto",
+            "workload": name,
+            "part": "routed",
+            "routing": "uniform",
+            "dtype": "bfloat16",
+            "plan": "auto",
+            "provider": provider,
+            "pass": "forward",
+            "mode": mode,
+            "code": "abc",
+            "steps": workload.shape.steps,
+            **dataclasses.asdict(workload.shape),
+            "time_median_ms": time_ms,
+            "time_q1_ms": 0.9 * time_ms,
+            "time_q3_ms": 1.1 * time_ms,
+            "needed_gflop": 4.0,
+            "floor_mb": 8.0,
+            "needed_tflop_per_s": 4.0 / time_ms,
+        }
+
+    layers = [
+        row(workload.name, provider, time_ms * scale, mode, workload)
+        for scale, workload in enumerate(find_workloads("d64-e4-k1-p5-10k,d64-e4-k1-p5-100k"), 1)
+        for provider, time_ms in (("segmoe", 2.0), ("grouped_mm", 5.0), ("scattermoe", 7.0))
+        for mode in ("eager", "graph")
+    ]
+    absent = {**layers[0], "provider": "liger", "skipped": "SwiGLU experts only"}
+    del absent["time_median_ms"]
+    write("layer", [*layers, absent])
+    write("stages", layers)
+    write("memory", [{**r, "saved_mib": 3.0, "saved_bytes_per_step": 9.0} for r in layers[::2]])
+    write(
+        "ceilings",
+        [
+            {"configuration": "copy", "rate_gb_per_s": 4000.0},
+            {"configuration": "gemm-bfloat16", "rate_gb_per_s": 1.0, "rate_tflop_per_s": 800.0},
+        ],
+    )
+
+
+def test_report_makes_tables_and_plots_from_the_files(tmp_path):
+    fake_results(tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nafter\n")
+    assert report.main(["--results", str(tmp_path), "--readme", str(readme)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "2.50 (grouped_mm)" in text
+    assert "2 (1.8 to 2.2)" in text
+    # 4 GFLOP at 800 TFLOP/s take 5 us, 8 MB at 4,000 GB/s 2 us; 2 ms were taken.
+    assert report.Results(tmp_path).bound_ms(report.Results(tmp_path).rows["layer"][0]) == 0.005
+    assert "liger skipped (eager): SwiGLU experts only" in text
+    for name in ("time-against-rows", "speed-up", "roofline", "memory"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000
+    block = readme.read_text()
+    assert block.startswith("before\n<!-- benchmarks -->\nA GPU")
+    assert block.endswith("<!-- /benchmarks -->\nafter\n")
+    assert "| d64-e4-k1-p5-10k (routed, forward) | 10240 | 2 | 2.50 | grouped_mm |" in block
+    assert "old" not in block
+
+
+def test_report_refuses_what_it_can_not_do(tmp_path, capsys):
+    assert report.main(["--results", str(tmp_path)]) == 1
+    assert "no result files" in capsys.readouterr().out
+    plain = tmp_path / "plain.md"
+    plain.write_text("no marks")
+    with pytest.raises(ValueError, match="must hold the lines"):
+        report.update_readme(plain, "block")
+
+
+def test_report_lives_without_ceilings(tmp_path):
+    fake_results(tmp_path)
+    (tmp_path / "ceilings.json").unlink()
+    written = {path.name for path in report.write_report(tmp_path)}
+    assert "roofline.png" not in written
+    assert "speed-up.png" in written
+
+
+# The steps for a GPU
+
+
+def test_gpu_steps_go_on_where_they_were(tmp_path, capsys, monkeypatch):
+    def measure(words, *_, **__):
+        return [sys.executable, "-c", f"print({words!r})"]
+
+    monkeypatch.setattr(gpu, "_command", measure)
+    arguments = ["--device", "cpu", "--out", str(tmp_path), "--step", "ceilings,layer"]
+    assert gpu.main(arguments) == 0
+    state = json.loads((tmp_path / "gpu.json").read_text())["steps"]
+    assert {name: step["status"] for name, step in state.items()} == {
+        "ceilings": "done",
+        "layer": "done",
+    }
+    assert "already done" not in capsys.readouterr().out
+    gpu.main(arguments)
+    assert capsys.readouterr().out.count("already done") == 2
+
+
+def test_gpu_step_is_ended_at_its_deadline(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE_SECONDS", 0.2)
+    slow = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(gpu, "_command", lambda *_, **__: slow)
+    arguments = ["--device", "cpu", "--out", str(tmp_path), "--step", "ceilings"]
+    assert gpu.main([*arguments, "--step-deadline", "0.5"]) == 0
+    step = json.loads((tmp_path / "gpu.json").read_text())["steps"]["ceilings"]
+    assert step["status"] == "stopped"
+    monkeypatch.setattr(gpu, "_command", lambda *_, **__: [sys.executable, "-c", "exit(3)"])
+    assert gpu.main(arguments) == 1
+
+
+def test_gpu_commands_are_known_to_their_modules(tmp_path, capsys):
+    """Every command of a step that lists configurations parses."""
+    for step in gpu.STEPS:
+        for words in step.commands:
+            command = gpu._command(words, 100.0, tmp_path, quick=False)
+            if "pytest" in command or "--counters" in command:
+                continue
+            module = {"layer": layer, "stages": stages, "memory": memory, "profiles": profiles}
+            name = command[2].removeprefix("benchmarks.")
+            if name in module:
+                assert module[name].main([*command[3:], "--list"]) == 0
+    assert "d64-e4-k1-p5-1m/routed/uniform" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what to do without a GPU")
+def test_gpu_needs_a_gpu(capsys):
+    assert gpu.main([]) == 1
+    assert "--device cpu --quick" in capsys.readouterr().out
+    assert gpu.main(["--list"]) == 0
+
+
+def test_ceilings_are_rates(tmp_path):
+    arguments = ["--device", "cpu", "--out", str(tmp_path), "--size", "16", "--copy-mib", "1"]
+    assert ceilings.main([*arguments, "--budget", "0"]) == 0
+    rows = {row["configuration"]: row for row in rows_of(tmp_path, "ceilings")}
+    copy = rows["copy"]
+    expected = 2 * 2**20 / 1e9 / (copy["time_median_ms"] / 1e3)
+    assert copy["rate_gb_per_s"] == pytest.approx(expected)
+    assert rows["gemm-float32"]["rate_tflop_per_s"] > 0
+
+
+def test_outcomes_are_kept_and_passed_tests_left_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = tmp_path / "tests.json"
+    log = outcome_log._Log(path)
+    for name, outcome in (("a", "passed"), ("b", "failed")):
+        log.pytest_runtest_logreport(
+            types.SimpleNamespace(
+                when="call",
+                outcome=outcome,
+                failed=outcome == "failed",
+                duration=0.5,
+                nodeid=name,
+                longreprtext="why",
+            )
+        )
+    log.pytest_sessionfinish()
+    assert json.loads(path.read_text())["counts"] == {"passed": 1, "failed": 1}
+
+    def item(name, marker=None):
+        return types.SimpleNamespace(
+            nodeid=name, get_closest_marker=lambda asked: marker if asked == "gpu" else None
+        )
+
+    gone = []
+    hook = types.SimpleNamespace(pytest_deselected=lambda *, items: gone.extend(items))
+    items = [item("a"), item("b"), item("c", marker="gpu")]
+    later = outcome_log._Log(path)
+    later.pytest_collection_modifyitems(types.SimpleNamespace(hook=hook), items)
+    assert [i.nodeid for i in items] == ["c", "b"]
+    assert [i.nodeid for i in gone] == ["a"]
