@@ -8,8 +8,8 @@ so what is checked is what a GPU would be given. Exit status 1 if a kernel spill
 more shared memory than the architecture has.
 
 A row: ``kernel, case, arch, dtype, tile, registers, spill_bytes, shared_bytes, wgmma, mma,
-uses_dot, instructions, float_atomics``; sizes in bytes; spills and instructions are counted in the
-machine code (SASS or GCN) that Triton made.
+uses_dot, instructions, tma, float_atomics``; sizes in bytes; spills and instructions are counted in
+the machine code (SASS or GCN) that Triton made, ``tma`` copies of descriptors in its PTX.
 """
 
 import argparse
@@ -33,6 +33,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from segmoe_kernels import FFNWeights, SegMoE, functional, stages
 
@@ -72,6 +73,7 @@ class Row:
     mma: int
     uses_dot: bool
     instructions: int
+    tma: int = 0
     num_warps: int = 4
     float_atomics: int = 0
 
@@ -112,15 +114,16 @@ class Launch:
 
 def _describe(value: Any, *, constexpr: bool) -> tuple[str, bool]:
     """Return the compiler's name of an argument's type, and whether 16 divides it."""
-    if constexpr or value is None:
+    if constexpr or value is None or (type(value) is int and value == 1):
         return "constexpr", False
     if isinstance(value, torch.Tensor):
         return POINTER_NAMES[value.dtype], True
+    if isinstance(value, TensorDescriptor):
+        element = POINTER_NAMES[value.base.dtype].removeprefix("*")
+        return f"tensordesc<{element}{list(value.block_shape)}>", False
     if isinstance(value, bool):
         return "i1", False
     if isinstance(value, int):
-        if value == 1:
-            return "constexpr", False
         return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
     return "fp32", False
 
@@ -205,6 +208,7 @@ def _read_nvidia(row: Row, ptx: str, cubin: bytes) -> None:
     )
     row.instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE))
     row.wgmma = len(re.findall(r"wgmma\.mma_async", ptx))
+    row.tma = len(re.findall(r"cp\.async\.bulk\.tensor", ptx))
     row.mma = len(re.findall(r"\bmma\.sync", ptx)) + len(re.findall(r"tcgen05\.mma", ptx))
     row.float_atomics = len(re.findall(r"\b(?:red|atom)\.\S*\.(?:b?f16|f32|f64)", ptx))
 
@@ -231,15 +235,20 @@ def _layer_case(dtype: torch.dtype, **options: Any) -> Callable[[], None]:
 
     Args:
         dtype: of the layer.
-        options: of the layer, and ``masked``: with a padding mask, ``plan``: SEGMOE_PLAN, and
-            ``segments``: their number in each of two sequences.
+        options: of the layer, and ``masked``: with a padding mask, ``plan``: SEGMOE_PLAN,
+            ``descriptors``: SEGMOE_DESCRIPTORS, and ``segments``: their number in each of two
+            sequences.
     """
 
     def run() -> None:
         settings = {"d_model": 64, "num_experts": 4, "segment_size": 5, **options}
         settings.setdefault("d_ff", 2 * settings["d_model"])
         masked, segments = settings.pop("masked", False), settings.pop("segments", 3)
-        with mock.patch.dict(os.environ, SEGMOE_PLAN=settings.pop("plan", "auto")):
+        variables = {
+            "SEGMOE_PLAN": settings.pop("plan", "auto"),
+            "SEGMOE_DESCRIPTORS": settings.pop("descriptors", "off"),
+        }
+        with mock.patch.dict(os.environ, variables):
             layer = SegMoE(**settings, backend="triton", dtype=dtype)
             x = torch.zeros(2, segments * layer.segment_size - 1, layer.d_model, dtype=dtype)
             mask = torch.ones(x.shape[:2], dtype=torch.bool) if masked else None
@@ -317,7 +326,7 @@ def brief_cases() -> list[str]:
     for d_model in (64, 128, 256):
         names.append(f"bfloat16 D={d_model} plain S={many}")
         names.append(f"bfloat16 D={d_model} gated top_k=2 S={many}")
-    return [*names, "bfloat16 shared D=64 P=3"]
+    return [*names, "bfloat16 D=512 gated descriptors", "bfloat16 shared D=64 P=3"]
 
 
 def cases() -> dict[str, Callable[[], None]]:
@@ -365,6 +374,16 @@ def cases() -> dict[str, Callable[[], None]]:
     found["bfloat16 E=512"] = _layer_case(bf16, num_experts=512, top_k=2)
     found["bfloat16 D=2048"] = _layer_case(bf16, d_model=2048, segment_size=1, num_experts=8)
     found["bfloat16 gated D=512"] = _layer_case(bf16, d_model=512, gated=True, activation="silu")
+    # Rows too wide for the fused kernels; so many an expert that each height of tile is taken.
+    for variant, options in VARIANTS.items():
+        wide = {"d_model": 512, "shared_expert": None, **options}
+        for segments in (10, 20, 40):
+            for dtype in (bf16, torch.float32):
+                name = f"{str(dtype).removeprefix('torch.')} D=512 {variant} S={segments}"
+                found[name] = _layer_case(dtype, **wide, segments=segments)
+        found[f"bfloat16 D=512 {variant} descriptors"] = _layer_case(
+            bf16, **wide, segments=40, descriptors="on"
+        )
     found["float16 D=128"] = _layer_case(torch.float16, d_model=128)
     found["float64 D=64"] = _layer_case(torch.float64)
     found["bfloat16 grouped_gemm"] = _gemm_case(bf16, 256, 128)
@@ -429,7 +448,8 @@ def main() -> int:
             print(
                 f"{row.kernel:<28} {row.case:<38} {row.dtype:<5} {row.tile:<62} "
                 f"regs {row.registers:>3} spill {row.spill_bytes:>5} smem {row.shared_bytes:>6} "
-                f"wgmma {row.wgmma:>3} mma {row.mma:>3} instr {row.instructions:>6}"
+                f"wgmma {row.wgmma:>3} mma {row.mma:>3} tma {row.tma:>2} "
+                f"instr {row.instructions:>6}"
                 f"{'  FAULT: ' + row.fault() if row.fault() else ''}",
                 flush=True,
             )

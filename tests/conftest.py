@@ -18,8 +18,8 @@ if INTERPRETER:
 else:
     # cuBLAS is deterministic only with a workspace of fixed size; read at its first use.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-os.environ.pop("SEGMOE_BACKEND", None)
-os.environ.pop("SEGMOE_SHARED", None)
+for _name in [name for name in os.environ if name.startswith("SEGMOE_")]:
+    del os.environ[_name]
 # The tensors are tiny: handing them to a second thread costs more than the work.
 torch.set_num_threads(1)
 

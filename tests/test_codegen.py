@@ -11,7 +11,8 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).parent.parent
 # Kernels whose products are large wherever a program works on 64 rows or more.
-LARGE = ("block_fwd", "block_dx", "expert_ffn", "shared_up", "shared_steps", "shared_dhidden")
+LARGE = ("block_fwd", "block_dx", "expert_ffn", "grouped_gemm", "shared_up", "shared_steps")
+LARGE += ("shared_dhidden",)
 
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90"])
@@ -46,6 +47,16 @@ def test_large_products_use_tensor_cores(rows):
             checked.add(row["kernel"])
             assert row["wgmma" if row["arch"] == "sm_90" else "mma"] > 0, row
     assert {"block_fwd_kernel", "expert_ffn_dw_kernel"} <= checked
+
+
+def test_descriptors_are_copied_by_hardware_where_there_is_any(rows):
+    """One case asks for descriptors; its weights alone are read through them."""
+    found = [row for row in rows if row["case"].endswith("descriptors")]
+    copies = {row["kernel"]: row["tma"] for row in found if "grouped_gemm" in row["kernel"]}
+    assert copies.pop("grouped_gemm_dw_kernel") == 0
+    assert copies.keys() == {"grouped_gemm_kernel", "grouped_gemm_dhidden_kernel"}
+    assert all((count > 0) == (found[0]["arch"] == "sm_90") for count in copies.values())
+    assert not any(row["tma"] for row in rows if row not in found)
 
 
 def test_every_width_and_plan_is_compiled(rows):

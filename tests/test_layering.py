@@ -67,6 +67,7 @@ ARROWS = {
     "stages.shared_vendor": {"stages.combine", "stages.shared_call", "stages.shared_passes"},
     "_triton": set(),
     "_triton.activations": set(),
+    "_triton.descriptors": {"validation"},
     "_triton.ffn": set(),
     "_triton.launch": set(),
     "_triton.partials": set(),

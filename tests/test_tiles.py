@@ -113,8 +113,8 @@ def test_gemm_tiles_are_the_same_within_a_bucket_of_rows(dtype, arch):  # noqa: 
     for n, k in itertools.product((16, 48, 96, 640, 4096), repeat=2):
         for least, most in buckets:
             rows = (least, (least + most) // 2, most)
-            for gated, activated in itertools.product((False, True), repeat=2):
-                options = {"gated": gated, "activated": activated}
+            for choices in itertools.product((False, True), repeat=3):
+                options = dict(zip(("gated", "activated", "dropout"), choices, strict=True))
                 answers = {tiles.grouped_gemm_tile(n, k, r, dtype, **options) for r in rows}
                 assert len(answers) == 1
                 assert_sound(next(iter(answers)))

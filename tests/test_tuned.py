@@ -68,7 +68,7 @@ def test_the_number_of_rows_is_in_no_question_but_by_its_bucket():
     )
     assert few == more != many
     assert "num_segments" not in few
-    wide = {"gated": False, "activated": True}
+    wide = {"gated": False, "activated": True, "dropout": False}
     buckets = [
         asked(tiles.grouped_gemm_tile, 64, 64, rows, torch.float16, **wide)
         for rows in (1, 16, 17, 100, 10**6)

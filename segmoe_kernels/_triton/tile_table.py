@@ -244,13 +244,13 @@ GEMM_TILES: dict[tuple[str, str, str], dict[int, TileConfig]] = {
     ("product", "16-bit", "sm_90"): {
         128: TileConfig(128, 256, 64, 8, 3),
         64: TileConfig(64, 128, 64, 4, 3),
-        32: TileConfig(32, 128, 64, 4, 3),
+        32: TileConfig(32, 128, 64, 4, 3, 168),
         16: TileConfig(16, 128, 64, 4, 3, 128),
     },
     ("activated", "16-bit", "sm_90"): {
         128: TileConfig(128, 128, 64, 8, 3),
         64: TileConfig(64, 128, 64, 4, 3),
-        32: TileConfig(32, 128, 64, 4, 3),
+        32: TileConfig(32, 128, 64, 4, 3, 255),
         16: TileConfig(16, 128, 64, 4, 3, 128),
     },
     ("gated", "16-bit", "sm_90"): {
@@ -262,7 +262,7 @@ GEMM_TILES: dict[tuple[str, str, str], dict[int, TileConfig]] = {
     ("dhidden", "16-bit", "sm_90"): {
         128: TileConfig(128, 64, 64, 8, 3),
         64: TileConfig(64, 64, 64, 4, 3),
-        32: TileConfig(32, 64, 64, 4, 3),
+        32: TileConfig(32, 64, 64, 4, 3, 168),
         16: TileConfig(16, 64, 64, 4, 3),
     },
     ("dhidden with extras", "16-bit", "sm_90"): {
@@ -277,6 +277,12 @@ GEMM_TILES: dict[tuple[str, str, str], dict[int, TileConfig]] = {
         32: TileConfig(32, 64, 32, 4, 3),
         16: TileConfig(16, 64, 32, 4, 3),
     },
+    ("activated with dropout", "16-bit", "any"): {
+        128: TileConfig(128, 64, 32, 8, 3),
+        64: TileConfig(64, 64, 32, 8, 3),
+        32: TileConfig(32, 64, 32, 4, 3, 128),
+        16: TileConfig(16, 64, 32, 4, 3),
+    },
     ("gated", "16-bit", "any"): {
         128: TileConfig(128, 64, 32, 8, 3),
         64: TileConfig(64, 64, 32, 4, 3),
@@ -284,19 +290,15 @@ GEMM_TILES: dict[tuple[str, str, str], dict[int, TileConfig]] = {
         16: TileConfig(16, 64, 32, 4, 3),
     },
     ("dhidden", "16-bit", "any"): {
-        128: TileConfig(64, 64, 32, 8, 3),
-        64: TileConfig(64, 64, 32, 8, 3),
+        128: TileConfig(64, 64, 32, 8, 3, 168),
+        64: TileConfig(64, 64, 32, 8, 3, 168),
         32: TileConfig(32, 64, 32, 4, 3),
         16: TileConfig(16, 64, 32, 4, 3),
     },
-    ("product", "fp32", "any"): {
-        128: TileConfig(64, 64, 32, 8, 2),
-        64: TileConfig(64, 64, 32, 8, 2),
-        32: TileConfig(32, 64, 32, 8, 2),
-        16: TileConfig(32, 64, 32, 8, 2),
-    },
+    # Taller ones spill, whatever their depth and registers.
+    ("product", "fp32", "any"): dict.fromkeys((128, 64, 32, 16), TileConfig(32, 64, 32, 8, 2, 128)),
     ("product", "fp64", "any"): dict.fromkeys((128, 64, 32, 16), TileConfig(16, 16, 16, 4, 1)),
 }
 # What an operation without tiles of its own takes.
 GEMM_LIKE = {"activated": "product", "gated": "product", "dhidden": "product"}
-GEMM_LIKE["dhidden with extras"] = "dhidden"
+GEMM_LIKE |= {"dhidden with extras": "dhidden", "activated with dropout": "activated"}

@@ -255,7 +255,14 @@ def _gemm_tile(
 
 @replaceable(*PRODUCT)
 def grouped_gemm_tile(
-    n: int, k: int, rows_per_expert: int, dtype: torch.dtype, *, gated: bool, activated: bool
+    n: int,
+    k: int,
+    rows_per_expert: int,
+    dtype: torch.dtype,
+    *,
+    gated: bool,
+    activated: bool,
+    dropout: bool,
 ) -> TileConfig:
     """block_m follows the rows that an expert can expect, bucketed to four sizes.
 
@@ -266,11 +273,14 @@ def grouped_gemm_tile(
         dtype: of the operands.
         gated: two products side by side.
         activated: an activation, or a second product into the same sum.
+        dropout: behind the activation.
 
     Returns:
         TileConfig.
     """
-    operation = "gated" if gated else "activated" if activated else "product"
+    operation = "activated with dropout" if dropout else "activated" if activated else "product"
+    if gated:
+        operation = "gated"
     return _gemm_tile(operation, n, k, rows_per_expert, dtype)
 
 
@@ -294,8 +304,8 @@ def grouped_gemm_dw_tile(n: int, k: int, dtype: torch.dtype, *, bias: bool) -> T
     if dtype == torch.float64:
         return TileConfig(16, 16, 16, 4, 1)
     if dtype == torch.float32:
-        return TileConfig(16 if bias else 32, power(n, 16, 64), power(k, 16, 64), 8, 2)
-    wide = TILES_OF[architecture()] == "sm_90" and triton.cdiv(k, 256) * 256 <= 1.1 * k
+        return TileConfig(16 if bias else 32, power(n, 16, 64), power(k, 16, 64), 8, 2, 128)
+    wide = architecture() == "sm_90" and triton.cdiv(k, 256) * 256 <= 1.1 * k
     return TileConfig(64, power(n, 16, 128), power(k, 16, 256 if wide else 128), 8, 3)
 
 

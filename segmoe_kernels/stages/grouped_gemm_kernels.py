@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from segmoe_kernels._triton.activations import activate, activate_with_grad, dropout_scale
+from segmoe_kernels._triton.descriptors import load_weight
 from segmoe_kernels._triton.partials import store_sum
 from segmoe_kernels._triton.sequences import (
     find_group,
@@ -71,8 +72,8 @@ def _swizzled_tile(COLUMN_TILES: tl.constexpr, GROUP_M: tl.constexpr):
 def grouped_gemm_kernel(
     a_ptr,  # (M, K) sorted, or (top_k, B, T, D) gathered
     a2_ptr,  # shape of a, or None: a second product is added, a2 @ b2
-    b_ptr,  # (E, N, K) by strides
-    b2_ptr,  # (E, N, K) by strides, or None; without a2 it is the gate's weight
+    b_ptr,  # (E, N, K) by strides, or a descriptor of it
+    b2_ptr,  # the same, or None; without a2 it is the gate's weight
     bias_ptr,  # (E, N) or None
     bias2_ptr,  # (E, N) or None
     row_weights_ptr,  # (R,) by slot, or None
@@ -110,6 +111,8 @@ def grouped_gemm_kernel(
     ACTIVATION: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    LAYOUT_B: tl.constexpr,  # as `load_weight` takes it
+    LAYOUT_B2: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -148,29 +151,33 @@ def grouped_gemm_kernel(
     k_end = tl.where(expert < num_experts, K, 0)
     for k0 in range(0, k_end, BLOCK_K):
         offs_k = k0 + tl.arange(0, BLOCK_K)
-        mask_kn = (offs_k < K)[:, None] & mask_n[None, :]
         a = _load_operand(
             a_ptr, padding_mask_ptr, rows, choice, sequence, step, routed, offs_k, K, length,
             stride_a_k, stride_a_b, stride_a_t, D, CONCAT, GATHER,
         )  # fmt: skip
-        b_offs = e * stride_b_e + offs_k[:, None] * stride_b_k + offs_n[None, :] * stride_b_n
-        b = tl.load(b_ptr + b_offs, mask=mask_kn, other=0.0)
+        b = load_weight(
+            b_ptr, expert, first_n, k0, N, K, stride_b_e, stride_b_n, stride_b_k, LAYOUT_B,
+            BLOCK_N, BLOCK_K,
+        )  # fmt: skip
         acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
         if b2_ptr is not None and a2_ptr is None:
-            b_offs = e * stride_b2_e + offs_k[:, None] * stride_b2_k + offs_n[None, :] * stride_b2_n
-            b = tl.load(b2_ptr + b_offs, mask=mask_kn, other=0.0)
+            b = load_weight(
+                b2_ptr, expert, first_n, k0, N, K, stride_b2_e, stride_b2_n, stride_b2_k,
+                LAYOUT_B2, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
             acc2 = tl.dot(a, b, acc2, input_precision=PRECISION, out_dtype=ACC)
     if a2_ptr is not None:
         # A loop of its own: two products into one accumulator in one loop miscompile on sm_10x.
         for k0 in range(0, k_end, BLOCK_K):
             offs_k = k0 + tl.arange(0, BLOCK_K)
-            mask_kn = (offs_k < K)[:, None] & mask_n[None, :]
             a = _load_operand(
                 a2_ptr, padding_mask_ptr, rows, choice, sequence, step, routed, offs_k, K, length,
                 stride_a_k, stride_a_b, stride_a_t, D, CONCAT, GATHER,
             )  # fmt: skip
-            b_offs = e * stride_b2_e + offs_k[:, None] * stride_b2_k + offs_n[None, :] * stride_b2_n
-            b = tl.load(b2_ptr + b_offs, mask=mask_kn, other=0.0)
+            b = load_weight(
+                b2_ptr, expert, first_n, k0, N, K, stride_b2_e, stride_b2_n, stride_b2_k,
+                LAYOUT_B2, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
             acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
 
     mask_b = mask_n & (k_end > 0)
@@ -213,7 +220,7 @@ def grouped_gemm_kernel(
 @triton.jit
 def grouped_gemm_dhidden_kernel(
     dy_ptr,  # (top_k, B, T, D)
-    down_ptr,  # (E, K, N): K the row's width, N = F
+    down_ptr,  # (E, K, N) or a descriptor of it: K the row's width, N = F
     pre_ptr,  # (M, N)
     gate_pre_ptr,  # (M, N) or None
     topk_weights_ptr,  # (S, top_k)
@@ -246,6 +253,7 @@ def grouped_gemm_dhidden_kernel(
     ACTIVATION: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    LAYOUT_DOWN: tl.constexpr,  # as `load_weight` takes it
     GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -284,9 +292,9 @@ def grouped_gemm_dhidden_kernel(
             dy_ptr, padding_mask_ptr, choice, sequence, step, routed, offs_k, K, length,
             stride_dy_k, stride_dy_b, stride_dy_t, D, CONCAT,
         )  # fmt: skip
-        w = tl.load(
-            down_ptr + e * stride_down_e + offs_k[:, None] * stride_down_k + offs_n[None, :],
-            mask=mask_k[:, None] & mask_n[None, :], other=0.0,
+        w = load_weight(
+            down_ptr, expert, first_n, k0, N, K, stride_down_e, 1, stride_down_k, LAYOUT_DOWN,
+            BLOCK_N, BLOCK_K,
         )  # fmt: skip
         dhidden = tl.dot(dy, w, dhidden, input_precision=PRECISION, out_dtype=ACC)
         if down_bias_ptr is not None:
