@@ -230,32 +230,30 @@ def _run(*command: Any) -> str:
     return result.stdout + result.stderr
 
 
-def _layer_case(dtype: torch.dtype, **options: Any) -> Callable[[], None]:
+def run_layer(dtype: torch.dtype, options: dict[str, Any]) -> None:
     """Forward and backward of a layer on the Triton backend.
 
     Args:
         dtype: of the layer.
-        options: of the layer, and ``masked``: with a padding mask, ``plan``: SEGMOE_PLAN,
-            ``descriptors``: SEGMOE_DESCRIPTORS, and ``segments``: their number in each of two
-            sequences.
+        options: of the layer, and ``masked``: with a padding mask, ``segments``: their number in
+            each of two sequences, and values of environment variables: ``plan``, ``backward``,
+            ``shared``, ``descriptors`` for SEGMOE_PLAN and so on.
     """
+    settings = {"d_model": 64, "num_experts": 4, "segment_size": 5, **options}
+    settings.setdefault("d_ff", 2 * settings["d_model"])
+    masked, segments = settings.pop("masked", False), settings.pop("segments", 3)
+    names = ("plan", "backward", "shared", "descriptors")
+    variables = {f"SEGMOE_{n.upper()}": settings.pop(n) for n in names if n in settings}
+    with mock.patch.dict(os.environ, variables):
+        layer = SegMoE(**settings, backend="triton", dtype=dtype)
+        x = torch.zeros(2, segments * layer.segment_size - 1, layer.d_model, dtype=dtype)
+        mask = torch.ones(x.shape[:2], dtype=torch.bool) if masked else None
+        y = layer(x.requires_grad_(), mask)
+        y.backward(torch.zeros_like(y))
 
-    def run() -> None:
-        settings = {"d_model": 64, "num_experts": 4, "segment_size": 5, **options}
-        settings.setdefault("d_ff", 2 * settings["d_model"])
-        masked, segments = settings.pop("masked", False), settings.pop("segments", 3)
-        variables = {
-            "SEGMOE_PLAN": settings.pop("plan", "auto"),
-            "SEGMOE_DESCRIPTORS": settings.pop("descriptors", "off"),
-        }
-        with mock.patch.dict(os.environ, variables):
-            layer = SegMoE(**settings, backend="triton", dtype=dtype)
-            x = torch.zeros(2, segments * layer.segment_size - 1, layer.d_model, dtype=dtype)
-            mask = torch.ones(x.shape[:2], dtype=torch.bool) if masked else None
-            y = layer(x.requires_grad_(), mask)
-            y.backward(torch.zeros_like(y))
 
-    return run
+def _layer_case(dtype: torch.dtype, **options: Any) -> Callable[[], None]:
+    return lambda: run_layer(dtype, options)
 
 
 def _gemm_case(dtype: torch.dtype, n: int, k: int) -> Callable[[], None]:
@@ -392,7 +390,7 @@ def cases() -> dict[str, Callable[[], None]]:
 
 
 @contextmanager
-def _pretend_triton_runs(arch: str) -> Iterator[None]:
+def pretend_triton_runs(arch: str) -> Iterator[None]:
     """Let ``backend="triton"`` take CPU tensors as if on a GPU of ``arch``: nothing is launched."""
     hip = "0" if arch.startswith("gfx") else None
     with (
@@ -417,7 +415,7 @@ def compile_all(arch: str, only: str = "", *, brief: bool = False) -> Iterator[R
         if only and not any(text in case for text in only.split(",")):
             continue
         launches: list[Launch] = []
-        with caught_launches(launches.append), _pretend_triton_runs(arch):
+        with caught_launches(launches.append), pretend_triton_runs(arch):
             run()
         for launch in launches:
             if launch.key() not in seen:

@@ -135,6 +135,7 @@ def route(
     if not torch.compiler.is_compiling():
         check.check_sequences("route", x, padding_mask)
         check.check_route("route", x, router_weight, segment_size, top_k, pooling, router_start)
+        check.check_steps("route", x, segment_size, top_k)
         check.check_positive("route", "router_temperature", router_temperature)
         check.check_probability("route", "router_dropout", router_dropout)
         check.check_flag("route", "renormalize", renormalize, optional=True)
@@ -285,6 +286,7 @@ def expert_ffn(
                 check.fail_value(name, f"permutation.{field}", rule, tuple(index.shape))
         width = x.shape[-1] * (segment_size if expert_scope == "segment" else 1)
         check.check_ffn(name, "experts", experts, x, width, num_experts)
+        check.check_steps(name, x, segment_size, topk_weights.shape[1])
     out: Tensor = _stages(backend, x).expert_ffn(
         x,
         topk_weights,
@@ -429,6 +431,7 @@ def seg_moe(
         empty = x.new_empty(0, 0, x.shape[-1])
         rows = empty.to(compute_dtype)
         check.check_route("seg_moe", empty, router_weight, steps, top_k, pooling, router_start)
+        check.check_steps("seg_moe", x, segment_size, top_k)
         check.check_positive("seg_moe", "router_temperature", router_temperature)
         check.check_probability("seg_moe", "router_dropout", router_dropout)
         check.check_probability("seg_moe", "dropout", dropout)

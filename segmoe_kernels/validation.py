@@ -171,6 +171,18 @@ def check_programs(function: str, programs: int) -> None:
         )
 
 
+def check_steps(function: str, x: Tensor, segment_size: int, top_k: int) -> None:
+    """Refuse more steps, counted for each choice, than 32-bit indices can."""
+    length = x.shape[-2]
+    steps = top_k * -(-length // segment_size) * segment_size * math.prod(x.shape[:-2])
+    if steps > MAX_PROGRAMS:
+        rule = (
+            f"have at most {MAX_PROGRAMS} steps, each counted top_k={top_k} times and the last "
+            "segment as full (split the batch)"
+        )
+        fail_value(function, "x", rule, f"{steps} with shape {tuple(x.shape)}")
+
+
 def check_sequences(function: str, x: Tensor, padding_mask: Tensor | None) -> None:
     """Refuse what is not (B, T, D), or a mask that does not fit it."""
     check_x(function, x)

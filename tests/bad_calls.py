@@ -118,6 +118,18 @@ ROWS = [
     ("route_start", route(router_start=draw(4)), ValueError, ["router_start", "(12,)", "(4,)"]),
     ("route_temperature", route(router_temperature=0), ValueError, ["router_temperature"]),
     ("route_dropout", route(router_dropout=1), ValueError, ["router_dropout", "[0, 1)"]),
+    (
+        "route_steps",
+        route(x=draw(1, 1, 1).expand(2**24, 130, 4)),
+        ValueError,
+        ["at most 2147483647 steps", "top_k=1", "split the batch", "2214592512", "16777216, 130"],
+    ),
+    (
+        "seg_moe_steps",
+        seg_moe(x=draw(1, 1, 1).expand(2**29, 5, 4)),
+        ValueError,
+        ["seg_moe", "at most 2147483647 steps", str(2**29 * 6)],
+    ),
     ("route_renormalize", route(renormalize="yes"), TypeError, ["renormalize", "'yes'"]),
     ("route_backend", route(backend="cudnn"), ValueError, ["backend", "'cudnn'"]),
     ("permute_type", permute(topk_ids=[[0]]), TypeError, ["topk_ids", "torch.Tensor", "list"]),
@@ -165,6 +177,18 @@ ROWS = [
         ffn(experts=EXPERTS._replace(up_proj=draw(3, 6, 4).half())),
         TypeError,
         ["experts.up_proj", "torch.float32 as x", "torch.autocast", "torch.float16"],
+    ),
+    (
+        "ffn_steps",
+        ffn(
+            x=draw(1, 1, 1).expand(2**30, 3, 4),
+            topk_weights=draw(1, 1).expand(2**30, 1),
+            permutation=permutation(
+                sorted_to_slot=IDS[0].expand(2**30), slot_to_sorted=IDS[0].expand(2**30)
+            ),
+        ),
+        ValueError,
+        ["expert_ffn", "at most 2147483647 steps", str(3 * 2**30)],
     ),
     ("ffn_dropout", ffn(dropout=1.5), ValueError, ["dropout", "[0, 1)"]),
     ("combine_rank", combine(expert_out=draw(2, 5, 4)), ValueError, ["(top_k, B, T, D)"]),

@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# What 32 bits hold.
+MAX_OFFSET = 2**31 - 1
+
 _LIBRARY = torch.library.Library("segmoe_kernels", "FRAGMENT")
 
 
@@ -46,6 +49,29 @@ def define_operator(
 def device_guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Make the GPU of x current: Triton launches on the current one."""
     return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
+
+
+def within_reach(weight: Tensor, *, rows: bool = True) -> Tensor:
+    """Return the weight, or a copy of one that kernels can't address.
+
+    They reach from the first element of a matrix to all others of it with 32 bits.
+
+    Args:
+        weight: (..., N, K).
+        rows: the columns of a row have to be contiguous.
+
+    Raises:
+        ValueError: if one matrix has 2**31 elements or more.
+    """
+    n, k = weight.shape[-2:]
+    if n * k > MAX_OFFSET:
+        raise ValueError(
+            f"segmoe_kernels: expected weights of at most {MAX_OFFSET} elements in one matrix, "
+            f"got {n} x {k}."
+        )
+    last = (n - 1) * weight.stride(-2) + (k - 1) * weight.stride(-1)
+    reached = last <= MAX_OFFSET and (weight.stride(-1) == 1 or not rows)
+    return weight if reached else weight.contiguous()
 
 
 def accumulator(dtype: torch.dtype) -> Any:

@@ -162,7 +162,7 @@ def load_rows(
         if padding_mask_ptr is not None:
             flags = (padding_mask_ptr + sequence.to(tl.int64) * length)[:, None] + steps
             real &= tl.load(flags, mask=real, other=0) != 0
-        offs = (cols // D) * stride_t + cols % D
+        offs = (cols // D).to(tl.int64) * stride_t + cols % D
     else:
         rows_real = real_steps(padding_mask_ptr, sequence, step, mask_m, length)
         real = rows_real[:, None] & (cols < width)[None, :]

@@ -7,7 +7,13 @@ import triton
 from torch import Tensor
 
 from segmoe_kernels._triton.descriptors import weight_operand
-from segmoe_kernels._triton.launch import accumulator, accumulator_dtype, input_precision, padded
+from segmoe_kernels._triton.launch import (
+    accumulator,
+    accumulator_dtype,
+    input_precision,
+    padded,
+    within_reach,
+)
 from segmoe_kernels._triton.partials import new_partials, reduce_partials
 from segmoe_kernels._triton.tiles import (
     GEMM_GROUP_M,
@@ -398,6 +404,6 @@ def column_tiles(call: Call) -> int:
 
 def rows_contiguous(weights: FFNWeights) -> FFNWeights:
     """Inner stride 1 for the matrices, biases contiguous; copies only what is not."""
-    matrices = [w if w is None or w.stride(-1) == 1 else w.contiguous() for w in weights[:3]]
+    matrices = [w if w is None else within_reach(w) for w in weights[:3]]
     biases = [None if w is None else w.contiguous() for w in weights[3:]]
     return FFNWeights(*matrices, *biases)  # type: ignore[arg-type]  # up and down are never None

@@ -20,6 +20,7 @@ from segmoe_kernels._triton.launch import (
     input_precision,
     padded,
     refuse_double_backward,
+    within_reach,
 )
 from segmoe_kernels._triton.partials import new_partials, reduce_partials
 from segmoe_kernels._triton.tile_table import TileConfig
@@ -377,6 +378,7 @@ def grouped_gemm(
     """Rows of expert e times its matrix; see `functional.grouped_gemm`."""
     if x.stride(-1) != 1:
         x = x.contiguous()
+    weight = within_reach(weight, rows=False)
     if bias is not None:
         bias = bias.contiguous()
     y: Tensor = _GroupedGemm.apply(x, weight, expert_offsets, bias, activation or "none")

@@ -19,6 +19,7 @@ from segmoe_kernels._triton.launch import (
     define_operator,
     padded,
     refuse_double_backward,
+    within_reach,
 )
 from segmoe_kernels._triton.tiles import route_fwd_tile
 from segmoe_kernels.routing import RouterOutput
@@ -60,7 +61,8 @@ def _route_fwd(
         return outputs
     tile = route_fwd_tile(x.shape[2], router_weight.shape[0], x.dtype)
     grid = (triton.cdiv(num_segments, SEGMENTS_PER_BLOCK),)
-    check.check_programs("route", grid[0])
+    # Kernels count steps in 32 bits, missing ones of the last segments included.
+    check.check_programs("route", grid[0] * SEGMENTS_PER_BLOCK * segment_size)
     route_fwd_kernel[grid](
         x,
         router_weight,
@@ -350,8 +352,7 @@ def route_and_pass(
     """
     if x.stride(-1) != 1:
         x = x.contiguous()
-    if router_weight.stride(-1) != 1:
-        router_weight = router_weight.contiguous()
+    router_weight = within_reach(router_weight)
     seed = None
     if router_dropout > 0:
         seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)

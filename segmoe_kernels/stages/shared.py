@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from segmoe_kernels import validation as check
-from segmoe_kernels._triton.launch import define_operator, refuse_double_backward
+from segmoe_kernels._triton.launch import define_operator, refuse_double_backward, within_reach
 from segmoe_kernels.routing import FFNWeights
 from segmoe_kernels.stages.shared_call import Gradients, SharedCall
 from segmoe_kernels.stages.shared_fused import fused_bwd, fused_fwd
@@ -240,7 +240,7 @@ def shared_combine(
         expert_out = expert_out.contiguous()
     if x.stride(-1) != 1:
         x = x.contiguous()
-    matrices = [w if w is None or w.stride(-1) == 1 else w.contiguous() for w in shared[:3]]
+    matrices = [w if w is None else within_reach(w) for w in shared[:3]]
     biases = [None if w is None else w.contiguous() for w in shared[3:]]
     seed = None
     if dropout > 0:
