@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Test processes: one for each core of a small machine.
 JOBS ?= 2
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test fuzz accuracy mutants matrix sanitize lint bench gpu clean
 
 $(READY): setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,18 @@ demo: $(READY)  ## dense, token-wise and segment-wise forecasters on one series
 
 test: $(READY)  ## every test that needs no GPU
 	$(RUN) -m pytest -q -m "not slow" -n $(JOBS) --dist worksteal
+
+fuzz: $(READY)  ## 5,000 random layers, both backends against float64; writes tests/reports/fuzz.md
+	$(RUN) tests/fuzz.py
+
+accuracy: $(READY)  ## errors of every output and gradient, many runs; writes tests/reports/accuracy.md
+	$(RUN) tests/accuracy.py
+
+mutants: $(READY)  ## faults planted in the kernels, which tests have to notice; tests/reports/mutation.md
+	$(RUN) tests/mutate.py --jobs $(JOBS)
+
+matrix: $(READY)  ## core tests with each release of torch and triton; writes tests/reports/versions.md
+	$(RUN) tests/matrix.py
 
 lint: $(READY)  ## style and types
 	$(RUN) -m ruff check .

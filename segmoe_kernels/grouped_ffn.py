@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from segmoe_kernels.composed_ffn import composed_ffn
 from segmoe_kernels.grouped_mm import register_operator
@@ -75,7 +76,9 @@ def grouped_ffn(
     # A compiler takes the operator: it would look into the function, which is no use to it. Without
     # gradients the function's way to the operator only costs time.
     function: Callable[..., tuple[Tensor, ...]] = torch.ops.segmoe_reference.grouped_ffn
-    if save and not torch.compiler.is_compiling():
+    # The function refuses forward-mode derivatives, which the operator would drop in silence.
+    tangents = forward_ad._current_level >= 0
+    if (save or tangents) and not torch.compiler.is_compiling():
         function = _GroupedFFN.apply
     return function(
         x,

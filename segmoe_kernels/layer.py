@@ -153,6 +153,20 @@ def _reset_linear(linear: nn.Linear) -> None:
         nn.init.zeros_(linear.bias)
 
 
+def _value_of(loss: Tensor) -> Tensor:
+    """The loss as a plain tensor, which outlives transforms of ``torch.func`` and inference mode.
+
+    A module that kept what they wrap could be neither copied nor saved, nor its buffer written.
+    """
+    value = loss.detach()
+    if not torch.compiler.is_compiling():
+        value = torch.func.debug_unwrap(value)
+        if value.is_inference():
+            with torch.inference_mode(False):
+                value = value.clone()
+    return value
+
+
 class SegMoE(nn.Module):
     """Mixture of experts that routes segments of contiguous time steps; replaces an FFN.
 
@@ -425,7 +439,7 @@ class SegMoE(nn.Module):
             loss = loss + self.aux_loss_weight * load_balancing_loss(routing)
         if self.z_loss_weight:
             loss = loss + self.z_loss_weight * router_z_loss(routing)
-        self._aux_loss = loss.detach()
+        self._aux_loss = _value_of(loss)
         return inject_loss(y, loss) if torch.is_grad_enabled() else y
 
     def extra_repr(self) -> str:

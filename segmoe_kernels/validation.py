@@ -80,8 +80,9 @@ def check_tensor(function: str, argument: str, value: Any) -> None:
     """Refuse what is not a dense tensor of a supported floating dtype."""
     if not isinstance(value, Tensor):
         fail_type(function, argument, "be a torch.Tensor", type(value).__name__)
-    if value.layout is not torch.strided:
-        fail_type(function, argument, "be a dense tensor", f"layout {value.layout}")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        fail_type(function, argument, "be a dense tensor", kind)
     if value.dtype not in FLOAT_DTYPES:
         names = "float32, float16, bfloat16 or float64"
         fail_type(function, argument, f"have dtype {names}", str(value.dtype))

@@ -27,7 +27,9 @@ import pytest  # noqa: E402  after the environment is set
 
 if INTERPRETER:
     import interp_bf16
+    import interp_releases
 
+    interp_releases.install()
     interp_bf16.install()
 
 

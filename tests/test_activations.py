@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -152,6 +153,14 @@ def test_activation_in_float64(activation, device):
         assert ((actual - wanted).abs() / x.abs().clamp_min(1)).max() <= 1e-14
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_relu_has_the_slope_of_pytorch_at_zero(fast, device):
+    x = torch.tensor([-1.0, -0.0, 0.0, 1.0], device=device, requires_grad=True)
+    (expected,) = torch.autograd.grad(torch.relu(x).sum(), x)
+    _, _, slope = run_activate(x.detach(), "relu", fast=fast)
+    assert torch.equal(slope, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", SMOOTH)
 def test_rounded_fast_activation_is_as_good_as_the_exact_one(activation, dtype, device):
@@ -183,6 +192,22 @@ def test_fast_activation_treats_nan_and_infinity_as_the_exact_one(activation, de
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7, equal_nan=True)
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_keeps_nan_where_a_maximum_drops_it(activation, fast, monkeypatch):
+    """As hardware does; the interpreter's own maximum and minimum keep a NaN."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    for name, function in (("create_maxnumf", np.fmax), ("create_minnumf", np.fmin)):
+        monkeypatch.setattr(
+            InterpreterBuilder, name, lambda self, a, b, f=function: self.binary_op(a, b, f)
+        )
+    results = run_activate(torch.full((4,), math.nan), activation, fast=fast)
+    # PyTorch gives relu a slope of 0 or NaN there, by version.
+    assert all(result.isnan().all() for result in results[: 2 if activation == "relu" else 3])
+
+
 @pytest.mark.parametrize("tile", [(16, 16), (64, 32), (32, 128)])
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("width", [128, 72])
@@ -210,6 +235,11 @@ def test_dropout_has_its_rate_and_scale(p, device):
 def test_dropout_rates_below_and_above_its_steps(device):
     assert (run_dropout(device, 2**-18) != 0).all()
     assert (run_dropout(device, 1 - 2**-18) == 0).float().mean() > 0.99
+
+
+def test_dropout_of_less_than_half_a_step_drops_nothing(device):
+    # One step, 2**-16, would drop 16 of these.
+    assert (run_dropout(device, 2**-18, rows=4096, width=256, tile=(2048, 256)) != 0).all()
 
 
 def test_dropout_elements_are_independent(device):

@@ -1,5 +1,8 @@
 """Plan "block": what it must do beyond giving the layer's results (test_triton_layer.py)."""
 
+import contextlib
+import importlib
+
 import pytest
 import torch
 
@@ -213,6 +216,47 @@ def test_block_does_not_depend_on_program_order(top_k, order, program_order):
         assert torch.equal(actual[name], value), name
 
 
+@contextlib.contextmanager
+def stores_seen_behind_barriers():
+    """Let a program read what it has stored only behind a barrier: other threads stored it."""
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+    store, waiting = InterpreterBuilder.create_masked_store, []
+
+    def flush(*_):
+        while waiting:
+            store(*waiting.pop(0))
+
+    def flushed(function):
+        def replacement(*args, **kwargs):
+            flush()
+            result = function(*args, **kwargs)
+            flush()
+            return result
+
+        return replacement
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_masked_store", lambda *args: waiting.append(args))
+        patch.setattr(InterpreterBuilder, "create_barrier", flush)
+        for owner, name in ((InterpreterBuilder, "set_grid_idx"), (GridExecutor, "__call__")):
+            patch.setattr(owner, name, flushed(getattr(owner, name)))
+        yield
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("d_ff", [16, 40])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_block_reads_what_it_stored_behind_barriers_only(top_k, d_ff):
+    layer = make_layer(dtype=torch.float32, top_k=top_k, d_ff=d_ff)
+    x, _, mask = make_inputs(2, 25, 8, masked=0.2)
+    with torch.no_grad():
+        expected = layer(x, mask)
+        with stores_seen_behind_barriers():
+            actual = layer(x, mask)
+    assert torch.equal(actual, expected)
+
+
 def test_block_gives_a_segment_the_same_bits_in_any_batch(device):
     layer = make_layer(device, torch.float32, top_k=2)
     x, dy, _ = make_inputs(20, 21, 8, device=device)
@@ -263,3 +307,29 @@ def test_block_returns_ties_to_the_lowest_expert_and_counts(device):
     routing = layer.forward_with_routing(x)[1]
     assert torch.equal(routing.topk_ids.cpu(), torch.tensor([[0, 1]] * 20, dtype=torch.int32))
     assert routing.expert_counts.tolist() == [20, 20, 0, 0]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("options", [{}, {"d_ff": 40}, {"top_k": 2, "segment_size": 5}], ids=str)
+def test_block_touches_its_tensors_alone(options):
+    """Every address of every load and store, those whose values nobody uses too."""
+    from benchmarks.traffic_meter import TrafficMeter
+
+    layer = make_layer(dtype=torch.float32, d_model=5, bias=True, gated=True, **options)
+    inputs = make_inputs(2, 47, 5, masked=0.3)
+    with TrafficMeter():
+        run_layer(layer, *inputs)
+
+
+@pytest.mark.parametrize("splits", [2, 5])
+@pytest.mark.parametrize("passes", ["one", "two"])
+def test_block_weight_gradients_of_any_number_of_splits(passes, splits, monkeypatch, device):
+    """Without the hundreds of rows that it takes before the table splits them."""
+    for name in ("experts_launch", "block_backward"):
+        module = importlib.import_module(f"segmoe_kernels.stages.{name}")
+        monkeypatch.setattr(module, "num_row_splits", lambda *_: splits)
+    monkeypatch.setenv("SEGMOE_BACKWARD", passes)
+    layer = make_layer(device, num_experts=3, d_ff=10, bias=True, gated=True)
+    inputs = make_inputs(3, 41, 8, dtype=torch.float64, device=device, masked=0.2)
+    inputs.padding_mask[1, 10:25] = False
+    check_equal(layer, inputs)

@@ -194,3 +194,14 @@ def test_combine_refuses_second_derivatives(device):
     (dgate,) = torch.autograd.grad(y.square().sum(), leaves["gate_logits"], create_graph=True)
     with pytest.raises(RuntimeError, match="backend='reference'"):
         dgate.square().sum().backward()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("d_model", [5, 260])
+def test_combine_touches_its_tensors_alone(d_model):
+    from benchmarks.traffic_meter import TrafficMeter
+
+    for mask in (None, make_mask(2, 7)):
+        tensors = make_tensors(2, 7, d_model, dtype=torch.float32, mask=mask)
+        with TrafficMeter():
+            run_stage(make_stage(mask), tensors)

@@ -1,5 +1,6 @@
 """Stage 3 on the kernels: each slot's expert on its own rows, fused or as two products."""
 
+import importlib
 import itertools
 
 import pytest
@@ -430,3 +431,33 @@ def test_expert_ffn_refuses_second_derivatives(scope, device):
     (dx,) = torch.autograd.grad(out.square().sum(), leaves["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="backend='reference'"):
         dx.square().sum().backward()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("scope", "d_model"), [("token", 5), ("token", WIDE), ("segment", 5)], ids=str
+)
+def test_expert_ffn_touches_its_tensors_alone(scope, d_model):
+    """Every address of every load and store, those whose values nobody uses too."""
+    from benchmarks.traffic_meter import TrafficMeter
+
+    options = {"scope": scope, "gated": True, "biased": True, "dtype": torch.float32}
+    tensors = make_tensors(2, 8, d_model, 7, 3, **options)
+    ids = make_ids(6, 2, 3)
+    mask = make_mask(2, 8, ids)
+    with TrafficMeter():
+        run_stage(make_stage(ids, 3, mask=mask, activation="silu", expert_scope=scope), tensors)
+
+
+@pytest.mark.parametrize("splits", [2, 5])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_expert_ffn_weight_gradients_of_any_number_of_splits(scope, splits, monkeypatch, device):
+    """Without the hundreds of rows that it takes before the table splits them."""
+    for name in ("experts_launch", "grouped_gemm"):
+        module = importlib.import_module(f"segmoe_kernels.stages.{name}")
+        monkeypatch.setattr(module, "num_row_splits", lambda *_: splits)
+    length = 30 if scope == "token" else 99
+    options = {"top_k": 1, "scope": scope, "gated": True, "biased": True, "device": device}
+    tensors = make_tensors(2, length, 3, 4, 3, **options)
+    ids = (torch.rand(2 * length // P, 1, device=device) < 0.8).int()
+    check_exactness(make_stage(ids, 3, activation="silu", expert_scope=scope), tensors)

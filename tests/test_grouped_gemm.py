@@ -1,5 +1,6 @@
 """Stage 3' on the kernels: rows of each expert times its matrix, and every gradient."""
 
+import importlib
 import itertools
 
 import pytest
@@ -200,3 +201,25 @@ def test_grouped_gemm_refuses_second_derivatives(device):
     (dx,) = torch.autograd.grad(y.square().sum(), leaves["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="backend='reference'"):
         dx.square().sum().backward()
+
+
+@pytest.mark.interpreter
+def test_grouped_gemm_touches_its_tensors_alone():
+    """Every address of every load and store, those whose values nobody uses too."""
+    from benchmarks.traffic_meter import TrafficMeter
+
+    counts = [3, 0, 17]
+    tensors = make_tensors(counts, 70, 37, beyond=2, dtype=torch.float32)
+    with TrafficMeter():
+        run_stage(make_stage(counts), tensors)
+
+
+@pytest.mark.parametrize("splits", [2, 3, 7])
+@pytest.mark.parametrize("counts", [[40, 0, 35], [1, 70, 1]], ids=str)
+def test_grouped_gemm_weight_gradient_of_any_number_of_splits(counts, splits, monkeypatch, device):
+    """Without the hundreds of rows that it takes before the table splits them."""
+    # The package exports the function under the module's name.
+    module = importlib.import_module("segmoe_kernels.stages.grouped_gemm")
+    monkeypatch.setattr(module, "num_row_splits", lambda *_: splits)
+    tensors = make_tensors(counts, 19, 18, beyond=3, device=device)
+    check_exactness(make_stage(counts, None, device), tensors)

@@ -74,6 +74,14 @@ def test_every_tile_has_one_owner(device):
                 assert tiles[first_expert] > 0
 
 
+def test_products_of_splits_and_tiles_pass_32_bits(device):
+    """Offsets alone: 2**27 tiles of 16 rows, times 40 splits."""
+    splits, tiles = splits_of([2**30, 2**30 - 1], 40, device)
+    assert sum(tiles) == splits[-1][1] == 2**27
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(splits))
+    assert {last - first for first, last, *_ in splits} <= {2**27 // 40, 2**27 // 40 + 1}
+
+
 def test_even_experts_are_not_shared_by_few_splits(device):
     splits, tiles = splits_of([192] * 16, 6, device)
     assert shared_experts(splits, tiles) == 0

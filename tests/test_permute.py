@@ -138,3 +138,13 @@ def test_permute_does_not_depend_on_program_order(order, program_order):
     ids = ids_of(5 * BLOCK + 1, 2, 4)
     with program_order(*order):
         check(permute(ids, 4, backend="triton"), ids, 4)
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("_way")
+def test_permute_touches_its_tensors_alone():
+    from benchmarks.traffic_meter import TrafficMeter
+
+    ids = ids_of(3 * BLOCK + 5, 3, 5)
+    with TrafficMeter():
+        check(permute(ids, 5, backend="triton"), ids, 5)

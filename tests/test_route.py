@@ -356,3 +356,17 @@ def test_route_refuses_second_derivatives(device):
     (dx,) = torch.autograd.grad(out["weights"].square().sum(), leaves["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="backend='reference'"):
         dx.square().sum().backward()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("causal", [False, True], ids=["own", "causal"])
+@pytest.mark.parametrize("pooling", ["concat", "max"])
+def test_route_touches_its_tensors_alone(pooling, causal):
+    """Every address of every load and store, those whose values nobody uses too."""
+    from benchmarks.traffic_meter import TrafficMeter
+
+    options = {"pooling": pooling, "causal": causal, "dtype": torch.float32}
+    tensors = make_tensors(2, 110, 5, 7, **options)
+    for mask in (None, make_mask(2, 110)):
+        with TrafficMeter():
+            run_stage(make_stage(pooling=pooling, padding_mask=mask), tensors)

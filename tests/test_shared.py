@@ -361,3 +361,17 @@ def test_plan_follows_the_environment(monkeypatch):
     monkeypatch.setenv("SEGMOE_SHARED", "mine")
     with pytest.raises(ValueError, match="SEGMOE_SHARED"):
         stage.choose_plan(*sizes)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("d_model", [6, 16])
+@pytest.mark.usefixtures("plan")
+def test_shared_combine_touches_its_tensors_alone(d_model):
+    """Every address of every load and store, those whose values nobody uses too."""
+    from benchmarks.traffic_meter import TrafficMeter
+
+    tensors, keywords = draw_case(
+        torch.float32, d_model=d_model, bias=True, gated=True, masked=True
+    )
+    with TrafficMeter():
+        run(shared_combine, tensors, keywords)

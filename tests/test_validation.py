@@ -1,6 +1,9 @@
 """Wrong calls: the exception, the words of its message, and that no message lacks a test."""
 
 import ast
+import collections
+import importlib
+import sys
 import traceback
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import bad_calls
 import bad_options
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 import segmoe_kernels
 from segmoe_kernels import SegMoE, functional
@@ -30,6 +34,49 @@ def test_bad_call_is_refused(call, exception, words):
     assert message.startswith("segmoe_kernels.")
     for word in words:
         assert word in message, message
+
+
+# Kinds of tensors that can't be fake.
+REAL_ONLY = {"forward_sparse", "forward_nested", "forward_jagged", "forward_quantised"}
+
+
+@pytest.fixture(scope="module")
+def fake_rows():
+    """The mode that fake tensors live in, and the rows anew, made of them: name -> row."""
+    real = {name: sys.modules.pop(name) for name in ("bad_calls", "bad_options")}
+    mode = FakeTensorMode()
+    try:
+        with mode:
+            rows = importlib.import_module("bad_calls").ROWS
+            assert isinstance(sys.modules["bad_calls"].EXPERTS.up_proj, FakeTensor)
+            rows = [*rows, *importlib.import_module("bad_options").ROWS]
+    finally:
+        sys.modules.update(real)
+    return mode, {row[0]: row for row in rows}
+
+
+@pytest.mark.parametrize("name", [row[0] for row in ROWS if row[0] not in REAL_ONLY])
+def test_bad_call_is_refused_under_fake_tensors(name, fake_rows):
+    """The same words: checks look at metadata only."""
+    mode, rows = fake_rows
+    _, call, exception, words = rows[name]
+    with mode, pytest.raises(exception) as caught:
+        call()
+    assert type(caught.value) is exception
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_every_public_function_has_bad_calls():
+    counts = collections.Counter()
+    for _, call, exception, _ in ROWS:
+        with pytest.raises(exception) as caught:
+            call()
+        counts[str(caught.value).removeprefix("segmoe_kernels.").partition(":")[0]] += 1
+    public = ["SegMoE", "SegMoE.forward", "load_official", "segment_schedule", "to_official"]
+    public += ["load_balancing_loss", "router_z_loss", *functional.__all__]
+    public.remove("resolve_backend")  # named by who calls it
+    assert {name: counts[name] for name in public if counts[name] < 2} == {}
 
 
 def raising_lines():

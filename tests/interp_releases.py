@@ -1,0 +1,70 @@
+"""Faults that single releases of Triton's interpreter have, and compiled kernels don't.
+
+`install` mends them, so that a kernel that is right passes with every release. Where a release has
+not the fault, the patch changes nothing.
+"""
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+_COMPARISONS = {
+    np.less,
+    np.less_equal,
+    np.greater,
+    np.greater_equal,
+    np.equal,
+    np.not_equal,
+}
+# Bytes: what hardware asks of a descriptor's strides.
+_ALIGNMENT = 16
+
+
+def _patch_comparisons(builder: Any) -> None:
+    """Type a comparison as bool: 3.9 spreads a scalar's to a mask of integers, and refuses it."""
+    binary_op = builder.binary_op
+
+    def new_binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
+        out = binary_op(self, lhs, rhs, op)
+        if op in _COMPARISONS:
+            return interpreter.TensorHandle(out.data.astype(bool), tl.int1)
+        return out
+
+    builder.binary_op = new_binary_op
+
+
+def _patch_index() -> None:
+    """Let a tensor of one element bound a loop: NumPy 2.4 refuses what 3.5 and 3.6 do for it."""
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def new_patch_tensor(tensor: Any, *scope: Any) -> None:
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = new_patch_tensor
+
+
+def _patch_descriptors(handle: Any) -> None:
+    """Count a descriptor's strides in bytes: 3.5 takes elements for them."""
+
+    def validate(self: Any) -> None:
+        size = self.base.dtype.element_ty.primitive_bitwidth // 8
+        strides = [stride.data.item() for stride in self.strides]
+        assert self.base.data.item() % _ALIGNMENT == 0, "base must be 16-byte aligned"
+        assert len(strides) == len(self.block_shape) == self.ndim >= 1, "wrong rank"
+        assert all(s * size % _ALIGNMENT == 0 for s in strides[:-1]), "strides must be aligned"
+        assert strides[-1] == 1, "last dim must be contiguous"
+
+    handle.validate = validate
+
+
+def install() -> None:
+    """Patch the interpreter, once; call it after ``import triton`` and before a launch."""
+    if getattr(interpreter.InterpreterBuilder, "mended", False):
+        return
+    interpreter.InterpreterBuilder.mended = True
+    _patch_comparisons(interpreter.InterpreterBuilder)
+    _patch_index()
+    _patch_descriptors(interpreter.TensorDescHandle)

@@ -1,0 +1,1725 @@
+"""Faults that `mutate` plants in the kernels and their launches, one at a time.
+
+An entry names a function, the fault, the text that is replaced, which occurs in that function once
+(or ``nth`` says which one, from 0), the text in its place, and what goes wrong.
+"""
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """One fault.
+
+    Attributes:
+        file: in the package.
+        function: where the text is; ``Class.method`` for a method.
+        name: unique.
+        old: text.
+        new: text in its place.
+        what: goes wrong.
+        tests: arguments of pytest; those that should notice, and quickly.
+        nth: which occurrence of old, from 0; None where there is one.
+        equivalent: why nothing that can be seen changes; then the mutant doesn't count.
+    """
+
+    file: str
+    function: str
+    name: str
+    old: str
+    new: str
+    what: str
+    tests: tuple[str, ...]
+    nth: int | None = None
+    equivalent: str = ""
+
+
+_NAMES = (
+    "activations", "route", "permute", "experts", "grouped_gemm", "block", "combine", "shared",
+    "partials", "descriptors",
+)  # fmt: skip
+ALL_KERNEL_TESTS = (*(f"tests/test_{name}.py" for name in _NAMES), "-k", "not instructions")
+
+ACTIVATIONS = ("tests/test_activations.py", "-k", "not instructions")
+ROUTE = ("tests/test_route.py",)
+PERMUTE = ("tests/test_permute.py",)
+COMBINE = ("tests/test_combine.py",)
+EXPERTS = ("tests/test_experts.py",)
+FUSED = ("tests/test_experts.py", "-k", "unrouted or not (segment or wide or 260 or program)")
+WIDE = ("tests/test_experts.py", "-k", "segment or wide or 260")
+GEMM = ("tests/test_grouped_gemm.py",)
+BLOCK = ("tests/test_block.py",)
+PARTIALS = ("tests/test_partials.py",)
+SUMS = ("tests/test_partials.py", "tests/test_experts.py", "-k", "sums or splits or float64")
+DESCRIPTORS = ("tests/test_descriptors.py",)
+SHARED_FUSED = ("tests/test_shared.py", "-k", "fused")
+SHARED_VENDOR = ("tests/test_shared.py", "-k", "vendor")
+SHARED = ("tests/test_shared.py",)
+LAYER_EMPTY = ("tests/test_triton_layer.py", "-k", "leading_shape")
+SHARED_DROPOUT = ("tests/test_shared.py", "tests/test_triton_layer.py", "-k", "dropout or drop")
+BLOCK_DROPOUT = ("tests/test_block.py", "tests/test_triton_layer.py", "-k", "dropout")
+DROPOUT = ("tests/test_experts.py", "tests/test_block.py", "-k", "dropout")
+
+
+def _in(file: str, tests: tuple[str, ...], *entries: tuple) -> list[Mutant]:
+    """Make mutants of one file from (function, fault, old, new, what[, changes])."""
+    made = []
+    for function, fault, old, new, what, *changes in entries:
+        options = {"tests": tests, **(changes[0] if changes else {})}
+        made.append(Mutant(file, function, f"{function}: {fault}", old, new, what, **options))
+    return made
+
+
+_ACTIVATIONS = _in(
+    "_triton/activations.py",
+    ACTIVATIONS,
+    ("_divide", "upside down", "return x / y", "return y / x", "the reciprocal comes out"),
+    (
+        "_normal_cdf", "short coefficient", "0.06284377723932266", "0.0628",
+        "a coefficient has three digits",
+    ),
+    (
+        "_normal_cdf", "no absolute value", "tl.abs(x) * 0.849", "x * 0.849",
+        "negative x leave the fit",
+    ),
+    (
+        "_normal_cdf", "wrong side", "tl.where(x < 0, 0.0, 1.0)", "tl.where(x < 0, 1.0, 0.0)",
+        "the two tails are exchanged",
+    ),
+    (
+        "_gelu_tanh_exponent", "short coefficient", "-0.1029432395800235", "-0.1029",
+        "a coefficient has four digits",
+    ),
+    (
+        "_activate_fast", "exp for exp2", "-1.4426950408889634 * x", "-1.0 * x",
+        "silu takes a power of 2 for one of e",
+    ),
+    ("_activate_fast", "gelu without x", "return x * cdf", "return cdf", "gelu is the bare cdf"),
+    (
+        "_activate_with_grad_fast", "silu slope", "tl.fma(value, 1.0 - gate, gate)",
+        "tl.fma(value, gate, gate)", "silu's slope has gate for 1 - gate",
+    ),
+    (
+        "_activate_with_grad_fast", "gelu slope", "tl.fma(x * 0.3989422804014327, bell, cdf)",
+        "cdf", "gelu's slope lacks the density",
+    ),
+    (
+        "_activate_with_grad_fast", "tanh slope", "0.21406444881780073", "0.07135481627260024",
+        "the cubic term is not differentiated",
+    ),
+    (
+        "activate", "relu drops NaN", "tl.where(x < 0, 0.0, x)", "tl.maximum(x, 0.0)",
+        "a NaN becomes 0",
+    ),
+    (
+        "activate", "tanh square", "0.044715 * x * x * x", "0.044715 * x * x",
+        "a square for the cube",
+    ),
+    ("activate", "short constant", "0.7071067811865476", "0.70710678", "float64 has 8 digits"),
+    (
+        "activate", "fast for all", "elif FAST:", "elif x.dtype == tl.float32:", "fast in float32",
+        {"equivalent": "In float32 the fast forms keep to the same bounds; their use is a choice."},
+    ),
+    (
+        "activate_with_grad", "relu at 0", "tl.where(x > 0, 1.0, 0.0)",
+        "tl.where(x >= 0, 1.0, 0.0)", "relu's slope at 0 is 1, PyTorch's is 0",
+    ),
+    (
+        "activate_with_grad", "tanh slope", "0.134145 * x * x", "0.044715 * x * x",
+        "the cubic term is not differentiated",
+    ),
+    (
+        "activate_with_grad", "silu slope", "gate + x * gate * (1.0 - gate)\n",
+        "gate + x * (1.0 - gate)\n", "silu's slope lacks a gate",
+    ),
+    (
+        "activate_with_grad", "gelu slope", "cdf + x * 0.3989", "cdf + 0.3989",
+        "gelu's slope lacks x",
+    ),
+    (
+        "dropout_scale", "half of the row", "(rows.to(tl.int64) >> 32)",
+        "(rows.to(tl.int64) >> 63)", "rows 2**32 apart share numbers",
+    ),
+    ("dropout_scale", "width", "zeros + width", "zeros", "rows of every width share numbers"),
+    (
+        "dropout_scale", "missing scale", "1.0 / (1.0 - p), 0.0)", "1.0, 0.0)",
+        "what is kept is not scaled up",
+    ),
+    (
+        "dropout_scale", "strict threshold", "bits >= threshold", "bits > threshold",
+        "drops one more step of 65536",
+    ),
+    (
+        "dropout_scale", "no upper limit", "tl.minimum((p * 65536.0 + 0.5).to(tl.uint32), 65535)",
+        "(p * 65536.0 + 0.5).to(tl.uint32)", "the threshold of p near 1 wraps around to 0",
+    ),
+    (
+        "dropout_scale", "run of columns", "first // 32 * 4 + tl.arange",
+        "first // 64 * 4 + tl.arange", "runs of 32 columns share numbers",
+    ),
+    (
+        "dropout_scale", "second half of a run", "word += first % 32 // 8", "word += 0",
+        "tiles of 16 columns repeat each other",
+    ),
+    (
+        "dropout_scale", "pairs of columns", "cols % 8 // 2", "cols % 8 // 4",
+        "columns that start anywhere have other numbers, some twice",
+    ),
+    ("dropout_scale", "one round", "n_rounds=7", "n_rounds=1", "the generator hardly mixes"),
+)  # fmt: skip
+
+_FFN = _in(
+    "_triton/ffn.py",
+    FUSED,
+    ("load_tile", "row mask", "(rows < num_rows)", "(rows >= 0)", "reads rows behind a matrix"),
+    ("load_tile", "column mask", "(cols < num_cols)", "(cols >= 0)", "reads columns behind a row"),
+    ("load_tile", "next expert", "e * stride_e", "(e + 1) * stride_e", "the next expert's matrix"),
+    (
+        "load_tile", "wrong stride", "rows[:, None] * stride_row", "rows[:, None] * num_cols",
+        "takes rows for dense",
+    ),
+    ("load_bias", "expert", "ptr + e * num_cols", "ptr + e", "another place's bias"),
+    ("load_bias", "mask", "mask=cols < num_cols", "mask=cols >= 0", "reads behind the bias"),
+    ("load_bias", "first expert", "ptr + e * num_cols", "ptr", "everyone has expert 0's bias"),
+    (
+        "hidden_rows", "gate and up exchanged", "activate(opened, ACTIVATION, FAST) * hidden",
+        "activate(hidden, ACTIVATION, FAST) * opened", "the activation is on the wrong product",
+    ),
+    (
+        "hidden_rows", "gate's bias", "opened += gate_bias", "opened += up_bias",
+        "the gate has the other bias",
+    ),
+    (
+        "hidden_rows", "dropout of the next row", "row_ids, offs_f, F", "row_ids + 1, offs_f, F",
+        "forward drops what backward keeps", {"tests": DROPOUT},
+    ),
+    (
+        "ffn_rows", "bias twice", "is not None and not WIDE", "is not None",
+        "wide dtypes add the bias twice",
+    ),
+    (
+        "ffn_rows", "bias of no expert", "mask=(offs_d < D) & (f_end > 0)", "mask=offs_d < D",
+        "reads a bias behind the last expert", {"nth": 1},
+    ),
+    (
+        "ffn_rows", "no sum over chunks", "tl.trans(down), out, input", "tl.trans(down), input",
+        "the last chunk of hidden columns is all",
+    ),
+    ("ffn_rows", "same chunk", "f0 + tl.arange", "tl.arange", "all chunks read the first columns"),
+    (
+        "hidden_with_grads", "gated slope", "slope = slope * pre", "slope = slope + 0.0",
+        "the gate's gradient lacks the other product",
+    ),
+    (
+        "hidden_with_grads", "dropout of up", "opened = opened * scale", "opened = opened + 0.0",
+        "the gradient of up ignores dropout", {"tests": DROPOUT},
+    ),
+    (
+        "hidden_with_grads", "dropout of hidden", "hidden = hidden * scale",
+        "hidden = hidden + 0.0", "the gradient of down ignores dropout", {"tests": DROPOUT},
+    ),
+    (
+        "hidden_with_grads", "dropout of another row", "row_ids, offs_f, F",
+        "row_ids + 1, offs_f, F", "backward drops what forward kept", {"tests": DROPOUT},
+    ),
+    (
+        "hidden_with_grads", "exchanged", "dhidden * opened, dhidden * slope",
+        "dhidden * slope, dhidden * opened", "the gradients of up and gate are exchanged",
+    ),
+)  # fmt: skip
+
+_PARTIALS = _in(
+    "_triton/partials.py",
+    SUMS,
+    (
+        "new_partials", "too few slots", "num_splits + num_experts - 1 if", "num_splits if",
+        "shares are stored behind the slots", {"tests": PARTIALS},
+    ),
+    (
+        "reduce_partials", "grid", "triton.cdiv(partials.shape[1], 1024)",
+        "partials.shape[1] // 1024", "the last block of elements is never added up",
+    ),
+    (
+        "store_sum", "dropped store", "mask=mask)", "mask=mask & (offs > 0))",
+        "one element is missing",
+    ),
+    (
+        "store_gradients", "expert of down", "ddown_ptr + e * F * D", "ddown_ptr + e * F",
+        "whole sums go to another expert",
+    ),
+    (
+        "store_gradients", "second part", "slot_ptr += F * D", "slot_ptr += F",
+        "parts of a share overlap", {"nth": 0},
+    ),
+    (
+        "store_gradients", "bias of down", "slot_ptr + F, offs_d", "slot_ptr + D, offs_d",
+        "parts of a share overlap",
+    ),
+    (
+        "store_gradients", "bias of the gate", "slot_ptr + F + D, offs_f", "slot_ptr + F, offs_f",
+        "parts of a share overlap", {"tests": BLOCK + EXPERTS},
+    ),
+    (
+        "store_gradients", "wrong bias", "e * F, offs_f, dgate_bias", "e * F, offs_f, dup_bias",
+        "the gate's bias has the other gradient", {"tests": FUSED},
+    ),
+    (
+        "reduce_partials_kernel", "slot off by one", "(split + me)", "(split + me + 1)",
+        "adds up the next slots",
+    ),
+    (
+        "reduce_partials_kernel", "start of an expert", "tl.where(experts < me, tiles, 0)",
+        "tl.where(experts <= me, tiles, 0)", "an expert seems to have no tiles",
+    ),
+    (
+        "reduce_partials_kernel", "first split", "num_splits // some - 1, 0)",
+        "num_splits // some + 1, 0)", "skips an expert's first split",
+    ),
+    (
+        "reduce_partials_kernel", "last split", "num_splits // some + 2, num_splits)",
+        "num_splits // some, num_splits)", "skips an expert's last split",
+    ),
+    (
+        "reduce_partials_kernel", "no sum", "acc += tl.load", "acc = tl.load",
+        "the last split is all",
+    ),
+    (
+        "reduce_partials_kernel", "overwrites whole sums",
+        "shared &= (first > mine_start) | (last < mine_stop) | (first >= last)",
+        "shared &= first >= 0", "what one split has stored is replaced by 0",
+    ),
+    ("reduce_partials_kernel", "part", "offs -= n1", "offs -= n0", "the third part is misplaced"),
+    ("_store_part", "expert", "expert * n + offs", "expert + offs", "experts overlap"),
+    ("_store_part", "mask", "(offs < n)", "(offs <= n)", "writes the next expert's first element"),
+)  # fmt: skip
+
+_ROUTER = _in(
+    "_triton/router.py",
+    ROUTE,
+    (
+        "step_range", "first step", "tl.where(real, p, SEGMENT_SIZE - 1)", "tl.where(real, p, 0)",
+        "padding counts as the first step",
+    ),
+    (
+        "step_range", "last step", "tl.where(real, p, 0)", "tl.where(mask_s, p, 0)",
+        "padding counts as the last step",
+    ),
+    ("step_range", "count", "count += real.to", "count += mask_s.to", "padding counts in the mean"),
+    (
+        "load_steps", "wrong stride", "sequence * stride_x_b", "sequence * length * stride_x_t",
+        "takes sequences for dense",
+    ),
+    (
+        "load_steps", "row mask", "mask=real[:, None] &", "mask=mask_s[:, None] &",
+        "reads padding and steps behind the sequence",
+    ),
+    ("load_steps", "column mask", "(offs_d < D)", "(offs_d >= 0)", "reads columns behind the step"),
+    ("pool", "NaN", " | (x != x)", "", "max drops a NaN"),
+    (
+        "pool", "padded mean", "tl.maximum(count, 1)", "tl.maximum(count, SEGMENT_SIZE)",
+        "the mean is over padding too",
+    ),
+    ("pool", "start of max", 'float("-inf") if', "0.0 if", "a negative maximum becomes 0"),
+    ("pool", "first", "(first == p)", "(first >= p)", "first is a sum"),
+    ("pool", "empty max", "(count > 0)", "(count >= 0)", "the maximum of nothing is infinite"),
+    (
+        "score_segments", "own segment", "own_step - SEGMENT_SIZE", "own_step",
+        "a causal router sees its own segment",
+    ),
+    (
+        "score_segments", "before the first", "mask_s & (index > 0)", "mask_s",
+        "reads the segment before the first one",
+    ),
+    (
+        "score_segments", "start for one sequence", "(index == 0)", "(segment == 0)",
+        "later sequences have no start",
+    ),
+    (
+        "score_segments", "start of a step", "router_start_ptr + p * D", "router_start_ptr",
+        "every step has the first one's start",
+    ),
+    (
+        "score_segments", "unrouted", "mask_s & (own_count > 0)", "mask_s",
+        "segments without a real step are routed",
+    ),
+    (
+        "score_segments", "no sum over chunks", "tl.trans(w), logits,", "tl.trans(w),",
+        "the last columns are all",
+    ),
+    (
+        "score_segments", "wrong stride", "experts[:, None] * stride_w_e",
+        "experts[:, None] * (D * SEGMENT_SIZE)", "takes the weight for dense",
+    ),
+    (
+        "score_segments", "expert mask", "mask=mask_e[:, None] &", "mask=(experts >= 0)[:, None] &",
+        "reads experts behind the last one",
+    ),
+    (
+        "choose_experts", "temperature", "_softmax(logits / temperature", "_softmax(logits",
+        "no temperature",
+    ),
+    (
+        "choose_experts", "dropout of the next segment", "segment, experts", "segment + 1, experts",
+        "forward drops what backward keeps",
+    ),
+    (
+        "choose_experts", "unrouted", "tl.where(routed[:, None], probs, 0.0)", "probs",
+        "a segment without an expert has probabilities",
+    ),
+    (
+        "choose_experts", "NaN", "tl.where(probs != probs, float(\"inf\"), probs)", "probs",
+        "a NaN is never chosen",
+    ),
+    (
+        "choose_experts", "ties",
+        "tl.min(tl.where(key == best[:, None], experts[None, :], EXPERTS), 1)",
+        "tl.max(tl.where(key == best[:, None], experts[None, :], -1), 1)",
+        "the highest expert wins a tie",
+    ),
+    (
+        "choose_experts", "chosen twice", "tl.where(hit, -2.0, key)", "tl.where(hit, 0.0, key)",
+        "an expert whose probability is 0 can be chosen twice",
+    ),
+    ("choose_experts", "padding", ", -1.0)", ", 2.0)", "columns behind the last expert are chosen"),
+    (
+        "_normalize", "sum of all", "tl.sum(tl.where(selected, probs, 0.0), 1)", "tl.sum(probs, 1)",
+        "weights are divided by what was not chosen too",
+    ),
+    (
+        "_normalize", "clamp", "total < 1e-6, 1e-6, total", "total < 0.0, 1e-6, total",
+        "0 is divided by 0 where dropout took all",
+    ),
+    ("_normalize", "no division", "if RENORMALIZE:", "if False:", "weights don't add up to 1"),
+    (
+        "router_weights", "temperature", "logits / temperature", "logits",
+        "backward has other weights than forward", {"tests": BLOCK},
+    ),
+    (
+        "router_weights", "dropout of the next segment", "segment, experts", "segment + 1, experts",
+        "backward has other weights than forward", {"tests": DROPOUT},
+    ),
+    (
+        "_softmax", "no shift", "tl.exp(logits - tl.max(logits, 1)[:, None])", "tl.exp(logits)",
+        "large logits overflow",
+    ),
+    ("_softmax", "padding", 'float("-inf"))', "0.0)", "columns behind the last expert are added"),
+    (
+        "differentiate_choice", "temperature", "inner[:, None]) / temperature", "inner[:, None])",
+        "the gradient lacks the temperature",
+    ),
+    (
+        "differentiate_choice", "mean", "(dweights - mean[:, None])", "dweights",
+        "the renormalisation is taken for a constant",
+    ),
+    (
+        "differentiate_choice", "dropout", "dweights, 0.0)) * scale", "dweights, 0.0))",
+        "what was dropped has a gradient",
+    ),
+    (
+        "differentiate_choice", "clamp", "tl.where(total < 1e-6, 0.0, mean)", "mean",
+        "the constant divisor is differentiated",
+    ),
+    (
+        "differentiate_choice", "softmax", "(dprobs - inner[:, None])", "dprobs",
+        "the softmax is not centred",
+    ),
+)  # fmt: skip
+
+_SEQUENCES = _in(
+    "_triton/sequences.py",
+    FUSED,
+    (
+        "find_group", "end of a group", "ends <= pid", "ends < pid",
+        "tiles belong to the group before",
+    ),
+    (
+        "find_group", "negative ids", "mask=groups <= num_experts", "mask=groups < num_experts",
+        "slots without an expert have no tiles",
+    ),
+    (
+        "find_group", "round down", "* ROWS_PER_SLOT + BLOCK_M - 1) // BLOCK_M",
+        "* ROWS_PER_SLOT) // BLOCK_M", "partial tiles are left out",
+    ),
+    (
+        "find_group", "tile of a group", "(pid - first_tile) * BLOCK_M", "pid * BLOCK_M",
+        "later experts start too late",
+    ),
+    (
+        "find_group", "rows of a slot", "hi, 0), 0) * ROWS_PER_SLOT", "hi, 0), 0)",
+        "groups end early",
+    ),
+    (
+        "expert_tiles", "round down", "* ROWS_PER_SLOT + BLOCK_M - 1) // BLOCK_M",
+        "* ROWS_PER_SLOT) // BLOCK_M", "partial tiles are left out",
+    ),
+    (
+        "expert_tiles", "rows of a slot", "(hi - lo) * ROWS_PER_SLOT", "(hi - lo)",
+        "experts seem to have fewer rows", {"tests": EXPERTS},
+    ),
+    (
+        "expert_tiles", "mask", "mask = experts < num_experts", "mask = experts <= num_experts",
+        "reads an offset behind the last one", {"tests": SUMS},
+    ),
+    (
+        "split_start", "never at experts", "num_splits <= num_experts", "num_splits <= 0",
+        "even experts are shared", {"tests": PARTIALS},
+    ),
+    (
+        "split_start", "farther", "4 * tl.abs", "1 * tl.abs", "splits differ too much in length",
+        {"tests": PARTIALS},
+    ),
+    (
+        "split_start", "32 bits", "tl.sum(tiles, 0).to(tl.int64)", "tl.sum(tiles, 0)",
+        "splits times tiles overflow", {"tests": PARTIALS},
+    ),
+    ("find_split", "empty", "split + 1,", "split,", "splits end where they start", {"tests": SUMS}),
+    (
+        "find_split", "last expert", "experts + 1, 0)", "experts, 0)",
+        "a split leaves out its last expert", {"tests": SUMS},
+    ),
+    (
+        "find_split", "tiles before", "experts < first_expert", "experts <= first_expert",
+        "tiles are counted from the wrong expert", {"tests": SUMS},
+    ),
+    (
+        "find_steps", "choices", "segment = slot // TOP_K", "segment = slot",
+        "a slot is not a segment",
+    ),
+    (
+        "find_steps", "segment's width", "* SEGMENT_SIZE + rows", "* ROWS_PER_SLOT + rows",
+        "whole segments lie too close", {"tests": WIDE},
+    ),
+    ("find_steps", "first step only", " + rows % ROWS_PER_SLOT", "", "every row is a first step"),
+    (
+        "find_steps", "choice", "slot % TOP_K", "slot % 1",
+        "every choice goes to the first one's place",
+    ),
+    (
+        "real_steps", "tail", "step < length", "step <= length",
+        "the step behind a sequence counts as real", {"tests": ROUTE + FUSED},
+    ),
+    (
+        "real_steps", "mask of another sequence", "sequence * length + step", "step",
+        "every sequence has the first one's mask",
+    ),
+    ("real_steps", "no mask", "if padding_mask_ptr is not None:", "if False:", "padding is real"),
+    (
+        "load_rows", "wrong stride", "sequence.to(tl.int64) * stride_b",
+        "sequence.to(tl.int64) * length * stride_t", "takes sequences for dense",
+    ),
+    (
+        "load_rows", "choice", "choice.to(tl.int64) * stride_k + ", "",
+        "every choice reads the first's", {"tests": EXPERTS},
+    ),
+    (
+        "load_rows", "tail of a segment", "(steps < length)", "(steps <= length)",
+        "reads behind a sequence", {"tests": WIDE},
+    ),
+    (
+        "load_rows", "dense steps", "(cols // D).to(tl.int64) * stride_t + cols % D", "cols",
+        "takes steps for dense", {"tests": WIDE},
+    ),
+    (
+        "load_rows", "padding in a segment", "real &= tl.load", "tl.load", "padding is read",
+        {"tests": WIDE},
+    ),
+    (
+        "store_segments", "tail",
+        "inside = (mask_m[:, None] & (cols < width)[None, :]) & (steps < length)",
+        "inside = mask_m[:, None] & (cols < width)[None, :]", "writes into the next sequence",
+        {"tests": WIDE},
+    ),
+    (
+        "store_segments", "padding", "value = tl.where(tl.load(", "tl.where(tl.load(",
+        "masked steps are not 0", {"tests": WIDE},
+    ),
+    (
+        "store_segments", "choice", "choice.to(tl.int64) * stride_k + ", "",
+        "every choice goes to the first one's place", {"tests": WIDE},
+    ),
+    ("place_steps", "padding", "tl.where(real, row, -1 - row)", "row", "masked steps are not 0"),
+    ("place_steps", "tail", "mask_m & (step < length)", "mask_m", "writes into the next sequence"),
+    (
+        "place_steps", "choice", "(choice * num_sequences + sequence)", "(choice + sequence)",
+        "choices overlap",
+    ),
+    ("store_steps", "row 0", "(place >= 0)", "(place > 0)", "the first step becomes 0"),
+    ("store_steps", "masked row", "-1 - place, place", "-place, place", "zeros go to the next row"),
+    (
+        "store_steps", "32 bits", "row.to(tl.int64) * D", "row * D", "addresses overflow",
+        {"tests": ("tests/test_addresses.py", "-k", "no_kernel")},
+    ),
+)  # fmt: skip
+
+_DESCRIPTORS = _in(
+    "_triton/descriptors.py",
+    DESCRIPTORS,
+    (
+        "load_weight", "order", "tl.trans(tl.reshape(tile, (BLOCK_N, BLOCK_K)))",
+        "tl.reshape(tile, (BLOCK_K, BLOCK_N))", "a tile is not transposed",
+    ),
+    (
+        "load_weight", "expert's stride", "expert.to(tl.int64) * stride_e",
+        "expert.to(tl.int64) * N * K", "takes experts for dense", {"tests": GEMM},
+    ),
+    (
+        "load_weight", "depth mask", "(offs_k < K)", "(offs_k >= 0)", "reads behind a row",
+        {"tests": GEMM},
+    ),
+    (
+        "load_weight", "column mask", "(offs_n < N)", "(offs_n >= 0)", "reads behind a matrix",
+        {"tests": GEMM},
+    ),
+    (
+        "load_weight", "column's stride", "offs_n[None, :] * stride_n", "offs_n[None, :] * K",
+        "takes rows for dense", {"tests": GEMM},
+    ),
+    (
+        "load_weight", "coordinates", "weight.load([expert, first_k, first_n])",
+        "weight.load([expert, first_n, first_k])", "another tile is read",
+    ),
+    (
+        "_fits", "alignment", "weight.data_ptr() % ALIGNMENT == 0", "weight.data_ptr() > 0",
+        "hardware is given an address it can't take",
+    ),
+    (
+        "weight_operand", "block", "[1, tile.block_k, tile.block_n]",
+        "[1, tile.block_n, tile.block_k]", "a descriptor of the transpose has the other block",
+    ),
+)  # fmt: skip
+
+_ROUTE = _in(
+    "stages/route_kernels.py",
+    ROUTE,
+    (
+        "route_fwd_kernel", "negative ids", "ids = tl.where(routed[:, None], experts[None, :], -1)",
+        "ids = tl.where(routed[:, None], experts[None, :], 0)", "unrouted segments have an expert",
+    ),
+    (
+        "route_fwd_kernel", "unrouted slots", "tl.int32), 0) * TOP_K", "tl.int32), 0)",
+        "one slot is counted for an unrouted segment",
+    ),
+    (
+        "route_fwd_kernel", "no sum over chunks", "counts += tl.sum", "counts = tl.sum",
+        "the last segments are all that is counted",
+    ),
+    (
+        "route_fwd_kernel", "counts unrouted", "(selected & routed[:, None])", "selected",
+        "unrouted segments are counted for an expert",
+    ),
+    (
+        "route_fwd_kernel", "tail", "selected & mask_s[:, None]", "selected",
+        "writes choices behind the last segment",
+    ),
+    (
+        "route_fwd_kernel", "row of the histogram", "pid * (num_experts + 1)", "pid * num_experts",
+        "rows of the histogram overlap",
+    ),
+    (
+        "route_fwd_kernel", "dropped store",
+        "tl.store(probs_ptr + first * num_experts + offs, probs, mask=mask_se)", "pass",
+        "probabilities are not written",
+    ),
+    (
+        "dlogits_kernel", "logits' own gradient", "dlogits += tl.load(dlogits_in_ptr",
+        "tl.load(dlogits_in_ptr", "a gradient of the logits is dropped",
+    ),
+    (
+        "dlogits_kernel", "unrouted", "tl.where(routed[:, None], dlogits, 0.0)", "dlogits",
+        "a constant has a gradient",
+    ),
+    (
+        "dlogits_kernel", "shares", "slot * SEGMENT_SIZE + p", "slot * SEGMENT_SIZE",
+        "the first step's share is taken for all", {"tests": BLOCK},
+    ),
+    (
+        "dlogits_kernel", "choice", "slot = segment * TOP_K + k", "slot = segment * TOP_K",
+        "every choice has the first one's gradient",
+    ),
+    (
+        "dlogits_kernel", "last choice only", "selected |= hit", "selected = hit",
+        "the last choice is all",
+    ),
+    (
+        "dlogits_kernel", "tail", "tl.store(dlogits_ptr + offs, dlogits, mask=mask_se)",
+        "tl.store(dlogits_ptr + offs, dlogits, mask=mask_e[None, :])",
+        "writes behind the last segment",
+    ),
+    (
+        "route_bwd_kernel", "last segment", "(index + 1 < segments_per_sequence)",
+        "(index < segments_per_sequence)", "the next sequence's logits reach this one",
+    ),
+    (
+        "route_bwd_kernel", "own segment", "source = segment + 1", "source = segment",
+        "a causal router's gradient goes to its own segment",
+    ),
+    (
+        "route_bwd_kernel", "no sum over blocks", "x.to(ACC), dweight, input", "x.to(ACC), input",
+        "the last block is all",
+    ),
+    (
+        "route_bwd_kernel", "no sum over pooled blocks", "pooled, dweight, input", "pooled, input",
+        "the last block is all",
+    ),
+    (
+        "route_bwd_kernel", "all maxima", "open_max & (hit == 0)", "open_max",
+        "equal maxima share a gradient twice",
+    ),
+    (
+        "route_bwd_kernel", "NaN", " | ((value != value) & (pooled != pooled))", "",
+        "a NaN maximum has no gradient",
+    ),
+    (
+        "route_bwd_kernel", "mean of padding", "tl.maximum(count, 1)",
+        "tl.maximum(count, SEGMENT_SIZE)", "the mean's gradient is divided by padding too",
+    ),
+    (
+        "route_bwd_kernel", "split", "(split * num_experts + experts)", "experts",
+        "splits overwrite each other",
+    ),
+    (
+        "route_bwd_kernel", "same blocks", "split * blocks_per_split + block", "block",
+        "every split has the first blocks",
+    ),
+    (
+        "_store_dx", "choices", "ptrs += stride_dslots_k", "ptrs += 0",
+        "the first choice is added twice", {"tests": BLOCK},
+    ),
+    (
+        "_store_dx", "padding", "dx = tl.where(real[:, None], dx, 0.0)", "dx += 0.0",
+        "padding has a gradient",
+    ),
+    ("_store_dx", "tail", "(mask_s & (step < length))", "mask_s", "writes into the next sequence"),
+    ("sum_splits_kernel", "no sum", "acc += tl.load", "acc = tl.load", "the last split is all"),
+    (
+        "sum_splits_kernel", "same split", "ptrs += size", "ptrs += 0",
+        "the first split is added again",
+    ),
+    (
+        "sum_splits_kernel", "tail", "mask=offs < size)", "mask=offs >= 0)",
+        "writes behind the result",
+    ),
+    (
+        "sum_splits_kernel", "one less", "range(num_splits)", "range(num_splits - 1)",
+        "the last split is left out",
+    ),
+)  # fmt: skip
+
+_ROUTE_HOST = [
+    *_in(
+        "stages/route_gradients.py",
+        ROUTE,
+        (
+            "input_gradients", "no reduction", "sum_splits(partials, dweight)",
+            "dweight.copy_(partials[0])", "the first split is all",
+        ),
+        (
+            "input_gradients", "start vector", " + first[:, None] * router_start.to(first.dtype)",
+            "", "the weight's gradient lacks the first segments",
+        ),
+        (
+            "input_gradients", "segments of a sequence", "num_segments // x.shape[0]",
+            "num_segments", "all segments seem to be of one sequence",
+        ),
+        (
+            "logits_gradient", "strides", "None if dprobs is None else dprobs.contiguous()",
+            "dprobs", "a gradient is taken for dense",
+        ),
+        (
+            "logits_gradient", "grid", "triton.cdiv(num_segments, block_s)",
+            "num_segments // block_s", "the last segments have no program",
+        ),
+    ),
+    *_in(
+        "stages/route.py",
+        ROUTE,
+        (
+            "_route_fwd", "grid", "(triton.cdiv(num_segments, SEGMENTS_PER_BLOCK),)",
+            "(max(1, num_segments // SEGMENTS_PER_BLOCK),)", "the last segments have no program",
+        ),
+        (
+            "_route_fwd", "nothing", "if num_segments == 0:", "if num_segments < 0:",
+            "an empty batch divides by 0",
+        ),
+        (
+            "_route_bwd", "nothing", "if logits.shape[0] == 0:", "if logits.shape[0] < 0:",
+            "an empty batch has no zeros for gradients",
+        ),
+        (
+            "route_and_pass", "seed", "torch.randint(2**62, (1,)", "torch.full((1,), 7",
+            "every call drops the same",
+        ),
+        (
+            "_Route.backward", "no gradient of the router", "dslots.sum(0)", "dslots[0]",
+            "the choices' gradients are not added", {"tests": ("tests/test_triton_layer.py",)},
+        ),
+    ),
+]  # fmt: skip
+
+_PERMUTE = _in(
+    "stages/permute.py",
+    PERMUTE,
+    (
+        "_permute_count_kernel", "no sum over chunks", "counts += tl.sum", "counts = tl.sum",
+        "the last chunk is all",
+    ),
+    (
+        "_permute_count_kernel", "negative ids", "tl.where(ids < 0, num_experts, ids)", "ids",
+        "slots without an expert are not counted",
+    ),
+    ("_permute_count_kernel", "mask", " & mask[:, None]", "", "slots behind the block are counted"),
+    (
+        "_permute_count_kernel", "next block", "(inner < SLOTS_PER_BLOCK) & ", "",
+        "the next block's slots are counted twice",
+    ),
+    (
+        "_permute_scan_kernel", "inclusive groups", "tl.cumsum(totals, 0) - totals",
+        "tl.cumsum(totals, 0)", "groups start where they end",
+    ),
+    (
+        "_permute_scan_kernel", "inclusive blocks", "tl.cumsum(counts, 0) - counts",
+        "tl.cumsum(counts, 0)", "blocks start where they end",
+    ),
+    (
+        "_permute_scan_kernel", "no carry", "running += tl.sum(counts, 0)", "running += 0",
+        "later blocks start anew",
+    ),
+    (
+        "_permute_scan_kernel", "tail", "(blocks < num_blocks)", "(blocks >= 0)",
+        "reads histograms behind the last one", {"nth": 0},
+    ),
+    (
+        "_permute_place_kernel", "own block", "(blocks < pid)", "(blocks <= pid)",
+        "a block starts where it ends",
+    ),
+    (
+        "_permute_place_kernel", "no carry", "running += tl.sum(mine, 0)", "running += 0",
+        "chunks overwrite each other",
+    ),
+    (
+        "_permute_place_kernel", "inclusive", "tl.cumsum(mine, 0) - mine", "tl.cumsum(mine, 0)",
+        "every slot is one place late",
+    ),
+    (
+        "_permute_place_kernel", "negative ids", "tl.where(ids < 0, num_experts, ids)",
+        "tl.where(ids < 0, 0, ids)", "slots without an expert go to expert 0",
+    ),
+    (
+        "_permute_place_kernel", "next block", "(inner < SLOTS_PER_BLOCK) & ", "",
+        "the next block's slots are placed here too",
+    ),
+    (
+        "_permute_place_kernel", "histograms behind",
+        "mask=(blocks < num_blocks)[:, None] & mask_g[None, :]", "mask=mask_g[None, :]",
+        "reads histograms behind the last one",
+    ),
+    (
+        "_permute_place_kernel", "all write", "mask=mask_g & first", "mask=mask_g",
+        "every program writes the offsets",
+        {"equivalent": "All programs have the same offsets; it costs stores."},
+    ),
+    ("_permute", "nothing", " or num_blocks == 0", "", "the offsets of no slot are not written"),
+    (
+        "_permute", "choices", "SEGMENTS_PER_BLOCK * top_k", "SEGMENTS_PER_BLOCK",
+        "blocks cover one choice's slots",
+    ),
+    ("_permute", "strides", "topk_ids.contiguous()", "topk_ids", "ids are taken for dense"),
+)  # fmt: skip
+
+_COMBINE = _in(
+    "stages/combine.py",
+    COMBINE,
+    (
+        "_combine_fwd_kernel", "choices", "ptrs += stride_out_k", "ptrs += 0",
+        "the first choice is added again",
+    ),
+    (
+        "_combine_fwd_kernel", "rows of the shared path", "row = sequence * shared_rows + step",
+        "row = rows", "the cropped rows are not skipped",
+    ),
+    (
+        "_combine_fwd_kernel", "gate of a step", "row // STEPS_PER_GATE", "row",
+        "every step has a gate",
+    ),
+    ("_combine_fwd_kernel", "sign", "tl.exp(-logit)", "tl.exp(logit)", "the gate is 1 - gate"),
+    ("_combine_fwd_kernel", "padding", "real &= tl.load", "tl.load", "padding has a shared output"),
+    (
+        "_combine_fwd_kernel", "wrong stride", "sequence * stride_out_b",
+        "sequence * length * stride_out_t", "takes sequences for dense",
+    ),
+    (
+        "_combine_bwd_kernel", "tail", "(step < length)", "(step <= length)",
+        "reads behind a sequence",
+    ),
+    ("_combine_bwd_kernel", "sigmoid", " * (1.0 - opened)", "", "the sigmoid's slope is cut"),
+    (
+        "_combine_bwd_kernel", "no sum", "dot += tl.sum", "dot = tl.sum",
+        "the last columns of the last step are all",
+    ),
+    (
+        "_combine_bwd_kernel", "rows behind", "mask=mask_g[:, None] & mask_d)",
+        "mask=real[:, None] & mask_d)", "rows behind the sequence are not written",
+    ),
+    ("launch_combine", "grid", " * triton.cdiv(d_model, block_d)", "", "columns have no program"),
+    ("_combine_bwd", "strides", "if dy.stride(-1) != 1:", "if False:", "dy is taken for dense"),
+)  # fmt: skip
+
+_BLOCK = _in(
+    "stages/block_kernels.py",
+    BLOCK,
+    (
+        "_route_and_list", "lists unrouted", "listed = selected & routed[:, None]",
+        "listed = selected & mask_s[:, None]", "unrouted segments are listed for an expert",
+    ),
+    (
+        "_route_and_list", "no carry", "counts[None, :] + tl.cumsum(mine, 0)", "tl.cumsum(mine, 0)",
+        "later segments overwrite the list",
+    ),
+    (
+        "_route_and_list", "nobody adds", "(experts[None, :] == lowest[:, None]).to(tl.int32)", "1",
+        "the last choice overwrites the others",
+    ),
+    (
+        "_route_and_list", "place of the program",
+        "experts.to(tl.int64)[None, :] * list_size + base + place",
+        "experts.to(tl.int64)[None, :] * list_size + place", "programs share a list",
+    ),
+    (
+        "_route_and_list", "negative ids", "experts[None, :], -1)", "experts[None, :], 0)",
+        "unrouted segments have an expert",
+    ),
+    (
+        "_route_and_list", "unrouted", "unrouted += tl.sum(absent, 0)", "unrouted += 0",
+        "segments without an expert are forgotten",
+    ),
+    (
+        "_route_and_list", "dropped store",
+        "tl.store(topk_weights_ptr + slot, weights, mask=mask_chosen)", "pass",
+        "weights are not written",
+    ),
+    (
+        "block_fwd_kernel", "rows", "other=0) * SEGMENT_SIZE\n", "other=0)\n",
+        "only a part of the rows runs",
+    ),
+    (
+        "block_fwd_kernel", "expert of a group", "turn * expert_groups + group", "turn",
+        "every group runs the first experts",
+    ),
+    (
+        "block_fwd_kernel", "missing weight", "out = out * weights[:, None]", "out = out + 0.0",
+        "outputs are not weighted",
+    ),
+    (
+        "block_fwd_kernel", "weight twice", "out = out * weights[:, None]",
+        "out = out * weights[:, None] * weights[:, None]", "outputs are weighted twice",
+    ),
+    (
+        "block_fwd_kernel", "adds always", "(adds & (place >= 0))", "(place >= 0)",
+        "the first choice adds to what lay there",
+    ),
+    (
+        "block_fwd_kernel", "dropout of a segment", "+ rows % SEGMENT_SIZE\n", "\n",
+        "steps of a segment drop the same", {"tests": DROPOUT},
+    ),
+    (
+        "block_fwd_kernel", "unrouted", "unrouted * SEGMENT_SIZE", "0 * SEGMENT_SIZE",
+        "segments without an expert are not written",
+    ),
+    (
+        "block_fwd_kernel", "turns", "(num_experts + expert_groups - 1) // expert_groups",
+        "num_experts // expert_groups", "the last experts have no turn",
+    ),
+    (
+        "block_fwd_kernel", "chunk's bias", "out += load_bias(down_bias_ptr",
+        "load_bias(down_bias_ptr", "one chunk has no bias",
+    ),
+    (
+        "block_fwd_kernel", "barrier behind the lists", "    tl.debug_barrier()\n", "    pass\n",
+        "threads may read lists that others have not written", {"nth": 0},
+    ),
+    (
+        "block_fwd_kernel", "barrier between experts",
+        "            tl.debug_barrier()\n    if padding", "            pass\n    if padding",
+        "threads may add to rows that others have not written",
+    ),
+    ("_find_listed", "flag", "(slot & 1) == 0", "(slot & 1) == 1", "the first choice adds"),
+    ("_find_listed", "step", "+ rows % SEGMENT_SIZE", "", "every row is a first step"),
+    (
+        "block_prepare_kernel", "unrouted", "slots - tl.sum(counts, 0)", "slots",
+        "every slot is counted as unrouted",
+    ),
+    (
+        "block_prepare_kernel", "last choice only", "selected |=", "selected =",
+        "weights are divided by the last choice",
+    ),
+    (
+        "block_prepare_kernel", "choice", "slot = segment * TOP_K + k", "slot = segment * TOP_K",
+        "the first weight is overwritten",
+    ),
+    (
+        "block_prepare_kernel", "tail", "tl.store(topk_weights_ptr + slot, weight, mask=mask_s)",
+        "tl.store(topk_weights_ptr + slot, weight)", "writes behind the last segment",
+    ),
+)  # fmt: skip
+
+_BLOCK_BACKWARD = _in(
+    "stages/block_backward_kernels.py",
+    BLOCK,
+    (
+        "_find_segments", "partial segment", "(local < BLOCK_M // SEGMENT_SIZE) & ", "",
+        "a tile has a part of the next one's first segment",
+    ),
+    (
+        "_find_segments", "tail", "(start + local < end)", "(start + local <= end)",
+        "a tile has the next expert's first segment",
+    ),
+    (
+        "_load_segments", "dropout of a segment", "segment * SEGMENT_SIZE + position, x",
+        "segment * SEGMENT_SIZE, x", "steps of a segment drop the same", {"tests": DROPOUT},
+    ),
+    (
+        "_load_segments", "strides of dy", "0, stride_dy_b, stride_dy_t",
+        "0, stride_x_b, stride_x_t", "dy is read with the strides of x",
+    ),
+    (
+        "_load_segments", "missing weight", "other=0.0).to(ACC)", "other=0.0).to(ACC) * 0 + 1",
+        "gradients are not weighted",
+    ),
+    (
+        "_finish_segments", "own row only", "local[:, None] == local[None, :]",
+        "rows[:, None] == rows[None, :]", "a weight's gradient is its first step's share",
+    ),
+    (
+        "_finish_segments", "gradient of the weights", "dweight += tl.load(dtopk_weights_ptr",
+        "tl.load(dtopk_weights_ptr", "what the caller made of the weights is dropped",
+    ),
+    (
+        "_finish_segments", "gradient of the logits", "dlogits += tl.load(dlogits_in_ptr",
+        "tl.load(dlogits_in_ptr", "what the caller made of the logits is dropped",
+    ),
+    (
+        "_finish_segments", "gradient of the probabilities", "dprobs += tl.load(dprobs_ptr",
+        "tl.load(dprobs_ptr", "what the caller made of the probabilities is dropped",
+    ),
+    (
+        "_finish_segments", "weight of a step", "+ p * D + offs_d", "+ offs_d",
+        "every step has the router's first columns",
+    ),
+    (
+        "_finish_segments", "unrouted", "dlogits = tl.where(mask_me, dlogits, 0.0)",
+        "dlogits += 0.0", "a constant has a gradient",
+    ),
+    ("_finish_segments", "step", "(position == p)", "(position >= p)", "steps share their shares"),
+    (
+        "block_dx_kernel", "no sum over chunks", "dweight += tl.sum(dhidden * hidden, 1)",
+        "dweight = tl.sum(dhidden * hidden, 1)", "the last chunk is all, the bias is lost",
+    ),
+    (
+        "block_dx_kernel", "missing weight", "dpre = (dpre * weights[:, None]).to(x.dtype)",
+        "dpre = dpre.to(x.dtype)", "dx is not weighted",
+    ),
+    (
+        "block_dx_kernel", "gate", "dx = tl.dot(dgate, gate, dx,", "tl.dot(dgate, gate, dx,",
+        "dx lacks the gate's share",
+    ),
+    (
+        "block_dx_kernel", "unrouted", "if expert > num_experts:", "if expert >= num_experts:",
+        "segments without an expert are not written",
+    ),
+    (
+        "block_dx_kernel", "same chunk", "offs_f = f0 + tl.arange", "offs_f = tl.arange",
+        "all chunks read the first columns",
+    ),
+    (
+        "block_bwd_kernel", "missing weight", "hidden = (hidden * weights[:, None]).to(x.dtype)",
+        "hidden = hidden.to(x.dtype)", "down's gradient is not weighted",
+    ),
+    (
+        "block_bwd_kernel", "no sum over tiles", "hidden, ddown, input", "hidden, input",
+        "the last tile is all",
+    ),
+    (
+        "block_bwd_kernel", "tile of an expert", "(tile - before) * segments_per_tile",
+        "tile * segments_per_tile", "later experts start too late",
+    ),
+    (
+        "block_bwd_kernel", "tiles before", "        before += tiles", "        before += 0",
+        "later experts' tiles are counted from 0",
+    ),
+    (
+        "block_bwd_kernel", "whole", "whole = (first <= before)", "whole = (first < before)",
+        "a whole sum goes to a slot that nobody reads",
+    ),
+    ("block_bwd_kernel", "slot", "(split + expert)", "split", "experts share a slot"),
+    (
+        "block_bwd_kernel", "bias of one tile", "dup_bias += tl.sum(dpre, 0)",
+        "dup_bias = tl.sum(dpre, 0)", "the last tile is all",
+    ),
+    (
+        "block_bwd_kernel", "unrouted", "last = ((split + 1)", "last = (split",
+        "segments without an expert are not written",
+    ),
+)  # fmt: skip
+
+_BLOCK_HOST = [
+    *_in(
+        "stages/block.py",
+        BLOCK,
+        (
+            "_block_fwd", "counts", "torch.sum(block_counts[:, 0], 0",
+            "torch.sum(block_counts[:1, 0], 0", "one program's counts are all",
+        ),
+        (
+            "_block_fwd", "segments of a sequence", "num_segments // batch", "num_segments",
+            "all segments seem to be of one sequence",
+        ),
+        (
+            "_block_fwd", "strides of the gate", "gate.stride()[:2]", "(0, gate.stride(1))",
+            "every expert has the first one's gate",
+        ),
+        (
+            "_block_fwd", "grid", "block_fwd_kernel[(blocks, tile.groups)]",
+            "block_fwd_kernel[(blocks, 1)]", "the other groups' experts don't run",
+        ),
+        (
+            "block_experts", "seed", "torch.randint(2**62, (1,)", "torch.full((1,), 7",
+            "every call drops the same", {"tests": BLOCK_DROPOUT},
+        ),
+    ),
+    *_in(
+        "stages/block_backward.py",
+        BLOCK,
+        (
+            "_launch_block_bwd", "no reduction", "    reduce_partials(", "    (lambda *_: None)(",
+            "shares are not added up",
+        ),
+        (
+            "_launch_block_bwd", "reduction's tiles", "splits, 1, segments_per_tile)",
+            "splits, 1, tile.block_m)", "the reduction counts other tiles than the kernel",
+        ),
+        (
+            "_launch_block_dx", "grid", " + call.num_experts\n", "\n",
+            "partial tiles have no program",
+        ),
+        (
+            "_block_bwd", "nothing", "if logits.shape[0] == 0:", "if logits.shape[0] < 0:",
+            "an empty batch has no zeros for gradients", {"tests": LAYER_EMPTY},
+        ),
+    ),
+]  # fmt: skip
+
+_EXPERTS = _in(
+    "stages/experts_fused.py",
+    FUSED,
+    (
+        "expert_ffn_fwd_kernel", "missing weight", "out * weights[:, None]", "out",
+        "outputs are not weighted",
+    ),
+    (
+        "expert_ffn_fwd_kernel", "weight twice", "out * weights[:, None]",
+        "out * weights[:, None] * weights[:, None]", "outputs are weighted twice",
+    ),
+    (
+        "expert_ffn_fwd_kernel", "no expert", "f_end = tl.where(expert < num_experts, F, 0)",
+        "f_end = F", "reads weights behind the last expert",
+    ),
+    (
+        "expert_ffn_fwd_kernel", "tail mask", "mask_m = rows < row_end", "mask_m = rows <= row_end",
+        "a tile has the next expert's first row",
+    ),
+    (
+        "expert_ffn_fwd_kernel", "dropout of a segment",
+        "slot * SEGMENT_SIZE + rows % SEGMENT_SIZE", "slot * SEGMENT_SIZE",
+        "steps of a segment drop the same", {"tests": DROPOUT},
+    ),
+    (
+        "expert_ffn_dx_kernel", "no sum over chunks", "dweight += tl.sum(dhidden * hidden, 1)",
+        "dweight = tl.sum(dhidden * hidden, 1)", "the last chunk is all, the bias is lost",
+    ),
+    (
+        "expert_ffn_dx_kernel", "place of a share", "drow_weights_ptr + row_ids",
+        "drow_weights_ptr + rows", "a routing weight's gradient is in sorted order",
+    ),
+    (
+        "expert_ffn_dx_kernel", "weight twice", "dpre = (dpre * weights[:, None])",
+        "dpre = (dpre * weights[:, None] * weights[:, None])", "dx is weighted twice",
+    ),
+    (
+        "expert_ffn_dx_kernel", "gate", "dx = tl.dot(dgate, gate, dx,", "tl.dot(dgate, gate, dx,",
+        "dx lacks the gate's share",
+    ),
+    (
+        "expert_ffn_dx_kernel", "bias", "dweight += tl.sum(dy.to(ACC) * bias",
+        "tl.sum(dy.to(ACC) * bias", "a routing weight's gradient lacks the bias",
+    ),
+    (
+        "_router_partials", "no sum over blocks", "x.to(ACC), acc, input", "x.to(ACC), input",
+        "the last segments are all", {"tests": BLOCK},
+    ),
+    (
+        "_router_partials", "step", "* SEGMENT_SIZE + p\n", "* SEGMENT_SIZE\n",
+        "every step has the first one's sum", {"tests": BLOCK},
+    ),
+    (
+        "_router_partials", "tail", "mask_s = segment < end", "mask_s = segment < num_segments",
+        "a split has segments of the next one", {"tests": BLOCK},
+    ),
+    (
+        "_router_partials", "slot", "split.to(tl.int64) * num_experts * SEGMENT_SIZE * D",
+        "split.to(tl.int64) * num_experts * D", "slots overlap", {"tests": BLOCK},
+    ),
+    (
+        "expert_ffn_dw_kernel", "missing weight",
+        "hidden = (hidden * weights[:, None]).to(x.dtype)", "hidden = hidden.to(x.dtype)",
+        "down's gradient is not weighted",
+    ),
+    (
+        "expert_ffn_dw_kernel", "no sum over tiles", "dpre.to(x.dtype), dup, input",
+        "dpre.to(x.dtype), input", "the last tile is all",
+    ),
+    (
+        "expert_ffn_dw_kernel", "tile of an expert", "(tile - before) * BLOCK_M", "tile * BLOCK_M",
+        "later experts start too late",
+    ),
+    ("expert_ffn_dw_kernel", "slot", "(split + expert)", "split", "experts share a slot"),
+    (
+        "expert_ffn_dw_kernel", "whole", "(before + tiles <= last)", "(before + tiles <= last + 1)",
+        "a share goes where a whole sum belongs", {"tests": SUMS},
+    ),
+    (
+        "expert_ffn_dw_kernel", "chunk", "offs_f = first_f + tl.arange", "offs_f = tl.arange",
+        "all chunks have the first columns",
+    ),
+    (
+        "expert_ffn_dw_kernel", "bias of down",
+        "ddown_bias += tl.sum(dy.to(ACC) * weights[:, None], 0)",
+        "ddown_bias += tl.sum(dy.to(ACC), 0)", "down's bias gradient is not weighted", {"nth": 0},
+    ),
+    (
+        "expert_ffn_dw_kernel", "bias of down in 16 bits",
+        "ddown_bias += tl.sum(dy.to(ACC) * weights[:, None], 0)",
+        "ddown_bias += tl.sum(dy.to(ACC), 0)", "down's bias gradient is not weighted", {"nth": 1},
+    ),
+)  # fmt: skip
+
+_EXPERTS_HOST = [
+    *_in(
+        "stages/experts_launch.py",
+        FUSED,
+        (
+            "launch_dw", "reduction's rows", "call.rows_per_slot, tile.block_m)",
+            "1, tile.block_m)", "the reduction counts other tiles than the kernel",
+        ),
+        (
+            "in_slot_order", "order", "[up, down, gate, up_bias, down_bias, gate_bias]",
+            "[up, down, gate, up_bias, gate_bias, down_bias]", "biases are exchanged",
+        ),
+        (
+            "Call.weight_strides", "gate", "gate.stride()[:2]", "up.stride()[:2]",
+            "the gate is read with the strides of up",
+        ),
+        (
+            "launch_dx", "strides of dy", "*dy.stride()[:3]", "*call.x.stride()[:3]",
+            "dy is read with the strides of x",
+        ),
+        (
+            "column_tiles", "one row", "triton.cdiv(call.d_ff, _dhidden_tile(call).block_n)", "1",
+            "shares of later column tiles have no room", {"tests": WIDE},
+        ),
+        (
+            "backward_two_products", "weights of the bias", "row_weights=call.topk_weights",
+            "row_weights=None", "down's bias gradient is not weighted", {"tests": WIDE},
+        ),
+    ),
+    *_in(
+        "stages/experts.py",
+        FUSED,
+        (
+            "_expert_ffn_bwd", "nothing", "if call.num_rows == 0 or x.numel() == 0:", "if False:",
+            "an empty batch has no zeros for gradients",
+        ),
+        (
+            "_expert_ffn_bwd", "no sum of shares", "torch.sum(shares, dim=0, out=drow_weights)",
+            "drow_weights.copy_(shares[0])", "the first columns' share is all", {"tests": WIDE},
+        ),
+        (
+            "expert_ffn", "seed", "torch.randint(2**62, (1,)", "torch.full((1,), 7",
+            "every call drops the same", {"tests": DROPOUT},
+        ),
+    ),
+]  # fmt: skip
+
+_GEMM = _in(
+    "stages/grouped_gemm_kernels.py",
+    GEMM,
+    (
+        "_load_operand", "wrong stride", "rows.to(tl.int64) * stride_t",
+        "rows.to(tl.int64) * width", "takes rows for dense",
+    ),
+    (
+        "_load_operand", "row mask", "mask = mask_m[:, None] &", "mask = (rows >= 0)[:, None] &",
+        "reads rows of others",
+    ),
+    ("_load_operand", "column mask", "(cols < width)", "(cols >= 0)", "reads columns behind a row"),
+    (
+        "_swizzled_tile", "last group", "tl.minimum(row_tiles - first, GROUP_M)", "GROUP_M",
+        "tiles of the last group are left out",
+    ),
+    (
+        "_swizzled_tile", "group", "first + inside % height", "inside % height",
+        "later groups are left out",
+    ),
+    (
+        "grouped_gemm_kernel", "bias of no expert", "mask_b = mask_n & (k_end > 0)",
+        "mask_b = mask_n", "rows without an expert have a bias",
+    ),
+    (
+        "grouped_gemm_kernel", "no sum over depth", "acc = tl.dot(a, b, acc, input",
+        "acc = tl.dot(a, b, input", "the last columns are all", {"nth": 0},
+    ),
+    (
+        "grouped_gemm_kernel", "second product", "acc = tl.dot(a, b, acc, input",
+        "acc = tl.dot(a, b, input", "the gate's product is all", {"nth": 1, "tests": WIDE},
+    ),
+    (
+        "grouped_gemm_kernel", "gate and up exchanged", "activate(acc2, ACTIVATION, FAST) * acc",
+        "activate(acc, ACTIVATION, FAST) * acc2", "the activation is on the wrong product",
+        {"tests": WIDE},
+    ),
+    (
+        "grouped_gemm_kernel", "kept gate", "acc2.to(pre2_ptr.dtype.element_ty)",
+        "acc.to(pre2_ptr.dtype.element_ty)", "up's product is kept as the gate's", {"tests": WIDE},
+    ),
+    (
+        "grouped_gemm_kernel", "missing weight", "acc *= tl.load(row_weights_ptr",
+        "tl.load(row_weights_ptr", "outputs are not weighted", {"tests": WIDE},
+    ),
+    (
+        "grouped_gemm_kernel", "choices", "stride_y_k // (length * D)", "1", "choices overlap",
+        {"tests": WIDE},
+    ),
+    (
+        "grouped_gemm_kernel", "dropout of another row",
+        "row_ids = slot * ROWS_PER_SLOT + rows % ROWS_PER_SLOT", "row_ids = rows",
+        "forward drops by sorted row, backward by slot", {"tests": DROPOUT},
+    ),
+    (
+        "grouped_gemm_kernel", "no expert", "k_end = tl.where(expert < num_experts, K, 0)",
+        "k_end = K", "reads weights behind the last expert",
+    ),
+    (
+        "grouped_gemm_dhidden_kernel", "bias once", "mask=mask_k & (column_tile == 0)",
+        "mask=mask_k", "every column tile adds the bias to a routing weight's gradient",
+        {"tests": WIDE},
+    ),
+    (
+        "grouped_gemm_dhidden_kernel", "row of a share",
+        "column_tile.to(tl.int64) * num_slots * ROWS_PER_SLOT + ", "",
+        "column tiles overwrite each other's shares", {"tests": WIDE},
+    ),
+    (
+        "grouped_gemm_dhidden_kernel", "missing weight", "hidden = (hidden * weights)",
+        "hidden = (hidden + 0.0)", "down's gradient is not weighted", {"tests": WIDE},
+    ),
+    (
+        "grouped_gemm_dhidden_kernel", "weight twice", "dpre = dhidden * scale * slope * weights",
+        "dpre = dhidden * scale * slope * weights * weights", "gradients are weighted twice",
+        {"tests": WIDE},
+    ),
+    (
+        "grouped_gemm_dhidden_kernel", "slope of the gate",
+        "dhidden * scale * pre * slope * weights", "dhidden * scale * pre * weights",
+        "the gate's slope is missing", {"tests": WIDE},
+    ),
+    (
+        "grouped_gemm_dhidden_kernel", "place of a share", "* ROWS_PER_SLOT + row_ids",
+        "* ROWS_PER_SLOT + rows", "a routing weight's gradient is in sorted order", {"tests": WIDE},
+    ),
+    (
+        "grouped_gemm_dw_kernel", "no sum over tiles", "tl.trans(a), b, dw, input",
+        "tl.trans(a), b, input", "the last tile is all",
+    ),
+    (
+        "grouped_gemm_dw_kernel", "tail mask", "mask_m = rows < hi", "mask_m = rows <= hi",
+        "an expert has the next one's first row",
+    ),
+    (
+        "grouped_gemm_dw_kernel", "bias's weight", "a = a * weights.to(ACC)[:, None]",
+        "a = a + 0.0", "the bias gradient is not weighted", {"tests": WIDE},
+    ),
+    ("grouped_gemm_dw_kernel", "slot", "(split + expert)", "split", "experts share a slot"),
+    (
+        "grouped_gemm_dw_kernel", "bias in a slot", "store_sum(out + N * K,", "store_sum(out,",
+        "the bias overwrites the weight's share",
+    ),
+    (
+        "grouped_gemm_dw_kernel", "columns", "offs_k = k_tile * BLOCK_K + tl.arange",
+        "offs_k = tl.arange", "all tiles have the first columns",
+    ),
+)  # fmt: skip
+
+_GEMM_HOST = _in(
+    "stages/grouped_gemm.py",
+    GEMM,
+    (
+        "gemm_grid", "grid", "triton.cdiv(num_rows, tile.block_m) + num_experts",
+        "triton.cdiv(num_rows, tile.block_m) + 1", "partial tiles have no program",
+    ),
+    (
+        "weight_gradient", "no reduction", "reduce_partials(partials,",
+        "(lambda *_: None)(partials,", "shares are not added up",
+    ),
+    ("_row_strides", "dense", "(0, 0, x.stride(0))", "(0, 0, x.shape[1])", "takes rows for dense"),
+    (
+        "_grouped_gemm_dw", "nothing", "bias.zero_()", "bias.numel()",
+        "the gradient of no row is not 0",
+    ),
+)  # fmt: skip
+
+_SHARED = _in(
+    "stages/shared_kernels.py",
+    SHARED_FUSED,
+    (
+        "swizzled_tile", "last group", "tl.minimum(row_tiles - first, GROUP_M)", "GROUP_M",
+        "tiles of the last group are left out",
+    ),
+    (
+        "swizzled_tile", "group", "return first + inside % height", "return inside % height",
+        "later groups are left out",
+    ),
+    (
+        "find_segments", "tail", "tl.minimum(length - step, SEGMENT_SIZE) * D", "SEGMENT_SIZE * D",
+        "reads and writes into the next sequence", {"tests": SHARED},
+    ),
+    (
+        "find_segments", "step", "(rows % segments_per_sequence) * SEGMENT_SIZE",
+        "(rows % segments_per_sequence)", "segments overlap", {"tests": SHARED},
+    ),
+    (
+        "find_segments", "rows behind", "tl.where(mask_m, tl.minimum",
+        "tl.where(rows >= 0, tl.minimum", "reads and writes behind the last segment",
+        {"tests": SHARED},
+    ),
+    ("load_segments", "dense steps", "stride_t - D", "0", "takes steps for dense"),
+    (
+        "load_segments", "flag of a step", "padding_mask_ptr + flags + step",
+        "padding_mask_ptr + flags", "every step has the first one's flag",
+    ),
+    (
+        "load_segments", "tail", "real = first < limit", "real = first <= limit",
+        "reads behind a sequence",
+    ),
+    (
+        "load_segments", "step of a block", "offs = cols + step * jump", "offs = cols",
+        "takes steps for dense where blocks lie in one",
+    ),
+    (
+        "real_columns", "no mask", "if padding_mask_ptr is not None:", "if False:",
+        "padding is real", {"tests": SHARED},
+    ),
+    (
+        "real_columns", "step", "(cols // D)[None, :]", "(cols // (D + 1))[None, :]",
+        "flags of the wrong steps", {"tests": SHARED},
+    ),
+    (
+        "_segments_loop", "no sum over depth", "acc = tl.dot(a, b, acc,", "acc = tl.dot(a, b,",
+        "the last columns are all",
+    ),
+    (
+        "_segments_loop", "stride of the gate", "rows_k * stride_b2_k + columns_n * stride_b2_n",
+        "rows_k * stride_b_k + columns_n * stride_b_n", "the gate is read with the strides of up",
+    ),
+    (
+        "_segments_loop", "depth mask", "mask = (offs_k < W)[:, None] & mask_n", "mask = mask_n",
+        "reads weights behind a row",
+    ),
+    (
+        "_segments_loop", "vector", "(tl.arange(0, 16) == 0)", "(tl.arange(0, 16) <= 1)",
+        "the vector's product is counted twice",
+    ),
+    (
+        "segments_product", "exchanged", "elif wants_vector:", "elif wants_vector == 0:",
+        "the programs that want the vector's product don't have it",
+    ),
+    (
+        "halves", "even and odd",
+        "tl.permute(tl.reshape(x, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))",
+        "tl.reshape(x, (BLOCK_M, BLOCK_N // 2, 2))", "even and odd columns for left and right ones",
+    ),
+    (
+        "_store_hidden", "right half", "mask_m, first_n + BLOCK_N // 2", "mask_m, first_n",
+        "the right half overwrites the left one",
+    ),
+    (
+        "_store_hidden", "activation of up", "acc2 if GATED else acc", "acc",
+        "the activation is on the wrong product",
+    ),
+    (
+        "_store_hidden", "gate's bias", "acc2 += tl.load(gate_bias_ptr", "tl.load(gate_bias_ptr",
+        "the gate has no bias",
+    ),
+    (
+        "_store_hidden", "dropout of the next row", "long_rows, offs_n, H",
+        "long_rows + 1, offs_n, H", "forward drops what backward keeps",
+    ),
+    (
+        "shared_up_kernel", "stride of x", "sequence * stride_x_b",
+        "sequence * length * stride_x_t", "takes sequences for dense",
+    ),
+    (
+        "shared_up_kernel", "logits", "mask=mask_m & (column_tile == 0)", "mask=mask_m",
+        "other columns overwrite the gate's logits",
+    ),
+    (
+        "shared_up_kernel", "flags", "flags = sequence * length + step",
+        "flags = step.to(tl.int64)", "every sequence has the first one's mask",
+    ),
+    (
+        "_store_steps", "scale before the bias", "acc *= scale[:, None]\n",
+        "acc = acc * scale[:, None] if bias_ptr is None else acc\n", "with a bias nothing is gated",
+    ),
+    (
+        "_store_steps", "choices", "offs += stride_out_k", "offs += 0",
+        "the first choice is added again",
+    ),
+    (
+        "_store_steps", "padding", "acc = tl.where(real, acc, 0.0)", "acc += 0.0",
+        "padding has a shared output",
+    ),
+    (
+        "_store_steps", "gradient of the gate", "acc += dlogit[:, None] * vector[None, :]",
+        "vector += 0.0", "dx lacks the gate's share",
+    ),
+    (
+        "_store_steps", "tail", "element_ty), mask=inside)", "element_ty), mask=mask_n[None, :])",
+        "writes into the next sequence",
+    ),
+    (
+        "shared_steps_kernel", "no sum over depth", "acc = tl.dot(a, b, acc,", "acc = tl.dot(a, b,",
+        "the last columns are all", {"nth": 0},
+    ),
+    (
+        "shared_steps_kernel", "second product", "acc = tl.dot(a, b, acc,", "acc = tl.dot(a, b,",
+        "the gate's product is all", {"nth": 1},
+    ),
+    (
+        "shared_steps_kernel", "sigmoid", "tl.exp(-tl.load(logits_ptr", "tl.exp(tl.load(logits_ptr",
+        "the gate is 1 - gate",
+    ),
+    (
+        "shared_steps_kernel", "stride of the choices", "sequence * stride_out_b",
+        "sequence * length * stride_out_t", "takes sequences for dense",
+    ),
+)  # fmt: skip
+
+_SHARED_BACKWARD = _in(
+    "stages/shared_backward_kernels.py",
+    SHARED_FUSED,
+    (
+        "hidden_gradient", "slope", "dpre = dhidden * scale * slope",
+        "dpre = dhidden * scale * active", "the value for the slope",
+    ),
+    (
+        "hidden_gradient", "opened gate", "return hidden * opened, dpre * opened",
+        "return hidden, dpre * opened", "down's gradient lacks the gate",
+    ),
+    (
+        "hidden_gradient", "dropout", "hidden = active * scale", "hidden = active + 0.0",
+        "down's gradient ignores dropout",
+    ),
+    (
+        "_store_hidden_gradient", "right half", "share += _store_hidden_gradient",
+        "share = _store_hidden_gradient", "the left half's share is lost",
+    ),
+    (
+        "_store_hidden_gradient", "bias of the gate", "dbias_ptr + H + offs_n",
+        "dbias_ptr + offs_n", "the gate's bias gradient overwrites the other one",
+    ),
+    (
+        "_store_hidden_gradient", "dropout of the next row", "long_rows, offs_n, H",
+        "long_rows + 1, offs_n, H", "backward drops what forward kept",
+    ),
+    (
+        "shared_dhidden_kernel", "row of the bias",
+        "dbias_ptr += row_tile.to(tl.int64) * (gates * H)", "dbias_ptr += 0",
+        "row tiles overwrite each other's sums",
+    ),
+    (
+        "shared_dhidden_kernel", "bias in the share", "share + from_bias", "share",
+        "the gate's gradient lacks the bias",
+    ),
+    (
+        "shared_dhidden_kernel", "row of a share", "column_tile.to(tl.int64) * num_rows + rows",
+        "rows", "column tiles overwrite each other's shares",
+    ),
+    ("shared_dlogit_kernel", "sigmoid", " * (1.0 - opened)", "", "the sigmoid's slope is cut"),
+    (
+        "shared_dlogit_kernel", "same share", "ptrs += num_rows", "ptrs += 0",
+        "the first columns' share is added again",
+    ),
+    (
+        "shared_dlogit_kernel", "dropped store", "tl.store(opened_ptr + rows, opened, mask=mask_m)",
+        "tl.store(opened_ptr + rows, opened, mask=mask_m & (rows > 0))", "one gate is not written",
+    ),
+    ("_rows_loop", "no sum over tiles", "b, acc, input", "b, input", "the last tile is all"),
+    (
+        "_rows_loop", "next sequence", "stride_a_b - all_steps * stride_a_t", "stride_a_b",
+        "later sequences are read too far behind",
+    ),
+    (
+        "_rows_loop", "flags of the next sequence", "length - all_steps, 0)", "length, 0)",
+        "later sequences have others' masks",
+    ),
+    (
+        "_rows_loop", "limit of a row", "length - index * SEGMENT_SIZE, SEGMENT_SIZE",
+        "SEGMENT_SIZE, SEGMENT_SIZE", "reads behind a sequence",
+    ),
+    (
+        "_rows_product", "exchanged", "elif wants_vector:", "elif wants_vector == 0:",
+        "the programs that want the vector's product don't have it",
+    ),
+    (
+        "shared_dw_kernel", "slot", "weight_ptr += split * slot_stride", "weight_ptr += 0",
+        "splits overwrite each other",
+    ),
+    (
+        "shared_dw_kernel", "slot of the vector", "along_ptr + split * slot_stride + offs_w",
+        "along_ptr + offs_w", "splits overwrite each other",
+    ),
+    (
+        "shared_dw_kernel", "split", "last_tile = ((split + 1) * tiles // num_splits)",
+        "last_tile = (split * tiles // num_splits)", "splits are empty",
+    ),
+    (
+        "shared_dw_kernel", "not transposed", "if TRANSPOSED:", "if False:",
+        "the matrix is stored as its transpose",
+    ),
+    (
+        "shared_reduce_kernel", "tail", "(slots < num_splits)", "(slots >= 0)",
+        "reads slots behind the last one",
+    ),
+    ("shared_reduce_kernel", "no sum", "acc += tl.load", "acc = tl.load", "the last slots are all"),
+    ("shared_reduce_kernel", "part", "offs -= n1", "offs -= n0", "the third part is misplaced"),
+    ("_store_part", "part", "(offs >= 0) & ", "", "a part is written before its place"),
+)  # fmt: skip
+
+_SHARED_PASSES = _in(
+    "stages/shared_passes.py",
+    SHARED_VENDOR,
+    ("shared_rows_kernel", "dense steps", "(stride_x_t - D)", "(D - D)", "takes steps for dense"),
+    (
+        "shared_rows_kernel", "no sum over columns", "along += tl.sum", "along = tl.sum",
+        "the last columns are all",
+    ),
+    (
+        "shared_rows_kernel", "tail", "mask=mask_m[:, None] & (cols < W)[None, :])", "mask=real)",
+        "missing steps are not 0",
+    ),
+    (
+        "shared_activate_kernel", "gate and up exchanged",
+        "activate(gate_pre, ACTIVATION, FAST) * pre", "activate(pre, ACTIVATION, FAST) * gate_pre",
+        "the activation is on the wrong product",
+    ),
+    (
+        "shared_activate_kernel", "bias", "pre += tl.load(up_bias_ptr", "tl.load(up_bias_ptr",
+        "no bias", {"nth": 0},
+    ),
+    (
+        "shared_activate_kernel", "dropout of the next row", "long_rows, cols, H",
+        "long_rows + 1, cols, H", "forward drops what backward keeps",
+    ),
+    (
+        "shared_activate_kernel", "column tile", "first_n = (pid % column_tiles) * BLOCK_N",
+        "first_n = 0", "all tiles have the first columns",
+    ),
+    (
+        "shared_activate_bwd_kernel", "no sum over columns", "dopened += share", "dopened = share",
+        "the last columns are all, the bias is lost",
+    ),
+    (
+        "shared_activate_bwd_kernel", "row of the bias", "pid.to(tl.int64) * (gates * H)",
+        "pid.to(tl.int64) * H", "row tiles overwrite each other's sums",
+    ),
+    (
+        "shared_activate_bwd_kernel", "sigmoid", " * (1.0 - opened)", "",
+        "the sigmoid's slope is cut",
+    ),
+    (
+        "shared_activate_bwd_kernel", "gate's bias", "gate_pre += bias.to(ACC)[None, :]",
+        "bias += 0", "backward has another gate than forward",
+    ),
+    (
+        "shared_dx_kernel", "row", "step // SEGMENT_SIZE", "step // (SEGMENT_SIZE + 1)",
+        "steps of other rows",
+    ),
+    (
+        "shared_dx_kernel", "gate's share", "drows + dlogit[:, None] * vector", "drows",
+        "dx lacks the gate's share",
+    ),
+    ("shared_dx_kernel", "padding", "real &= tl.load", "tl.load", "padding has a gradient"),
+    (
+        "shared_dx_kernel", "dropped store", "mask=inside[:, None] & mask_d)", "mask=mask)",
+        "masked steps are not 0",
+    ),
+)  # fmt: skip
+
+_SHARED_HOST = [
+    *_in(
+        "stages/shared_fused.py",
+        SHARED_FUSED,
+        (
+            "_fused_dw", "no reduction", "reduce_shares(partials, outputs, block_r=1)", "pass",
+            "shares are not added up",
+        ),
+        (
+            "fused_bwd", "grid", "(triton.cdiv(call.num_rows, 128),)", "(1,)",
+            "later rows have no program",
+        ),
+        (
+            "_rows_to_steps", "strides", "*b.stride(),", "*reversed(b.stride()),",
+            "a matrix is read as its transpose",
+        ),
+    ),
+    *_in(
+        "stages/shared_vendor.py",
+        SHARED_VENDOR,
+        (
+            "vendor_bwd", "rows of dy", "copied = not (whole and dy.is_contiguous())",
+            "copied = not whole", "dy is taken for dense",
+            {"equivalent": "`reshape` copies what is not dense; it costs a copy of PyTorch's."},
+        ),
+        (
+            "vendor_bwd", "gate of the bias", "torch.sigmoid(logits)", "torch.ones_like(logits)",
+            "down's bias gradient lacks the gate",
+        ),
+    ),
+    *_in(
+        "stages/shared_call.py",
+        SHARED,
+        (
+            "SharedCall.__init__", "masked rows", " and padding_mask is None", "",
+            "padding is read as x has it",
+        ),
+        (
+            "reduce_shares", "grid", "triton.cdiv(partials.shape[1], block)",
+            "partials.shape[1] // block", "the last elements are never added up",
+        ),
+    ),
+    *_in(
+        "stages/shared.py",
+        SHARED,
+        (
+            "shared_combine", "seed", "torch.randint(2**62, (1,)", "torch.full((1,), 7",
+            "every call drops the same", {"tests": SHARED_DROPOUT},
+        ),
+        (
+            "_shared_bwd", "nothing", "if call.x.numel() == 0:", "if False:",
+            "an empty batch has no zeros for gradients",
+        ),
+    ),
+]  # fmt: skip
+
+MUTANTS: list[Mutant] = [
+    *_ACTIVATIONS, *_FFN, *_PARTIALS, *_ROUTER, *_SEQUENCES, *_DESCRIPTORS, *_ROUTE, *_ROUTE_HOST,
+    *_PERMUTE, *_COMBINE, *_BLOCK, *_BLOCK_BACKWARD, *_BLOCK_HOST, *_EXPERTS, *_EXPERTS_HOST,
+    *_GEMM, *_GEMM_HOST, *_SHARED, *_SHARED_BACKWARD, *_SHARED_PASSES, *_SHARED_HOST,
+]  # fmt: skip

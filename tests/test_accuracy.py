@@ -1,0 +1,37 @@
+"""The accuracy budget: one run of each case here, and the committed report of many."""
+
+import json
+
+import accuracy
+import pytest
+
+pytest.importorskip("triton")
+
+REPORT = json.loads((accuracy.REPORTS / "accuracy.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "size"),
+    [pytest.param(*case, id="-".join(case)) for case in accuracy.cases() if case[2] != "one step"],
+)
+def test_outputs_and_gradients_are_within_the_accuracy_budget(dtype, options, size, device):
+    """One step has too few numbers for one run; the report has 24 of them."""
+    errors = accuracy.measure(dtype, options, size, device=device)
+    assert len(errors) >= 5
+    assert not accuracy.faults(dtype, errors, "one run")
+
+
+def test_the_accuracy_report_is_within_the_budget():
+    found = {(c["dtype"], c["options"], c["size"]): c["errors"] for c in REPORT["cases"]}
+    assert list(found) == list(accuracy.cases())
+    for (dtype, _, size), errors in found.items():
+        assert not accuracy.faults(dtype, errors, accuracy.limit_of(size))
+    assert (accuracy.REPORTS / "accuracy.md").read_text() == accuracy.render(REPORT)
+
+
+@pytest.mark.parametrize("key", ["rms", "max"])
+def test_the_accuracy_budget_notices_errors(key):
+    errors = dict(REPORT["cases"][-1]["errors"])
+    name = next(iter(errors))
+    for wrong in (4 * errors[name][f"eager_{key}"] + 0.1 * errors[name]["size_rms"], float("nan")):
+        assert accuracy.faults("bfloat16", {name: {**errors[name], key: wrong}}, "one run")
