@@ -58,9 +58,14 @@ def pool(x: Tensor, valid: Tensor | None, pooling: str) -> Tensor:
     return torch.where(chosen, x, 0).sum(2)
 
 
+def _autocast_is_on(device_type: str) -> bool:
+    # The meta device has no autocast; what says so, Dynamo traces only from torch 2.12 on.
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    # The meta device has no autocast, and entering the context for nothing costs a small layer.
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    # Entering the context for nothing costs a small layer.
+    if _autocast_is_on(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
@@ -339,8 +344,7 @@ def autocast_weights(
     The router stays in the dtype of x; without autocast, or in float64, nothing changes.
     """
     kind = x.device.type
-    has_autocast = torch.amp.is_autocast_available(kind)  # the meta device has none
-    if not has_autocast or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    if not _autocast_is_on(kind) or x.dtype == torch.float64:
         return router_weight, experts, shared, x.dtype
     dtype = torch.get_autocast_dtype(kind)
     shared = None if shared is None else shared.to(dtype)

@@ -2,9 +2,10 @@
 
 ``python tests/mutate.py`` works in a copy of the repository, never in the repository itself. For
 each mutant of `mutants` it runs the few tests that should notice and, where they don't, every test
-of the kernels. Results are written after each mutant, and a mutant whose text and tests are
-unchanged keeps its result, so that a run can be stopped and goes on where it was. A test that takes
-too long counts as noticing, and is recorded as such. Ends with the score; 1 below 95 %.
+of the kernels (not for mutants said to be equivalent). Results are written after each mutant, and a
+mutant whose text and tests are unchanged keeps its result, so that a run can be stopped and goes on
+where it was. A test that takes too long counts as noticing, and is recorded as such. Ends with the
+score; 1 below 95 %.
 """
 
 import argparse
@@ -192,7 +193,7 @@ def try_mutant(mutant: Mutant, copy: Path, *, narrow: bool) -> dict[str, object]
     try:
         outcome, by = run_tests(copy, mutant.tests, NARROW_LIMIT)
         selection = "narrow"
-        if outcome == "passed" and not narrow:
+        if outcome == "passed" and not narrow and not mutant.equivalent:
             selection = "all"
             outcome, by = run_tests(copy, ALL_KERNEL_TESTS, WIDE_LIMIT)
     finally:
@@ -221,10 +222,13 @@ def describe(mutant: Mutant, result: dict[str, object]) -> dict[str, object]:
 
 
 def is_current(mutant: Mutant, result: dict[str, object] | None) -> bool:
-    """Whether a result holds for the mutant as it is now; a narrow survivor's doesn't."""
+    """Whether a result holds for the mutant as it is now; a narrow survivor's doesn't.
+
+    Unless it is equivalent: that is an argument, which tests can't prove but may refute.
+    """
     if result is None or result["fingerprint"] != fingerprint(mutant):
         return False
-    return result["outcome"] != "survived" or result["tests"] == "all"
+    return bool(result["outcome"] != "survived" or result["tests"] == "all" or mutant.equivalent)
 
 
 def load(path: Path) -> dict[str, dict[str, object]]:

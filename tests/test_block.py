@@ -321,7 +321,7 @@ def test_block_touches_its_tensors_alone(options):
         run_layer(layer, *inputs)
 
 
-@pytest.mark.parametrize("splits", [2, 5])
+@pytest.mark.parametrize("splits", [2, 3, 5])
 @pytest.mark.parametrize("passes", ["one", "two"])
 def test_block_weight_gradients_of_any_number_of_splits(passes, splits, monkeypatch, device):
     """Without the hundreds of rows that it takes before the table splits them."""
@@ -330,6 +330,45 @@ def test_block_weight_gradients_of_any_number_of_splits(passes, splits, monkeypa
         monkeypatch.setattr(module, "num_row_splits", lambda *_: splits)
     monkeypatch.setenv("SEGMOE_BACKWARD", passes)
     layer = make_layer(device, num_experts=3, d_ff=10, bias=True, gated=True)
-    inputs = make_inputs(3, 41, 8, dtype=torch.float64, device=device, masked=0.2)
-    inputs.padding_mask[1, 10:25] = False
-    check_equal(layer, inputs)
+    for length in (41, 30):
+        inputs = make_inputs(3, length, 8, dtype=torch.float64, device=device, masked=0.2)
+        check_equal(layer, inputs)
+
+
+@pytest.mark.parametrize("d_ff", [16, 20, 40])
+def test_block_adds_the_last_bias_once(d_ff, device):
+    """Whether the hidden layer is one chunk or more."""
+    layer = make_layer(device, d_ff=d_ff, bias=True)
+    check_equal(layer, make_inputs(2, 13, 8, dtype=torch.float64, device=device))
+
+
+def test_block_counts_the_segments_of_every_program(device):
+    layer = make_layer(device, num_experts=3, top_k=2)
+    x, _, mask = make_inputs(2, 250, 8, dtype=torch.float64, device=device, masked=0.2)
+    routing = layer.forward_with_routing(x, mask)[1]
+    expected = routing.topk_ids[routing.topk_ids >= 0].flatten().bincount(minlength=3)
+    assert routing.expert_counts.tolist() == expected.tolist()
+    assert routing.expert_counts.sum() > 2 * 128
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("passes", ["one", "two"])
+def test_block_gives_unrouted_segments_no_gradient(passes, top_k, device, monkeypatch):
+    """Their logits and probabilities are constants, whatever comes back for them."""
+    monkeypatch.setenv("SEGMOE_BACKWARD", passes)
+    layer = make_layer(device, top_k=top_k)
+    x, dy, mask = make_inputs(2, 30, 8, dtype=torch.float64, device=device, masked=0.2)
+    mask[1, 10:25] = False
+    results = {}
+    for backend in ("triton", "reference"):
+        layer.backend = backend
+        leaf = x.clone().requires_grad_()
+        y, routing = layer.forward_with_routing(leaf, mask)
+        torch.manual_seed(4)
+        outputs = (y, routing.router_logits, routing.router_probs, routing.topk_weights)
+        upstream = [dy, *(torch.randn_like(out) for out in outputs[1:])]
+        wanted = [leaf, layer.router.weight]
+        results[backend] = torch.autograd.grad(outputs, wanted, upstream)
+    assert (routing.topk_ids < 0).any()
+    for actual, expected in zip(results["triton"], results["reference"], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)

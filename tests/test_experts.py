@@ -234,6 +234,16 @@ def test_expert_ffn_adds_up_the_splits_of_a_weight_gradient(scope, device):
     )
 
 
+@pytest.mark.parametrize("splits", [2, 3])
+def test_expert_ffn_shares_an_expert_of_a_tile_more_than_a_split(splits, device, monkeypatch):
+    module = importlib.import_module("segmoe_kernels.stages.experts_launch")
+    monkeypatch.setattr(module, "num_row_splits", lambda *_: splits)
+    for segments in range(4, 30, 5):
+        tensors = make_tensors(1, segments * P, 2, 3, 1, top_k=1, biased=True, device=device)
+        ids = torch.zeros(segments, 1, dtype=torch.int32, device=device)
+        check_exactness(make_stage(ids, 1), tensors)
+
+
 @pytest.mark.parametrize("scope", SCOPES)
 def test_expert_ffn_computes_only_wanted_gradients(scope, device):
     tensors = make_tensors(

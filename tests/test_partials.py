@@ -95,8 +95,8 @@ def test_even_experts_are_not_shared_by_few_splits(device):
 
 @triton.jit
 def _sum_kernel(
-    rows_ptr, out_ptr, out2_ptr, partials_ptr, expert_offsets_ptr, num_experts, num_splits, size,
-    N: tl.constexpr, BLOCK_M: tl.constexpr, GROUPS: tl.constexpr,
+    rows_ptr, out_ptr, out2_ptr, out3_ptr, partials_ptr, expert_offsets_ptr, num_experts,
+    num_splits, size, N: tl.constexpr, BLOCK_M: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(0)
     first, last, first_expert, end_expert, before = find_split(
@@ -119,10 +119,12 @@ def _sum_kernel(
             out = partials_ptr + (split + expert).to(tl.int64) * size
             if whole:
                 store_sum(out_ptr + expert * N, offs, acc, offs < N)
-                store_sum(out2_ptr + expert * N, offs, 2 * acc, offs < N)
+                store_sum(out2_ptr + expert * N // 2, offs, 2 * acc, offs < N // 2)
+                store_sum(out3_ptr + expert * N, offs, 3 * acc, offs < N)
             else:
                 store_sum(out, offs, acc, offs < N)
-                store_sum(out + N, offs, 2 * acc, offs < N)
+                store_sum(out + N, offs, 2 * acc, offs < N // 2)
+                store_sum(out + N + N // 2, offs, 3 * acc, offs < N)
         before += tiles
 
 
@@ -134,14 +136,17 @@ def test_sums_are_complete_whoever_owns_the_rows(counts, num_splits, device):
     size, experts = 32, len(counts)
     rows = torch.randn(sum(counts), size, device=device)
     offsets = torch.tensor([0, *counts]).cumsum(0).int().to(device)
-    outs = [torch.full((experts, size), torch.nan, device=device) for _ in range(2)]
+    sizes = (size, size // 2, size)  # parts that differ in size, as weights and biases do
+    outs = [torch.full((experts, n), torch.nan, device=device) for n in sizes]
     partials = new_partials(outs, num_splits, experts, torch.float32)
-    assert partials.shape == (num_splits + experts - 1 if num_splits > 1 else 0, 2 * size)
+    assert partials.shape == (num_splits + experts - 1 if num_splits > 1 else 0, sum(sizes))
     partials.fill_(torch.nan)
     _sum_kernel[(num_splits,)](
-        rows, *outs, partials, offsets, experts, num_splits, 2 * size, N=size, BLOCK_M=16, GROUPS=16
-    )
+        rows, *outs, partials, offsets, experts, num_splits, sum(sizes), N=size, BLOCK_M=16,
+        GROUPS=16,
+    )  # fmt: skip
     reduce_partials(partials, outs, offsets, num_splits, 1, 16)
     expected = torch.stack([part.double().sum(0) for part in rows.split(counts)]).float()
     torch.testing.assert_close(outs[0], expected)
-    torch.testing.assert_close(outs[1], 2 * expected)
+    torch.testing.assert_close(outs[1], 2 * expected[:, : size // 2])
+    torch.testing.assert_close(outs[2], 3 * expected)

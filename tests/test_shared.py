@@ -105,6 +105,12 @@ def test_shared_combine_equals_reference_in_float64(options, masked, device):
     assert_equals_reference(*draw_case(device=device, **options, masked=masked))
 
 
+def test_passes_of_more_columns_than_a_program_takes_at_once(device, monkeypatch):
+    monkeypatch.setenv("SEGMOE_SHARED", "vendor")
+    sizes = {"batch": 1, "length": 9, "d_model": 66, "size": 5, "d_ff": 70}
+    assert_equals_reference(*draw_case(device=device, **sizes, bias=True))
+
+
 @pytest.mark.parametrize("shape", [(0, 7), (2, 0)], ids=str)
 @pytest.mark.usefixtures("plan")
 def test_shared_combine_takes_an_empty_batch(shape, device):
@@ -208,11 +214,11 @@ def test_shared_combine_takes_views_of_a_fused_projection(device):
     tensors, keywords = draw_case(device=device, gated=True)
     both = torch.cat([tensors["gate_proj"], tensors["up_proj"]])
     gate, up = both.chunk(2)
-    columns = tensors["down_proj"].t().contiguous().t()
-    views = {**tensors, "gate_proj": gate, "up_proj": up, "down_proj": columns}
+    columns = {name: tensors[name].t().contiguous().t() for name in ("gate_proj", "down_proj")}
     expected = run(shared_combine, tensors, keywords)
-    for name, value in run(shared_combine, views, keywords).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-13, atol=1e-13)
+    for views in ({"gate_proj": gate, "up_proj": up}, columns):
+        for name, value in run(shared_combine, {**tensors, **views}, keywords).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.usefixtures("plan")
@@ -245,6 +251,16 @@ def test_shared_combine_passes_gradcheck(gated, dropout, device):
         return call(shared_combine, dict(zip(tensors, values, strict=True)), keywords)
 
     assert torch.autograd.gradcheck(run_seeded, leaves, fast_mode=True)
+
+
+@pytest.mark.usefixtures("plan")
+def test_every_call_drops_others(device):
+    tensors, keywords = draw_case(device=device, dropout=0.5)
+    torch.manual_seed(7)
+    first, second = (call(shared_combine, tensors, keywords) for _ in range(2))
+    torch.manual_seed(7)
+    assert torch.equal(call(shared_combine, tensors, keywords), first)
+    assert not torch.equal(first, second)
 
 
 def test_plans_drop_the_same_elements(monkeypatch, device):

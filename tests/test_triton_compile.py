@@ -90,6 +90,9 @@ def test_compiled_layer_under_autocast_equals_eager(device):
     assert not torch.equal(actual["y"], run(layer, layer, x, dy)["y"])
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 10), reason="torch 2.9 loses a size that depends on the batch"
+)
 @pytest.mark.parametrize("scope", ["token", "segment", "projected"])
 def test_exported_layer_equals_eager(scope, device):
     layer = make("default", device, expert_scope=scope, top_k=2).eval()

@@ -252,6 +252,12 @@ class _BlockBackward(torch.autograd.Function):
         refuse_double_backward()
 
 
+def _draw_seed(probability: float, device: torch.device) -> Tensor | None:
+    if probability > 0:
+        return torch.randint(2**62, (1,), dtype=torch.int64, device=device)
+    return None
+
+
 def block_experts(
     x: Tensor,
     router_weight: Tensor,
@@ -279,11 +285,6 @@ def block_experts(
     if router_weight.stride(-1) != 1:
         router_weight = router_weight.contiguous()
 
-    def seed(probability: float) -> Tensor | None:
-        if probability > 0:
-            return torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
-        return None
-
     options = (
         segment_size,
         top_k,
@@ -299,8 +300,8 @@ def block_experts(
         router_weight,
         None if router_start is None else router_start.contiguous(),
         None if padding_mask is None else padding_mask.contiguous(),
-        seed(router_dropout),
-        seed(dropout),
+        _draw_seed(router_dropout, x.device),
+        _draw_seed(dropout, x.device),
         *rows_contiguous(experts),
         options,
     )
