@@ -45,6 +45,9 @@ bench: $(READY)  ## traffic and launches of every plan, and CPU timing of the re
 gpu:  ## tests, timing beside the peers, tuning, profiles; to $OUT, else benchmarks/results/<device>/
 	$(PYTHON) -m benchmarks.gpu $(STEP)
 
+sanitize:  ## the kernels under compute-sanitizer; needs a GPU, and writes where gpu does
+	$(PYTHON) tests/sanitize.py
+
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,6 +14,7 @@ Steps, in order:
 * ``profiles``: kernels' shares, and hardware counters -> profiles.json
 * ``stages``, ``memory``: stages.json, memory.json
 * ``llm``, ``paper``, ``grid``: the other shapes -> layer.json
+* ``sanitize``: the kernels under compute-sanitizer -> sanitizer.json
 
 Each step has a deadline of its own below ten minutes and leaves its results behind when it is
 stopped. A step that was finished on the same sources is not run again; one that was not goes on
@@ -119,6 +120,7 @@ STEPS = (
     ),
     Step("paper", (f"layer --shapes paper {_PEERS} --deadline {{deadline}}",), ()),
     Step("grid", (f"layer --shapes grid --parts routed {_PEERS} --deadline {{deadline}}",), ()),
+    Step("sanitize", ("sanitize --deadline {deadline}",), ()),
 )
 QUICK_TESTS = ("tests/test_losses.py",)
 
@@ -131,6 +133,8 @@ def _command(words: str, deadline_s: float, folder: Path, *, quick: bool) -> lis
         if not quick and importlib.util.find_spec("xdist"):
             command += ["-n", str(min(8, max(1, (os.cpu_count() or 1) // 2)))]
         return command + list(QUICK_TESTS if quick else ())
+    if module == "sanitize":
+        return [sys.executable, "tests/sanitize.py", *rest, "--out", str(folder)]
     command = [sys.executable, "-m", f"benchmarks.{module}", *rest]
     return command if "--counters" in rest else [*command, "--out", str(folder)]
 

@@ -46,8 +46,10 @@ def examples(draw):
     causal = draw(st.booleans()) and scope == "token" and shared != "segment"
     pooling = draw(st.sampled_from(("concat", "mean", "max", "first", "last")))
     dtype = draw(st.sampled_from(DTYPES))
-    # One hidden unit is one number, which eager may have right by chance.
+    # One hidden unit is one number, which eager may have right by chance; so is the side of relu's
+    # kink on which a number falls that rounding moves across.
     hidden = (1, 5, 16, 24, 40) if dtype == "float64" else (5, 16, 24, 40)
+    smooth = ("gelu", "gelu_tanh", "silu")
     return {
         "batch": draw(st.integers(0, 3)),
         "steps": draw(st.sampled_from((0, 1, 2, 3, 7, 16, 33))),
@@ -59,7 +61,7 @@ def examples(draw):
         "pooling": "concat" if scope == "projected" else pooling,
         "expert_scope": scope,
         "shared_expert": shared,
-        "activation": draw(st.sampled_from(("gelu", "gelu_tanh", "silu", "relu"))),
+        "activation": draw(st.sampled_from((*smooth, "relu") if dtype == "float64" else smooth)),
         "gated": draw(st.booleans()),
         "bias": draw(st.booleans()),
         "causal": causal,

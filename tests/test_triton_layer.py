@@ -344,3 +344,47 @@ def test_masked_steps_are_never_read(device):
         assert torch.equal(dirty[name], value), name
     assert not clean["y"][~mask].any()
     assert not clean["dx"][~mask].any()
+
+
+@pytest.mark.usefixtures("plan")
+def test_training_on_the_kernels_is_training_on_the_reference(device):
+    """Five steps of AdamW in float64, losses injected: parameters and loss stay together."""
+    inputs = make_inputs(4, 20, 8, dtype=torch.float64, device=device, masked=0.1)
+    ends = []
+    for backend in ("triton", "reference"):
+        layer = make_layer(
+            torch.float64, device, aux_loss_weight=0.1, z_loss_weight=0.01, bias=True
+        ).train()
+        layer.backend = backend
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.05)
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = (layer(inputs.x, inputs.padding_mask) - inputs.dy).square().mean()
+            loss.backward()
+            optimizer.step()
+        ends.append({"loss": loss.detach(), **layer.state_dict()})
+    for name, value in ends[1].items():
+        torch.testing.assert_close(ends[0][name], value, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("routing", ["spread", "one expert"])
+@pytest.mark.usefixtures("plan")
+def test_layer_repeats_bitwise_while_the_gpu_does_other_work(routing, dtype):
+    """A side stream makes programs run at other times, beside others, in other memory."""
+    layer = make_layer(dtype, "cuda", d_model=64, d_ff=128, top_k=2)
+    if routing == "one expert":
+        with torch.no_grad():
+            layer.router.weight[0] *= 50
+    inputs = make_inputs(16, 500, 64, dtype=dtype, device="cuda", masked=0.1)
+    expected = run_layer(layer, *inputs)
+    side, noise = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
+    for turn in range(200):
+        with torch.cuda.stream(side):
+            noise = torch.tanh(noise @ noise)
+        room = torch.empty((1 + turn % 7) << 20, device="cuda")
+        actual = run_layer(layer, *inputs)
+        del room
+        assert all(torch.equal(actual[name], value) for name, value in expected.items()), turn
+    torch.cuda.synchronize()
