@@ -21,7 +21,12 @@ def make_layer(device="cpu", dtype=torch.float64, **options):
     torch.manual_seed(2)
     settings = {"d_model": 8, "d_ff": 20, "num_experts": 4, "segment_size": 3, **options}
     settings.setdefault("shared_expert", None)
-    return SegMoE(**settings, backend="triton", device=device, dtype=dtype).eval()
+    layer = SegMoE(**settings, backend="triton", device=device, dtype=dtype).eval()
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if "bias" in name:  # they start at 0, which hides what is done to them
+                parameter.normal_()
+    return layer
 
 
 def check_equal(layer, inputs):
@@ -265,8 +270,9 @@ def test_block_gives_a_segment_the_same_bits_in_any_batch(device):
         assert torch.equal(together[name][:3], alone[name])
 
 
-def test_block_draws_the_dropout_of_the_grouped_plan(device, monkeypatch):
-    layer = make_layer(device, top_k=2, dropout=0.4, router_dropout=0.3).train()
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_block_draws_the_dropout_of_the_grouped_plan(top_k, device, monkeypatch):
+    layer = make_layer(device, top_k=top_k, dropout=0.4, router_dropout=0.3).train()
     inputs = make_inputs(2, 30, 8, dtype=torch.float64, device=device)
 
     def run():
@@ -333,6 +339,20 @@ def test_block_weight_gradients_of_any_number_of_splits(passes, splits, monkeypa
     for length in (41, 30):
         inputs = make_inputs(3, length, 8, dtype=torch.float64, device=device, masked=0.2)
         check_equal(layer, inputs)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_block_reads_any_strides(top_k, device):
+    """Those of dy are its own."""
+    layer = make_layer(device, top_k=top_k)
+    x, dy, _ = make_inputs(2, 13, 8, dtype=torch.float64, device=device)
+    expected = run_layer(layer, x, dy)
+    columns = torch.cat([dy, x], 2)
+    for other in (dy.transpose(0, 1).contiguous().transpose(0, 1), columns[..., :8]):
+        for name, value in run_layer(layer, x, other).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-12, msg=name)
+    for name, value in run_layer(layer, columns[..., 8:], dy).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("d_ff", [16, 20, 40])

@@ -216,7 +216,9 @@ def test_shared_combine_takes_views_of_a_fused_projection(device):
     gate, up = both.chunk(2)
     columns = {name: tensors[name].t().contiguous().t() for name in ("gate_proj", "down_proj")}
     expected = run(shared_combine, tensors, keywords)
-    for views in ({"gate_proj": gate, "up_proj": up}, columns):
+    wide = torch.cat([tensors["gate_proj"], tensors["up_proj"]], 1)
+    one = {"gate_proj": wide[:, : wide.shape[1] // 2]}  # up keeps other strides
+    for views in ({"gate_proj": gate, "up_proj": up}, columns, one):
         for name, value in run(shared_combine, {**tensors, **views}, keywords).items():
             torch.testing.assert_close(value, expected[name], rtol=1e-13, atol=1e-13)
 

@@ -139,7 +139,6 @@ def _finish_segments(
     )  # fmt: skip
     if dlogits_in_ptr is not None:
         dlogits += tl.load(dlogits_in_ptr + offs, mask=mask_me, other=0.0)
-    dlogits = tl.where(mask_me, dlogits, 0.0)
     if dlogits_ptr is not None:
         mask = (mask_m & (position == 0))[:, None] & mask_e[None, :]
         tl.store(dlogits_ptr + offs, dlogits, mask=mask)
