@@ -38,6 +38,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff==0.17.6",
             "tqdm>=4.66",
+            "transformers>=5",
         ],
     },
     classifiers=[

@@ -6,9 +6,11 @@ Shape letters, used in every docstring: ``B`` batch, ``T`` time steps, ``P`` seg
 """
 
 from segmoe_kernels.convert import load_official, segment_schedule, to_official
+from segmoe_kernels.dialects import convert_state_dict
 from segmoe_kernels.layer import SegMoE
 from segmoe_kernels.losses import load_balancing_loss, router_z_loss
 from segmoe_kernels.routing import FFNWeights, Permutation, RouterOutput, Routing
+from segmoe_kernels.swap import replace_ffn, upcycle
 
 __version__ = "0.1.0"
 
@@ -18,9 +20,12 @@ __all__ = [
     "RouterOutput",
     "Routing",
     "SegMoE",
+    "convert_state_dict",
     "load_balancing_loss",
     "load_official",
+    "replace_ffn",
     "router_z_loss",
     "segment_schedule",
     "to_official",
+    "upcycle",
 ]

@@ -191,6 +191,8 @@ class SegMoE(nn.Module):
             segment.
         shared_expert: "segment" (official), "token", or None. With "projected" both names mean
             the same: one FFN on the projected segment.
+        shared_d_ff: width of the shared expert's hidden layer, ``P`` times that in "segment";
+            None: d_ff (official). Time-MoE's and Qwen2-MoE's is wider than their experts'.
         activation: exact "gelu", "gelu_tanh", "silu" or "relu".
         gated: hidden is ``act(gate(x)) * up(x)`` instead of ``act(up(x))``.
         bias: biases in every FFN and projection; the router has none.
@@ -228,6 +230,7 @@ class SegMoE(nn.Module):
         pooling: str = "concat",
         expert_scope: str = "token",
         shared_expert: str | None = "segment",
+        shared_d_ff: int | None = None,
         activation: str = "gelu",
         gated: bool = False,
         bias: bool = False,
@@ -246,7 +249,7 @@ class SegMoE(nn.Module):
         self.d_model, self.d_ff, self.num_experts = d_model, d_ff, num_experts
         self.top_k, self.segment_size = top_k, segment_size
         self.pooling, self.expert_scope = pooling, expert_scope
-        self.shared_expert_scope = shared_expert
+        self.shared_expert_scope, self.shared_d_ff = shared_expert, shared_d_ff
         self.activation, self.gated, self.bias = activation, gated, bias
         self.dropout, self.router_dropout = dropout, router_dropout
         self.router_temperature, self.renormalize = router_temperature, renormalize
@@ -258,10 +261,10 @@ class SegMoE(nn.Module):
             rule = "be float32, float16, bfloat16 or float64"
             check.fail_type("SegMoE", "dtype", rule, dtype)
 
-        def feed_forward(width_factor: int) -> FeedForward:
+        def feed_forward(width_factor: int, hidden: int) -> FeedForward:
             return FeedForward(
                 d_model * width_factor,
-                d_ff * width_factor,
+                hidden * width_factor,
                 gated=gated,
                 bias=bias,
                 device=device,
@@ -276,7 +279,7 @@ class SegMoE(nn.Module):
         self.out_proj: nn.Linear | None = None
         self.register_buffer("_aux_loss", torch.zeros((), device=device), persistent=False)
         if num_experts == 0:
-            self.shared_expert = feed_forward(1)
+            self.shared_expert = feed_forward(1, d_ff)
             return
         wide = d_model * segment_size
         projected = expert_scope == "projected"
@@ -299,7 +302,7 @@ class SegMoE(nn.Module):
         )
         if shared_expert is not None:
             factor = segment_size if shared_expert == "segment" and not projected else 1
-            self.shared_expert = feed_forward(factor)
+            self.shared_expert = feed_forward(factor, d_ff if shared_d_ff is None else shared_d_ff)
             self.shared_gate = nn.Linear(
                 d_model * factor, 1, bias=False, device=device, dtype=dtype
             )
@@ -319,6 +322,11 @@ class SegMoE(nn.Module):
         check.check_choice(name, "expert_scope", self.expert_scope, check.EXPERT_SCOPES)
         shared = self.shared_expert_scope
         check.check_choice(name, "shared_expert", shared, check.SHARED_EXPERTS)
+        if self.shared_d_ff is not None:
+            check.check_integer(name, "shared_d_ff", self.shared_d_ff, 1)
+            if shared is None or self.num_experts == 0:
+                rule = "be None without a shared expert beside experts"
+                check.fail_value(name, "shared_d_ff", rule, self.shared_d_ff)
         check.check_choice(name, "activation", self.activation, check.ACTIVATIONS)
         for flag in ("gated", "bias", "causal"):
             check.check_flag(name, flag, getattr(self, flag))
@@ -449,4 +457,6 @@ class SegMoE(nn.Module):
         names += ["router_temperature", "renormalize", "causal", "aux_loss_weight"]
         names += ["z_loss_weight", "backend"]
         shared = f"shared_expert={self.shared_expert_scope!r}"
+        if self.shared_d_ff is not None:
+            shared += f", shared_d_ff={self.shared_d_ff}"
         return ", ".join([*(f"{name}={getattr(self, name)!r}" for name in names), shared])

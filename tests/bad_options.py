@@ -37,6 +37,10 @@ CONSTRUCTOR = [
             ("both", ValueError, ["'segment', 'token', None", "'both'"]),
             (True, ValueError, ["got True"]),
         ],
+        "shared_d_ff": [
+            (2.0, TypeError, ["be an int", "2.0 (float)"]),
+            (0, ValueError, ["at least 1, got 0"]),
+        ],
         "activation": [("swish", ValueError, ["'gelu', 'gelu_tanh', 'silu', 'relu'", "'swish'"])],
         "gated": [(1, TypeError, ["be True or False", "1 (int)"])],
         "bias": [("no", TypeError, ["be True or False", "'no' (str)"])],
@@ -71,6 +75,12 @@ CONSTRUCTOR = [
 
 ROWS = [
     *CONSTRUCTOR,
+    (
+        "layer_shared_width_of_nothing",
+        layer(shared_expert=None, shared_d_ff=8),
+        ValueError,
+        ["expected shared_d_ff to be None without a shared expert", "got 8"],
+    ),
     (
         "layer_projected_pooling",
         layer(expert_scope="projected", pooling="mean"),

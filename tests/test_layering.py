@@ -11,17 +11,22 @@ PACKAGE = Path(segmoe_kernels.__file__).parent
 
 # The package itself is "", subpackages have dots. A new file or arrow has to be written down here.
 ARROWS = {
-    "": {"convert", "layer", "losses", "routing"},
+    "": {"convert", "dialects", "layer", "losses", "routing", "swap"},
     "__main__": {"", "_triton.tiles", "functional", "layer", "testing"},
+    "adapters": {"layer", "validation"},
     "composed_ffn": {"grouped_mm", "routing"},
     "convert": {"layer", "validation"},
+    "dense_ffn": set(),
+    "dialects": {"validation"},
     "functional": {"reference", "routing", "stages", "validation"},
     "grouped_ffn": {"composed_ffn", "grouped_mm", "routing"},
     "grouped_mm": set(),
+    "huggingface": {"dense_ffn", "functional", "routing", "validation"},
     "layer": {"functional", "losses", "reference", "routing", "validation"},
     "losses": {"routing", "validation"},
     "reference": {"composed_ffn", "grouped_ffn", "grouped_mm", "routing"},
     "routing": set(),
+    "swap": {"adapters", "convert", "dense_ffn", "layer", "validation"},
     "testing": {"layer", "reference", "routing"},
     "validation": {"routing"},
     "stages": {

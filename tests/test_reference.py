@@ -20,6 +20,8 @@ CASES = {
     "scope_projected_alone": {**P3, "expert_scope": "projected", "shared_expert": None},
     "scope_projected_token": {**P3, "expert_scope": "projected", "shared_expert": "token"},
     "shared_token": {**P3, "shared_expert": "token"},
+    "shared_wide": {**P3, "shared_d_ff": 9},
+    "shared_token_wide": {**P3, "shared_expert": "token", "shared_d_ff": 9, "gated": True},
     "shared_token_gated_bias": {**P3, "shared_expert": "token", "gated": True, "bias": True},
     "shared_none": {**P3, "shared_expert": None},
     **{f"activation_{name}": {**P3, "activation": name} for name in ("gelu_tanh", "silu", "relu")},

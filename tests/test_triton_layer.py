@@ -27,6 +27,8 @@ OPTIONS = [
     {"segment_size": 20},
     {"segment_size": 4, "shared_expert": None},
     {"shared_expert": "token"},
+    {"shared_d_ff": 7, "bias": True},
+    {"shared_expert": "token", "shared_d_ff": 33, "gated": True},
     {"gated": True, "activation": "silu"},
     {"gated": True, "activation": "relu", "bias": True},
     {"bias": True, "shared_expert": None, "top_k": 1},

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import bad_calls
 import bad_options
+import bad_swaps
 import pytest
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -16,11 +17,12 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 import segmoe_kernels
 from segmoe_kernels import SegMoE, functional
 
-ROWS = [*bad_calls.ROWS, *bad_options.ROWS]
+ROWS = [*bad_calls.ROWS, *bad_options.ROWS, *bad_swaps.ROWS]
 PACKAGE = Path(segmoe_kernels.__file__).parent
 CHECKED = ["validation", "layer", "functional", "losses", "convert", "testing"]
-# Messages about the machine; tested in test_functional.py.
-ELSEWHERE = {"resolve_backend"}
+CHECKED += ["adapters", "dialects", "huggingface", "swap"]
+# Messages about the machine; tested in test_functional.py and test_huggingface.py.
+ELSEWHERE = {"resolve_backend", "register_experts"}
 
 
 @pytest.mark.parametrize(
@@ -43,13 +45,14 @@ REAL_ONLY = {"forward_sparse", "forward_nested", "forward_jagged", "forward_quan
 @pytest.fixture(scope="module")
 def fake_rows():
     """The mode that fake tensors live in, and the rows anew, made of them: name -> row."""
-    real = {name: sys.modules.pop(name) for name in ("bad_calls", "bad_options")}
+    names = ("bad_calls", "bad_options", "bad_swaps")
+    real = {name: sys.modules.pop(name) for name in names}
     mode = FakeTensorMode()
     try:
         with mode:
             rows = importlib.import_module("bad_calls").ROWS
             assert isinstance(sys.modules["bad_calls"].EXPERTS.up_proj, FakeTensor)
-            rows = [*rows, *importlib.import_module("bad_options").ROWS]
+            rows = [*rows, *(row for n in names[1:] for row in importlib.import_module(n).ROWS)]
     finally:
         sys.modules.update(real)
     return mode, {row[0]: row for row in rows}
@@ -75,6 +78,7 @@ def test_every_public_function_has_bad_calls():
         counts[str(caught.value).removeprefix("segmoe_kernels.").partition(":")[0]] += 1
     public = ["SegMoE", "SegMoE.forward", "load_official", "segment_schedule", "to_official"]
     public += ["load_balancing_loss", "router_z_loss", *functional.__all__]
+    public += ["replace_ffn", "upcycle", "convert_state_dict", "experts_forward"]
     public.remove("resolve_backend")  # named by who calls it
     assert {name: counts[name] for name in public if counts[name] < 2} == {}
 

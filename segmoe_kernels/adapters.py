@@ -1,0 +1,124 @@
+"""`SegMoE` behind the interfaces of other models' layers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from segmoe_kernels import validation as check
+from segmoe_kernels.layer import SegMoE
+
+__all__ = ["SegMoEEncoderLayer", "TSLibEncoderLayer", "WithRouterLogits"]
+
+
+class SegMoEEncoderLayer(nn.TransformerEncoderLayer):
+    """`torch.nn.TransformerEncoderLayer` whose FFN is the `SegMoE` in ``seg_moe``.
+
+    `replace_ffn` turns encoder layers into it. What ``src_key_padding_mask`` hides is padding for
+    the experts, too: it is not routed and comes out as 0 of the FFN.
+    """
+
+    seg_moe: SegMoE
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Attention and experts, each with its residual; arguments as in the base class."""
+        padding = src_key_padding_mask
+        if self.norm_first:
+            x = src + self._sa_block(self.norm1(src), src_mask, padding, is_causal=is_causal)
+            return x + self._experts_block(self.norm2(x), padding)
+        attended: Tensor = self.norm1(
+            src + self._sa_block(src, src_mask, padding, is_causal=is_causal)
+        )
+        out: Tensor = self.norm2(attended + self._experts_block(attended, padding))
+        return out
+
+    def _experts_block(self, x: Tensor, padding: Tensor | None) -> Tensor:
+        real = None
+        if padding is not None:
+            # A mask of floats is added to the attention's logits: -inf hides.
+            real = ~padding if padding.dtype == torch.bool else ~padding.isneginf()
+        batch_first = self.self_attn.batch_first or x.ndim == 2
+        steps = x if batch_first else x.transpose(0, 1)
+        y: Tensor = self.seg_moe(steps, real)
+        dropped: Tensor = self.dropout2(y if batch_first else y.transpose(0, 1))
+        return dropped
+
+
+class TSLibEncoderLayer(nn.Module):
+    """The encoder layer of Time-Series-Library and its relatives: returns ``(x, attention)``.
+
+    Args:
+        attention: called as ``attention(x, x, x, attn_mask=..., tau=..., delta=...)``, returns
+            ``(y, weights)``.
+        seg_moe: SegMoE, in place of the two convolutions.
+        norm1: behind the attention.
+        norm2: behind the experts.
+        dropout: on both outputs.
+
+    Raises:
+        TypeError: if an argument is not a module, or seg_moe not a SegMoE.
+
+    Source: thuml/Time-Series-Library, layers/Transformer_EncDec.py, ``EncoderLayer``.
+    """
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        seg_moe: SegMoE,
+        norm1: nn.Module,
+        norm2: nn.Module,
+        dropout: nn.Module,
+    ) -> None:
+        super().__init__()
+        _check_layer("TSLibEncoderLayer", "seg_moe", seg_moe)
+        parts: dict[str, object]
+        parts = {"attention": attention, "norm1": norm1, "norm2": norm2, "dropout": dropout}
+        for name, module in parts.items():
+            if not isinstance(module, nn.Module):
+                rule = "be a torch.nn.Module"
+                check.fail_type("TSLibEncoderLayer", name, rule, type(module).__name__)
+        self.attention, self.seg_moe = attention, seg_moe
+        self.norm1, self.norm2, self.dropout = norm1, norm2, dropout
+
+    def forward(
+        self, x: Tensor, attn_mask: Any = None, tau: Any = None, delta: Any = None
+    ) -> tuple[Tensor, Any]:
+        """Return ``(y, attention weights)``: (B, T, D) and what the attention gives."""
+        attended, weights = self.attention(x, x, x, attn_mask=attn_mask, tau=tau, delta=delta)
+        x = self.norm1(x + self.dropout(attended))
+        return self.norm2(x + self.dropout(self.seg_moe(x))), weights
+
+
+class WithRouterLogits(nn.Module):
+    """A `SegMoE` for models whose FFN has to return ``(output, router_logits)``.
+
+    Args:
+        layer: SegMoE with experts.
+
+    Raises:
+        TypeError: if layer is not a SegMoE.
+        ValueError: if it has no experts.
+    """
+
+    def __init__(self, layer: SegMoE) -> None:
+        super().__init__()
+        _check_layer("WithRouterLogits", "layer", layer)
+        if layer.num_experts == 0:
+            check.fail_value("WithRouterLogits", "layer", "have experts", "num_experts=0")
+        self.layer = layer
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return ``(y, router_logits)``: (..., T, D) and (S, E), a row for each segment."""
+        y, routing = self.layer.forward_with_routing(x, padding_mask)
+        return y, routing.router_logits
+
+
+def _check_layer(function: str, name: str, layer: object) -> None:
+    if not isinstance(layer, SegMoE):
+        check.fail_type(function, name, "be a SegMoE", type(layer).__name__)

@@ -1,0 +1,209 @@
+"""Checkpoints of other mixtures of experts in and out: `convert_state_dict`."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from segmoe_kernels import validation as check
+
+__all__ = ["DIALECTS", "convert_state_dict"]
+
+
+class _Dialect(NamedTuple):
+    """How a model names the parts of a mixture of experts."""
+
+    block: str | None  # name of the module in its layer; None: any, and it is kept
+    experts: str  # "stacked", "list" or "fused" (gate and up in one stacked tensor)
+    parts: dict[str, str]  # our projection -> theirs
+    others: dict[str, str]  # our key -> theirs
+
+
+_OURS = {"up": "up_proj", "gate": "gate_proj", "down": "down_proj"}
+_GATES = {"router.weight": "gate.weight"}
+_SHARED = {"shared_gate.weight": "shared_expert_gate.weight"} | {
+    f"shared_expert.{part}.weight": f"shared_expert.{part}.weight" for part in _OURS.values()
+}
+_FUSED = {"gate_up": "gate_up_proj", "down": "down_proj"}
+
+# Sources: Maple728/Time-MoE, models/modeling_time_moe.py; transformers 4 and 5, models/mixtral and
+# models/qwen2_moe. Version 5 of transformers reads per-expert lists, too, and keeps them stacked.
+DIALECTS = {
+    "segmoe": _Dialect(None, "stacked", _OURS, {key: key for key in [*_GATES, *_SHARED]}),
+    "time_moe": _Dialect("ffn_layer", "list", _OURS, _GATES | _SHARED),
+    "qwen2_moe": _Dialect("mlp", "list", _OURS, _GATES | _SHARED),
+    "qwen2_moe_stacked": _Dialect("mlp", "fused", _FUSED, _GATES | _SHARED),
+    "mixtral": _Dialect(
+        "block_sparse_moe", "list", {"gate": "w1", "down": "w2", "up": "w3"}, _GATES
+    ),
+    "mixtral_stacked": _Dialect("mlp", "fused", _FUSED, _GATES),
+}
+
+
+def convert_state_dict(
+    state_dict: Mapping[str, Tensor], source: str, target: str = "segmoe"
+) -> dict[str, Tensor]:
+    """Rename and restack the mixtures of experts in a model's state dict.
+
+    Every mixture in it is converted; other keys, dense FFNs among them, stay as they are. To
+    "segmoe" a mixture keeps the place it has, ``model.layers.0.mlp.experts.up_proj``; to another
+    dialect it gets that dialect's place, ``model.layers.0.block_sparse_moe.experts.0.w3.weight``.
+    The layers are token-wise: ``SegMoE(d_model, d_ff, num_experts, top_k=..., gated=True,
+    activation="silu")``, with ``shared_expert=None`` and ``renormalize=True`` for Mixtral,
+    ``shared_expert="token"`` and ``shared_d_ff`` for the others (whose config says ``renormalize``:
+    ``norm_topk_prob``, False in Time-MoE). For more steps in a segment start from `upcycle`, or
+    train the router anew.
+
+    Args:
+        state_dict: of one layer or of a whole model.
+        source: dialect of state_dict: "segmoe", "time_moe", "mixtral", "qwen2_moe" (experts as a
+            list, transformers 4 and their checkpoints), "mixtral_stacked", "qwen2_moe_stacked"
+            (``gate_up_proj (E, 2F, D)``, transformers 5).
+        target: likewise.
+
+    Returns:
+        A new state dict; tensors that need not be restacked are the same, stacked ones are copies.
+
+    Raises:
+        TypeError: if a dialect is not a string, or a value not a tensor.
+        ValueError: for an unknown dialect, no mixture of the source's kind, an expert or a
+            projection that is missing, or keys that the target can't name (biases, a shared
+            expert in Mixtral).
+    """
+    _check(state_dict, {"source": source, "target": target})
+    here, there = DIALECTS[source], DIALECTS[target]
+    places = _places(state_dict, here)
+    if not places:
+        rule = f"have experts as {source!r} names them"
+        _fail("state_dict", rule, f"keys such as {sorted(state_dict)[:4]}")
+    mixtures: dict[str, dict[str, Tensor]] = {place: {} for place in places}
+    result: dict[str, Tensor] = {}
+    for key, tensor in state_dict.items():
+        place = next((p for p in places if key.startswith(p)), None)
+        if place is None:
+            result[key] = tensor
+        else:
+            mixtures[place][key[len(place) :]] = tensor
+    for place, inside in mixtures.items():
+        moved = _move(place, there)
+        written = _write(_read(inside, here, place), there, place)
+        result |= {moved + key: tensor for key, tensor in written.items()}
+    return result
+
+
+def _check(state_dict: Any, dialects: Mapping[str, Any]) -> None:
+    for name, value in dialects.items():
+        if not isinstance(value, str):
+            _fail_type(name, "be a str", type(value).__name__)
+        check.check_choice("convert_state_dict", name, value, tuple(DIALECTS))
+    if not isinstance(state_dict, Mapping):
+        _fail_type("state_dict", "be a mapping", type(state_dict).__name__)
+    for key, tensor in state_dict.items():
+        if not isinstance(tensor, Tensor):
+            _fail_type(f"state_dict[{key!r}]", "be a tensor", type(tensor).__name__)
+
+
+def _fail(argument: str, rule: str, got: object) -> NoReturn:
+    check.fail_value("convert_state_dict", argument, rule, got)
+
+
+def _fail_type(argument: str, rule: str, got: object) -> NoReturn:
+    check.fail_type("convert_state_dict", argument, rule, got)
+
+
+def _key_of(dialect: _Dialect) -> re.Pattern[str]:
+    """Matches the key of an expert's matrix; groups: where the mixture is, expert, projection."""
+    names = "|".join(dialect.parts.values())
+    inner = rf"(\d+)\.({names})\.weight" if dialect.experts == "list" else rf"()({names})"
+    return re.compile(rf"((?:.*\.)?)experts\.{inner}")
+
+
+def _places(state_dict: Mapping[str, Tensor], dialect: _Dialect) -> list[str]:
+    """Prefixes of the mixtures, in order."""
+    pattern = _key_of(dialect)
+    found = dict.fromkeys(m[1] for key in state_dict if (m := pattern.fullmatch(key)))
+    block = dialect.block
+    return [p for p in found if not p or block is None or p.split(".")[-2] == block]
+
+
+def _move(place: str, target: _Dialect) -> str:
+    """The prefix that the target gives a mixture; a layer alone has none."""
+    if target.block is None or not place:
+        return place
+    return ".".join([*place.split(".")[:-2], target.block, ""])
+
+
+def _read(inside: Mapping[str, Tensor], dialect: _Dialect, place: str) -> dict[str, Tensor]:
+    """One mixture under our names."""
+    pattern, names = _key_of(dialect), {v: k for k, v in dialect.others.items()}
+    parts: dict[str, dict[int, Tensor]] = {}
+    result: dict[str, Tensor] = {}
+    unknown = []
+    for key, tensor in inside.items():
+        if match := pattern.fullmatch(key):
+            parts.setdefault(match[3], {})[int(match[2] or 0)] = tensor
+        elif key in names:
+            result[names[key]] = tensor
+        else:
+            unknown.append(place + key)
+    if unknown:
+        _fail("state_dict", "have weights of router and experts alone, no biases", unknown[:4])
+    wanted = [name for name in dialect.parts.values() if name != "gate_proj"]
+    missing = [f"experts.{name}" for name in wanted if name not in parts]
+    if "router.weight" not in result:
+        missing.append(dialect.others["router.weight"])
+    if missing:
+        _fail("state_dict", f"be complete under {place!r}", f"no {', '.join(missing)}")
+    count = result["router.weight"].shape[0]
+    for ours, theirs in dialect.parts.items():
+        if theirs in parts:
+            whole = _stack(parts[theirs], count, dialect, f"{theirs} under {place!r}")
+            if ours == "gate_up":
+                result["experts.gate_proj"], result["experts.up_proj"] = (
+                    half.contiguous() for half in whole.chunk(2, 1)
+                )
+            else:
+                result[f"experts.{ours}_proj"] = whole
+    return result
+
+
+def _stack(found: Mapping[int, Tensor], count: int, dialect: _Dialect, name: str) -> Tensor:
+    """One projection of all experts."""
+    whole = found.get(0)
+    if dialect.experts == "list":
+        if sorted(found) != list(range(count)):
+            _fail("state_dict", f"have all experts 0 to {count - 1} of {name}", sorted(found))
+        shapes = {tuple(tensor.shape) for tensor in found.values()}
+        if len(shapes) > 1:
+            _fail("state_dict", f"have one shape for {name}", sorted(shapes))
+        whole = torch.stack([found[e] for e in range(count)])
+    assert whole is not None  # what is not a list has one tensor
+    if whole.ndim != 3 or whole.shape[0] != count:
+        _fail("state_dict", f"have three dimensions and {count} experts in {name}", [*whole.shape])
+    return whole
+
+
+def _write(ours: Mapping[str, Tensor], dialect: _Dialect, place: str) -> dict[str, Tensor]:
+    """One mixture under the dialect's names."""
+    result: dict[str, Tensor] = {}
+    for key, tensor in ours.items():
+        part = key.removeprefix("experts.").removesuffix("_proj")
+        if not key.startswith("experts."):
+            if key not in dialect.others:
+                _fail("target", "have a name for every weight", f"none for {place}{key}")
+            result[dialect.others[key]] = tensor
+        elif dialect.experts == "stacked":
+            result[key] = tensor
+        elif dialect.experts == "list":
+            for e, matrix in enumerate(tensor):
+                result[f"experts.{e}.{dialect.parts[part]}.weight"] = matrix.clone()
+        elif part == "down":
+            result[f"experts.{dialect.parts[part]}"] = tensor
+        elif part == "gate":
+            fused = torch.cat([tensor, ours["experts.up_proj"]], 1)
+            result[f"experts.{dialect.parts['gate_up']}"] = fused
+    if dialect.experts != "stacked" and "experts.gate_proj" not in ours:
+        _fail("state_dict", f"be gated, as the target is, under {place!r}", "no gate_proj")
+    return result

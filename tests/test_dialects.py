@@ -1,0 +1,185 @@
+"""Checkpoints of Time-MoE, Mixtral and Qwen2-MoE in and out, against the real models."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from segmoe_kernels import SegMoE, convert_state_dict
+from segmoe_kernels.dialects import DIALECTS
+
+E, D, HIDDEN = 4, 16, 24
+
+
+class TimeMoELayer(nn.Module):
+    """Time-MoE's mixture, after its formula: per-expert lists, a shared expert top_k times as wide.
+
+    Source: Maple728/Time-MoE, models/modeling_time_moe.py, ``TimeMoeSparseExpertsLayer``.
+    """
+
+    def __init__(self, top_k=2):
+        super().__init__()
+
+        def ffn(hidden):
+            return nn.ModuleDict(
+                {
+                    "gate_proj": nn.Linear(D, hidden, bias=False),
+                    "up_proj": nn.Linear(D, hidden, bias=False),
+                    "down_proj": nn.Linear(hidden, D, bias=False),
+                }
+            )
+
+        self.top_k = top_k
+        self.gate = nn.Linear(D, E, bias=False)
+        self.experts = nn.ModuleList(ffn(HIDDEN) for _ in range(E))
+        self.shared_expert = ffn(top_k * HIDDEN)
+        self.shared_expert_gate = nn.Linear(D, 1, bias=False)
+
+    def forward(self, x):
+        """(N, D) to (N, D)."""
+
+        def run(ffn, x):
+            return ffn["down_proj"](F.silu(ffn["gate_proj"](x)) * ffn["up_proj"](x))
+
+        probs = self.gate(x).softmax(-1)
+        weights, ids = probs.topk(self.top_k)
+        outputs = torch.stack([run(expert, x) for expert in self.experts], 1)
+        chosen = outputs.gather(1, ids[..., None].expand(-1, -1, D))
+        shared = self.shared_expert_gate(x).sigmoid() * run(self.shared_expert, x)
+        return (weights[..., None] * chosen).sum(1) + shared
+
+
+def random_mixture(dialect, place="", shared=None):
+    """A state dict with the given dialect's keys, from one of ours."""
+    torch.manual_seed(0)
+    shared = {"shared_expert": "token", "shared_d_ff": 40} if shared else {"shared_expert": None}
+    layer = SegMoE(D, HIDDEN, E, activation="silu", gated=True, **shared)
+    ours = {place + key: value for key, value in layer.state_dict().items()}
+    return ours, convert_state_dict(ours, "segmoe", dialect)
+
+
+def check_same(actual, expected):
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(actual[key], value), key
+
+
+def test_time_moe_layer_computes_the_same():
+    torch.manual_seed(0)
+    theirs = TimeMoELayer().double()
+    ours = SegMoE(
+        D, HIDDEN, E, top_k=2, activation="silu", gated=True, renormalize=False,
+        shared_expert="token", shared_d_ff=2 * HIDDEN, dtype=torch.float64,
+    )  # fmt: skip
+    ours.load_state_dict(convert_state_dict(theirs.state_dict(), "time_moe"))
+    x = torch.randn(3, 7, D, dtype=torch.float64)
+    expected = theirs(x.flatten(0, 1)).view_as(x)
+    torch.testing.assert_close(ours(x), expected, rtol=1e-12, atol=1e-12)
+    check_same(convert_state_dict(ours.state_dict(), "segmoe", "time_moe"), theirs.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
+def test_mixture_of_transformers_computes_the_same(kind):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": D, "num_experts_per_tok": 2, "hidden_act": "silu"}
+    options = {"top_k": 2, "activation": "silu", "gated": True, "dtype": torch.float64}
+    if kind == "mixtral":
+        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock as Block
+
+        config = transformers.MixtralConfig(intermediate_size=HIDDEN, num_local_experts=E, **sizes)
+        options |= {"shared_expert": None, "renormalize": True}
+    else:
+        from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock as Block
+
+        config = transformers.Qwen2MoeConfig(
+            moe_intermediate_size=HIDDEN, shared_expert_intermediate_size=40, num_experts=E,
+            norm_topk_prob=False, **sizes,
+        )  # fmt: skip
+        options |= {"shared_expert": "token", "shared_d_ff": 40, "renormalize": False}
+    theirs = Block(config).double()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=0.3)
+    ours = SegMoE(D, HIDDEN, E, **options)
+    ours.load_state_dict(convert_state_dict(theirs.state_dict(), f"{kind}_stacked"))
+    x = torch.randn(2, 9, D, dtype=torch.float64)
+    # Their router's softmax is in float32 whatever the model's dtype.
+    torch.testing.assert_close(ours(x), theirs(x.clone()), rtol=1e-5, atol=1e-5)
+    back = convert_state_dict(ours.state_dict(), "segmoe", f"{kind}_stacked")
+    check_same(back, theirs.state_dict())
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_every_dialect_and_back_is_the_same(dialect):
+    shared = "mixtral" not in dialect
+    ours, theirs = random_mixture(dialect, "model.layers.3.mlp.", shared)
+    check_same(convert_state_dict(theirs, dialect, dialect), theirs)
+    block = DIALECTS[dialect].block or "mlp"
+    assert all(key.startswith(f"model.layers.3.{block}.") for key in theirs)
+    back = convert_state_dict(theirs, dialect)
+    check_same({k.replace(f".{block}.", ".mlp."): v for k, v in back.items()}, ours)
+
+
+def test_a_whole_model_keeps_its_other_weights():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=11, hidden_size=D, intermediate_size=HIDDEN, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=E, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    stacked = model.state_dict()
+    lists = convert_state_dict(stacked, "mixtral_stacked", "mixtral")
+    assert lists["model.layers.1.block_sparse_moe.experts.3.w3.weight"].shape == (HIDDEN, D)
+    assert "model.layers.1.block_sparse_moe.gate.weight" in lists
+    assert "model.layers.0.self_attn.q_proj.weight" in lists
+    check_same(convert_state_dict(lists, "mixtral", "mixtral_stacked"), stacked)
+
+
+def test_w1_is_the_gate_and_w3_is_up():
+    ours, theirs = random_mixture("mixtral")
+    for e in range(E):
+        assert torch.equal(theirs[f"experts.{e}.w1.weight"], ours["experts.gate_proj"][e])
+        assert torch.equal(theirs[f"experts.{e}.w3.weight"], ours["experts.up_proj"][e])
+    fused = convert_state_dict(ours, "segmoe", "mixtral_stacked")["experts.gate_up_proj"]
+    assert torch.equal(fused[:, :HIDDEN], ours["experts.gate_proj"])
+
+
+def test_a_dense_layer_of_the_same_name_is_left_alone():
+    _, theirs = random_mixture("qwen2_moe", "model.layers.1.mlp.", shared=True)
+    dense = {"model.layers.0.mlp.up_proj.weight": torch.randn(HIDDEN, D)}
+    converted = convert_state_dict({**dense, **theirs}, "qwen2_moe")
+    assert converted.keys() >= dense.keys()
+    assert "model.layers.1.mlp.experts.up_proj" in converted
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: d.pop("experts.2.w3.weight"), "all experts 0 to 3 of w3"),
+        (lambda d: [d.pop(f"experts.{e}.w3.weight") for e in range(E)], "no experts.w3"),
+        (lambda d: d.pop("gate.weight"), "no gate.weight"),
+        (lambda d: d.update({"experts.0.w1.bias": d["gate.weight"]}), "no biases"),
+        (lambda d: d.update({"experts.1.w2.weight": torch.zeros(2, 2)}), "one shape for w2"),
+        (lambda d: d.clear(), "experts as 'mixtral' names them"),
+    ],
+    ids=["expert", "projection", "router", "bias", "shape", "nothing"],
+)
+def test_what_is_missing_is_said(change, words):
+    _, theirs = random_mixture("mixtral")
+    before = len(theirs)
+    change(theirs)
+    assert len(theirs) != before or "shape" in words
+    with pytest.raises(ValueError, match=re.escape(words)):
+        convert_state_dict(theirs, "mixtral")
+
+
+def test_what_the_target_cannot_say_is_refused():
+    ours, _ = random_mixture("qwen2_moe", shared=True)
+    with pytest.raises(ValueError, match="a name for every weight, got none for shared_"):
+        convert_state_dict(ours, "segmoe", "mixtral")
+    plain = SegMoE(D, HIDDEN, E, shared_expert=None).state_dict()
+    with pytest.raises(ValueError, match="be gated"):
+        convert_state_dict(plain, "segmoe", "mixtral_stacked")
