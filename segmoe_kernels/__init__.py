@@ -9,6 +9,7 @@ from segmoe_kernels.convert import load_official, segment_schedule, to_official
 from segmoe_kernels.dialects import convert_state_dict
 from segmoe_kernels.layer import SegMoE
 from segmoe_kernels.losses import load_balancing_loss, router_z_loss
+from segmoe_kernels.parallel import shard_experts
 from segmoe_kernels.routing import FFNWeights, Permutation, RouterOutput, Routing
 from segmoe_kernels.swap import replace_ffn, upcycle
 
@@ -26,6 +27,7 @@ __all__ = [
     "replace_ffn",
     "router_z_loss",
     "segment_schedule",
+    "shard_experts",
     "to_official",
     "upcycle",
 ]

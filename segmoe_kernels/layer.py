@@ -1,6 +1,7 @@
 """`SegMoE`, the drop-in layer, and the modules that hold its parameters."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -399,7 +400,7 @@ class SegMoE(nn.Module):
         if self.router is None or self.experts is None:
             return self._forward_dense(x, padding_mask)
         shared, in_proj, out_proj = self.shared_expert, self.in_proj, self.out_proj
-        y, routing = seg_moe(
+        y, routing = self._run(
             x,
             self.router.weight,
             self.experts.weights(),
@@ -421,6 +422,15 @@ class SegMoE(nn.Module):
             backend=self.backend,
         )
         return self._inject_losses(y, routing), routing
+
+    def _run(self, *tensors: Any, **options: Any) -> tuple[Tensor, Routing]:
+        """Run the stages; `parallel` has other ones."""
+        if any(hasattr(tensor, "device_mesh") for tensor in tensors[:2]):
+            # Not imported by those who don't need it.
+            from segmoe_kernels.dtensor import run_local
+
+            return run_local(seg_moe, *tensors, **options)
+        return seg_moe(*tensors, **options)
 
     def _forward_dense(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Routing]:
         assert self.shared_expert is not None

@@ -1,0 +1,59 @@
+"""The layer on `torch.distributed.tensor.DTensor`: every rank runs the kernels on what it has."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.utils._pytree import tree_map_only
+
+from segmoe_kernels import validation as check
+from segmoe_kernels.routing import Routing
+
+__all__ = ["run_local"]
+
+
+def run_local(
+    function: Callable[..., tuple[Tensor, Routing]], x: Tensor, *weights: Any, **options: Any
+) -> tuple[Tensor, Routing]:
+    """Run a layer's stages on local tensors.
+
+    Weights are gathered where they are sharded. x may be replicated, or sharded on a batch
+    dimension; then a weight's gradient is a sum over the ranks (`Partial`), which DTensor adds up.
+
+    Args:
+        function: such as `functional.seg_moe`.
+        x: (..., T, D) DTensor.
+        *weights: DTensors, in tuples too.
+        **options: likewise; a padding mask is laid out as x.
+
+    Returns:
+        ``(y, routing)``: y a DTensor laid out as x; routing of this rank's segments, local.
+
+    Raises:
+        TypeError: if x is no DTensor.
+        ValueError: if its steps or columns are sharded, or it is a pending sum.
+    """
+    if not isinstance(x, DTensor):
+        rule = "be a DTensor, as the weights are"
+        check.fail_type("SegMoE.forward", "x", rule, type(x).__name__)
+    mesh, layout = x.device_mesh, x.placements
+    for place in layout:
+        batch = isinstance(place, Shard) and place.dim < x.ndim - 2
+        if not batch and not isinstance(place, Replicate):
+            rule = "be replicated or sharded on a batch dimension"
+            check.fail_value("SegMoE.forward", "x", rule, place)
+    whole = [Replicate()] * len(layout)
+    grads: list[Placement] = [Partial() if isinstance(p, Shard) else Replicate() for p in layout]
+
+    def local(tensor: DTensor) -> Tensor:
+        return tensor.redistribute(mesh, whole).to_local(grad_placements=grads)
+
+    mask = options.pop("padding_mask")
+    if isinstance(mask, DTensor):
+        mask = mask.redistribute(mesh, layout).to_local()
+    weights, options = tree_map_only(DTensor, local, (weights, options))
+    # x's gradient lies as x does: each rank has all of its own part's.
+    steps = x.to_local(grad_placements=layout)
+    y, routing = function(steps, *weights, padding_mask=mask, **options)
+    return DTensor.from_local(y, mesh, layout, shape=x.shape, stride=x.stride()), routing

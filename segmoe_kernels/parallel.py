@@ -1,0 +1,344 @@
+"""Expert parallelism on `torch.distributed`: each rank keeps some experts, segments travel.
+
+::
+
+    layer = shard_experts(SegMoE(...))         # on every rank, before the optimizer is made
+    y = layer(x)                               # x is this rank's own batch
+
+A rank routes its own segments with the whole router, sends each routed slot's segment (P steps at
+once) and weight to the rank that has the slot's expert, runs its experts on what it gets, and
+sends the weighted outputs back. The shared expert runs where the segment is. Four collectives a
+call (counts, segments, weights, outputs), three more in backward.
+"""
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from einops import rearrange
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from segmoe_kernels import reference
+from segmoe_kernels import validation as check
+from segmoe_kernels.composed_ffn import segments
+from segmoe_kernels.functional import resolve_backend
+from segmoe_kernels.layer import Experts, SegMoE
+from segmoe_kernels.routing import FFNWeights, RouterOutput, Routing
+
+__all__ = ["expert_parameter_names", "gather_experts", "shard_experts"]
+
+
+class _Group:
+    """A process group that copies of a layer share."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Group":
+        return self
+
+    def __reduce__(self) -> Any:
+        message = "a layer with sharded experts can't be pickled: gather_experts(layer) first"
+        raise TypeError(message)
+
+    def blocks(self, num_experts: int) -> list[int]:
+        """How many experts each rank has: the first ranks one more where E is no multiple."""
+        each, more = divmod(num_experts, self.world)
+        return [each + (rank < more) for rank in range(self.world)]
+
+
+class _ShardedSegMoE(SegMoE):
+    """What `shard_experts` returns: ``experts`` is this rank's block."""
+
+    _group: _Group
+    _average_gradients: bool
+
+    def _run(
+        self, x: Tensor, router_weight: Tensor, experts: FFNWeights, **options: Any
+    ) -> tuple[Tensor, Routing]:
+        if self._average_gradients:
+            scaled = [None if w is None else _scale_grad(w, self._group.world) for w in experts]
+            experts = FFNWeights(*scaled)  # type: ignore[arg-type]  # up and down are never None
+        local: Any = reference
+        if resolve_backend(options.pop("backend"), x) == "triton":
+            from segmoe_kernels import stages
+
+            local = stages
+        group = self._group
+
+        def routed_experts(*tensors: Any, **some: Any) -> tuple[Tensor, RouterOutput, Tensor]:
+            return _routed_experts(group, local, *tensors, **some)
+
+        stage = SimpleNamespace(
+            routed_experts=routed_experts,
+            shared_combine=local.shared_combine,
+            combine=local.combine,
+        )
+        shared = options.pop("shared")
+        weights = reference.autocast_weights(x, router_weight, experts, shared)
+        return reference.run_stages(stage, x, *weights, **options)
+
+
+def shard_experts(layer: SegMoE, group: Any = None, *, average_gradients: bool = False) -> SegMoE:
+    """Make a layer of which each rank of a process group keeps a block of the experts.
+
+    Every rank calls it, and from then on calls the layer and its backward as often as the others,
+    with batches of any size, also none. Results are those of one process: with the backend
+    "reference" to rounding, and likewise with the kernels. Dropout inside the experts draws other
+    random numbers than one process would. The sizes of what is sent are read by the host: one
+    synchronisation a call, and a graph break under ``torch.compile``.
+
+    Gradients: each rank's loss reaches the experts wherever they are, so an expert's gradient is
+    the sum over the ranks' losses. Router, shared expert and all other parameters get the gradient
+    of this rank's loss alone. Where `torch.nn.parallel.DistributedDataParallel` averages these,
+    pass ``average_gradients=True`` and keep the experts out of it::
+
+        names = expert_parameter_names(model)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+
+    Args:
+        layer: SegMoE with experts, the same on every rank; the first rank's values win. It stays
+            as it is.
+        group: process group of ``torch.distributed``; None: all ranks. NCCL for GPUs, gloo for
+            CPUs.
+        average_gradients: divide the experts' gradients by the number of ranks.
+
+    Returns:
+        SegMoE with the same options. Its ``experts`` hold this rank's block, E / world of them
+        (the first ranks have one more where E is no multiple; ranks beyond E have none), under the
+        same names: a checkpoint of it is this rank's. `gather_experts` gives the whole layer.
+
+    Raises:
+        TypeError: if layer is not a SegMoE, or average_gradients no bool.
+        ValueError: if it has no experts.
+        RuntimeError: if ``torch.distributed`` is not initialised, or this rank not in the group.
+    """
+    name = "shard_experts"
+    if type(layer) is not SegMoE:
+        check.fail_type(name, "layer", "be a SegMoE, not yet sharded", type(layer).__name__)
+    check.check_flag(name, "average_gradients", average_gradients)
+    if layer.experts is None:
+        check.fail_value(name, "layer", "have experts", "num_experts=0")
+    own = _Group(_check_group(name, group))
+    source = 0 if group is None else dist.get_global_rank(group, 0)
+    result = copy.deepcopy(layer)
+    assert result.experts is not None  # that of layer isn't
+    with torch.no_grad():
+        for tensor in [*result.parameters(), *result.buffers()]:
+            if tensor.device.type != "meta":
+                dist.broadcast(tensor, source, group=group)
+    blocks = own.blocks(layer.num_experts)
+    start = sum(blocks[: own.rank])
+    block = slice(start, start + blocks[own.rank])
+    result.experts = _with_experts(result.experts, lambda whole: whole[block].clone())
+    result.__class__ = _ShardedSegMoE
+    assert isinstance(result, _ShardedSegMoE)
+    result._group, result._average_gradients = own, average_gradients
+    return result
+
+
+def gather_experts(layer: SegMoE) -> SegMoE:
+    """Make the whole layer again, on every rank; all ranks of the group have to call it.
+
+    Args:
+        layer: from `shard_experts`. It stays as it is.
+
+    Returns:
+        SegMoE with all experts, to save or to go on with in one process.
+
+    Raises:
+        TypeError: if layer is not from `shard_experts`.
+    """
+    if not isinstance(layer, _ShardedSegMoE):
+        rule = "be a layer from shard_experts"
+        check.fail_type("gather_experts", "layer", rule, type(layer).__name__)
+    own = layer._group
+    blocks = own.blocks(layer.num_experts)
+
+    def whole(part: Tensor) -> Tensor:
+        padded = part.new_zeros(max(blocks), *part.shape[1:])
+        padded[: part.shape[0]] = part
+        parts = [torch.empty_like(padded) for _ in blocks]
+        dist.all_gather(parts, padded, group=own.group)
+        return torch.cat([part[:size] for part, size in zip(parts, blocks, strict=True)])
+
+    result = copy.deepcopy(layer)
+    assert result.experts is not None  # `shard_experts` looked
+    result.experts = _with_experts(result.experts, whole)
+    result.__class__ = SegMoE  # type: ignore[assignment]  # what it was
+    del result._group, result._average_gradients
+    return result
+
+
+def expert_parameter_names(model: nn.Module) -> list[str]:
+    """Names of the parameters that differ between ranks, for what treats all ranks as equal.
+
+    Args:
+        model: with layers from `shard_experts` inside, or one of them.
+
+    Returns:
+        As in ``model.named_parameters()``; empty without such layers.
+    """
+    return [
+        f"{place}.experts.{name}" if place else f"experts.{name}"
+        for place, module in model.named_modules()
+        if isinstance(module, _ShardedSegMoE) and module.experts is not None
+        for name, _ in module.experts.named_parameters()
+    ]
+
+
+def _check_group(function: str, group: Any) -> Any:
+    if not dist.is_available() or not dist.is_initialized():
+        message = "needs torch.distributed: call torch.distributed.init_process_group first."
+        raise RuntimeError(f"segmoe_kernels.{function} {message}")
+    if dist.get_rank(group) < 0:
+        raise RuntimeError(f"segmoe_kernels.{function}: this rank is not in the group.")
+    return group
+
+
+def _with_experts(experts: Experts, function: Any) -> Experts:
+    """Other experts, made of these parameter by parameter."""
+    result = copy.copy(experts)  # keeps training mode and hooks
+    result._parameters = dict(experts._parameters)
+    for name, parameter in experts.named_parameters():
+        with torch.no_grad():
+            changed = function(parameter.detach())
+        setattr(result, name, nn.Parameter(changed, requires_grad=parameter.requires_grad))
+    result.num_experts = result.up_proj.shape[0]
+    return result
+
+
+class _ScaleGrad(torch.autograd.Function):
+    """Pass a tensor through; divide its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, divisor: int) -> Tensor:
+        ctx.divisor = divisor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] / ctx.divisor, None
+
+
+_scale_grad: Any = _ScaleGrad.apply
+
+
+class _Exchange(torch.autograd.Function):
+    """Send runs of rows to the ranks in order, get theirs; backward sends the gradients back.
+
+    One function for all tensors of a hop, so that every rank runs the same collectives in the
+    same order whatever its engine finds ready first.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, group: Any, send: list[int], receive: list[int], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.group, ctx.send, ctx.receive = group, send, receive
+        out = tuple(_all_to_all(tensor, send, receive, group) for tensor in tensors)
+        needs = ctx.needs_input_grad[3:]
+        ctx.mark_non_differentiable(*(t for t, n in zip(out, needs, strict=True) if not n))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        back = (
+            _all_to_all(grad, ctx.receive, ctx.send, ctx.group) if needed else None
+            for grad, needed in zip(grads, ctx.needs_input_grad[3:], strict=True)
+        )
+        return None, None, None, *back
+
+
+_exchange: Any = _Exchange.apply
+
+
+def _all_to_all(tensor: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
+    out = tensor.new_empty(sum(receive), *tensor.shape[1:])
+    dist.all_to_all_single(out, tensor.contiguous(), receive, send, group=group)
+    return out
+
+
+def _routed_experts(
+    own: _Group,
+    local: Any,
+    x: Tensor,
+    router_weight: Tensor,
+    experts: FFNWeights,
+    *,
+    segment_size: int,
+    expert_scope: str,
+    activation: str,
+    dropout: float,
+    padding_mask: Tensor | None,
+    **router: Any,
+) -> tuple[Tensor, RouterOutput, Tensor]:
+    """`reference.routed_experts` whose experts are spread over the ranks.
+
+    Returns:
+        ``(expert_out (top_k, B, T, D), routed, expert_counts (E,))``, of this rank's segments.
+    """
+    batch, length, _ = x.shape
+    num_experts, top_k = router_weight.shape[0], router["top_k"]
+    routed = local.route(
+        x, router_weight, segment_size=segment_size, padding_mask=padding_mask, **router
+    )
+    order = local.permute(routed.topk_ids, num_experts)
+    blocks = own.blocks(num_experts)
+    send, receive, counts = _exchange_counts(own, order.expert_counts, blocks)
+    # Slots in the order of their experts are in the order of the ranks that have these.
+    slots = order.sorted_to_slot[: sum(send)].long()
+    pieces = segments(x.to(experts.up_proj.dtype), segment_size, padding_mask)
+    rows = rearrange(pieces, "b j p d -> (b j) p d")[slots // top_k]
+    weights = routed.topk_weights.reshape(-1, 1)[slots]
+    rows, weights = _exchange(own.group, send, receive, rows, weights)
+    if blocks[own.rank]:
+        number = torch.arange(blocks[own.rank], dtype=torch.int32, device=x.device)
+        ids = number.repeat(own.world).repeat_interleave(counts, output_size=sum(receive))
+        out = local.expert_ffn(
+            rows,
+            weights,
+            local.permute(ids[:, None], blocks[own.rank]),
+            experts,
+            segment_size=segment_size,
+            expert_scope=expert_scope,
+            activation=activation,
+            dropout=dropout,
+        )[0]
+    else:
+        # No row comes here, but backward has to pass as on the other ranks.
+        nothing = [w.sum() for w in experts if w is not None]
+        out = rows * weights[..., None].to(rows.dtype) + torch.stack(nothing).sum()
+    (out,) = _exchange(own.group, receive, send, out)
+    placed = out.new_zeros(routed.topk_ids.numel(), *out.shape[1:]).index_copy(0, slots, out)
+    # Sizes are named, as those of an empty batch can't be derived.
+    size, width = out.shape[1:]
+    placed = placed.view(batch, -(-length // segment_size), top_k, size, width)
+    placed = placed.permute(2, 0, 1, 3, 4).flatten(2, 3)[:, :, :length]
+    if padding_mask is not None:
+        placed = placed.masked_fill(~padding_mask[..., None], 0)
+    return placed, routed, order.expert_counts
+
+
+def _exchange_counts(
+    own: _Group, expert_counts: Tensor, blocks: list[int]
+) -> tuple[list[int], list[int], Tensor]:
+    """Tell every rank how many slots it gets for each of its experts.
+
+    Returns:
+        ``(send, receive, counts)``: slots to and from each rank, and (world * block,) slots from
+        each rank for each of this rank's experts.
+    """
+    mine = expert_counts.long()
+    counts = _all_to_all(mine, blocks, [blocks[own.rank]] * own.world, own.group)
+    # One copy to the host for both: collectives want the sizes there.
+    both = torch.cat([mine, counts]).tolist()
+    send = [sum(both[sum(blocks[:r]) : sum(blocks[: r + 1])]) for r in range(own.world)]
+    theirs, size = both[len(mine) :], blocks[own.rank]
+    receive = [sum(theirs[r * size : (r + 1) * size]) for r in range(own.world)]
+    return send, receive, counts

@@ -1,0 +1,301 @@
+"""What ranks do in test_parallel.py. Imported by a worker, after the interpreter is chosen."""
+
+import copy
+import itertools
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from segmoe_kernels import SegMoE, parallel
+from segmoe_kernels.parallel import expert_parameter_names, gather_experts, shard_experts
+
+D, HIDDEN = 4, 6
+
+
+def make(**options):
+    torch.manual_seed(5)
+    settings = {"segment_size": 3, "top_k": 2, "dtype": torch.float64, **options}
+    sizes = settings.pop("d_ff", HIDDEN), settings.pop("num_experts", 4)
+    layer = SegMoE(D, *sizes, **settings)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if "bias" in name:
+                parameter.normal_()
+            if settings.get("router_temperature") and name == "router.weight":
+                parameter[0] += 3.0  # most go to one expert
+    return layer
+
+
+def batches(world, sizes, masked, steps=8):
+    """``(x, dy, mask)`` of each rank."""
+    generator = torch.Generator().manual_seed(9)
+    found = []
+    for _, size in zip(range(world), itertools.cycle(sizes), strict=False):
+        x, dy = (
+            torch.randn(size, steps, D, generator=generator, dtype=torch.float64) for _ in "xy"
+        )
+        mask = torch.rand(size, steps, generator=generator) < 0.6 if masked else None
+        found.append((x, dy, mask))
+    return found
+
+
+def equals_one_process(rank, world, options, sizes, *, masked=False, average=False):
+    """Outputs and gradients of a sharded layer against the whole layer on all batches in turn."""
+    whole = make(**options)
+    layer = shard_experts(whole, average_gradients=average)
+    inputs = batches(world, sizes, masked)
+    outputs, leaves = [], []
+    for x, dy, mask in inputs:
+        leaf = x.clone().requires_grad_()
+        y = whole(leaf, mask)
+        y.backward(dy)
+        outputs.append(y)
+        leaves.append(leaf)
+    x, dy, mask = inputs[rank]
+    leaf = x.clone().requires_grad_()
+    y, routing = layer.forward_with_routing(leaf, mask)
+    y.backward(dy)
+    close(y, outputs[rank], "y")
+    close(leaf.grad, leaves[rank].grad, "dx")
+    alone = whole.forward_with_routing(x, mask)[1]
+    assert torch.equal(routing.expert_counts, alone.expert_counts)
+    start = sum(sizes_of(whole.num_experts, world)[:rank])
+    block = slice(start, start + layer.experts.num_experts)
+    scale = world if average else 1
+    for name, parameter in layer.named_parameters():
+        expected = whole.get_parameter(name).grad
+        if name.startswith("experts."):
+            close(parameter.grad, expected[block] / scale, name)
+            assert torch.equal(parameter, whole.get_parameter(name)[block])
+        else:
+            total = parameter.grad.clone()
+            dist.all_reduce(total)
+            close(total, expected, name)
+    return layer.experts.num_experts
+
+
+def sizes_of(count, world):
+    return [count // world + (rank < count % world) for rank in range(world)]
+
+
+def close(actual, expected, name):
+    torch.testing.assert_close(
+        actual, expected, rtol=1e-10, atol=1e-10, msg=lambda m: f"{name} {m}"
+    )
+
+
+def first_rank_wins_and_gather_gives_it_back(rank, world):
+    """Ranks that start from other values end with the first rank's; a round trip is exact."""
+    torch.manual_seed(100 + rank)
+    layer = SegMoE(D, HIDDEN, 5, bias=True, gated=True)
+    layer.router.weight.requires_grad_(False)
+    before = copy.deepcopy(layer.state_dict())
+    sharded = shard_experts(layer)
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    again = gather_experts(sharded)
+    assert type(again) is SegMoE
+    assert not again.router.weight.requires_grad
+    gathered = [None] * world
+    dist.all_gather_object(gathered, (before, again.state_dict()))
+    for _, state in gathered:
+        assert state.keys() == before.keys()
+        assert all(torch.equal(value, gathered[0][0][name]) for name, value in state.items())
+    # A copy works, and shares nothing but the group.
+    copied = copy.deepcopy(sharded).eval()
+    x = torch.randn(2, 7, D)
+    assert torch.equal(copied(x), sharded.eval()(x))
+    sharded.load_state_dict(copied.state_dict())
+    assert set(expert_parameter_names(nn.Sequential(sharded))) == {
+        f"0.experts.{name}" for name, _ in sharded.experts.named_parameters()
+    }
+
+
+def frozen_parts_do_not_hang(rank, world):
+    """Whatever needs no gradient, all ranks run the same collectives in backward."""
+    for frozen in itertools.product([False, True], repeat=3):
+        layer = shard_experts(make(num_experts=2))
+        for module, off in zip((layer.router, layer.experts), frozen, strict=False):
+            module.requires_grad_(not off)
+        size = world - 1 - rank
+        x = torch.randn(size, 8, D, dtype=torch.float64, requires_grad=not frozen[2])
+        layer(x).sum().backward()
+        assert (layer.experts.up_proj.grad is None) == frozen[1]
+        assert (layer.router.weight.grad is None) == frozen[0]
+    with torch.no_grad():
+        assert layer(x).shape == x.shape
+
+
+def sends_what_the_model_says(rank, world, options, size):
+    """Bytes to other ranks, forward and backward, for the cost model."""
+    sent = []
+    real = dist.all_to_all_single
+
+    def spy(out, tensor, receive, send, group=None):
+        row = tensor[:1].numel() * tensor.element_size() if len(tensor) else 0
+        sent.append(row * (sum(send) - send[rank]))
+        return real(out, tensor, receive, send, group=group)
+
+    layer = shard_experts(make(**options))
+    parallel.dist = type("Spied", (), {**vars(dist), "all_to_all_single": staticmethod(spy)})
+    try:
+        x, dy, _ = batches(world, [size], masked=False)[rank]
+        leaf = x.requires_grad_()
+        y, routing = layer.forward_with_routing(leaf)
+        y.backward(dy)
+    finally:
+        parallel.dist = dist
+    blocks = sizes_of(layer.num_experts, world)
+    start = sum(blocks[:rank])
+    ids = routing.topk_ids
+    away = ((ids < start) | (ids >= start + blocks[rank])).sum().item()
+    return {"sent": sent, "away": away, "slots": ids.numel()}
+
+
+def groups_of_some_ranks(rank, world):
+    """Two groups side by side, each with its own experts."""
+    halves = [dist.new_group(list(range(world))[i::2]) for i in range(2)]
+    mine = halves[rank % 2]
+    layer = shard_experts(make(), mine)
+    blocks = sizes_of(4, dist.get_world_size(mine))
+    assert layer.experts.num_experts == blocks[dist.get_rank(mine)]
+    x = batches(world, [2], masked=False)[rank][0]
+    close(layer(x), make()(x), "y")
+    try:
+        shard_experts(make(), halves[1 - rank % 2])
+    except RuntimeError as error:
+        assert "not in the group" in str(error)  # noqa: PT017  no pytest in a worker
+    else:
+        raise AssertionError("a rank outside the group was let in")
+
+
+def model_of(*layers):
+    torch.manual_seed(3)
+    head = nn.Linear(D, 1, dtype=torch.float64)
+    return nn.Sequential(*layers, head)
+
+
+def one_step(model, x, target, *, ranks=1):
+    loss = F.mse_loss(model(x), target, reduction="sum") / ranks
+    loss.backward()
+
+
+def data_parallel(rank, world, sharded):
+    """DDP without unused parameters: every parameter has a gradient each step, the mean's."""
+    options = {"num_experts": 6, "top_k": 1, "aux_loss_weight": 0.01, "z_loss_weight": 0.01}
+    whole = model_of(make(**options), make(shared_expert="token", **options))
+    data = [(x, x.sum(-1, keepdim=True)) for x, _, _ in batches(world, [1], masked=False, steps=4)]
+    model = copy.deepcopy(whole)
+    if sharded:
+        for i in range(2):
+            model[i] = shard_experts(model[i], average_gradients=True)
+        names = expert_parameter_names(model)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    wrapped = DistributedDataParallel(model, find_unused_parameters=False)
+    fast, slow = (torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, whole))
+    for step in range(3):
+        accumulate = step == 1  # two batches, of which the first is not reduced
+        fast.zero_grad()
+        slow.zero_grad()
+        if accumulate:
+            with wrapped.no_sync():
+                one_step(wrapped, *data[rank])
+            for x, target in data:
+                one_step(whole, x, target)
+        one_step(wrapped, *data[rank])
+        for x, target in data:
+            one_step(whole, x, target)
+        assert all(p.grad is not None for p in model.parameters())
+        for parameter in whole.parameters():
+            parameter.grad /= world
+        fast.step()
+        slow.step()
+    for i in range(2):
+        layer = gather_experts(model[i]) if sharded else model[i]
+        for name, parameter in layer.named_parameters():
+            torch.testing.assert_close(
+                parameter, whole[i].get_parameter(name), rtol=1e-6, atol=1e-7, msg=name
+            )
+
+
+def fully_sharded(rank, world):
+    """FSDP2; experts on dimension 1, as there are fewer of them than ranks may be."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh = init_device_mesh("cpu", (world,))
+    # FSDP2 shards dimension 1 where the world divides it.
+    options = {"num_experts": 2, "top_k": 1, "shared_expert": "token", "bias": True, "d_ff": 8}
+    whole = model_of(make(**options), make(**options))
+    data = [(x, x.sum(-1, keepdim=True)) for x, _, _ in batches(world, [2], masked=False)]
+    model = copy.deepcopy(whole)
+
+    def placement(parameter):
+        return Shard(1) if parameter.ndim == 3 else Shard(0)
+
+    for layer in model[:2]:
+        fully_shard(layer, mesh=mesh, shard_placement_fn=placement)
+    fully_shard(model, mesh=mesh)
+    assert isinstance(model[0].experts.up_proj, DTensor)
+    assert model[0].experts.up_proj.placements == (Shard(1),)
+    fast, slow = (torch.optim.SGD(m.parameters(), lr=1e-2) for m in (model, whole))
+    for _ in range(2):
+        fast.zero_grad()
+        slow.zero_grad()
+        one_step(model, *data[rank])
+        for x, target in data:
+            one_step(whole, x, target)
+        assert all(p.grad is not None for p in model.parameters())
+        for parameter in whole.parameters():
+            parameter.grad /= world
+        fast.step()
+        slow.step()
+    for name, parameter in model.named_parameters():
+        close(parameter.full_tensor(), whole.get_parameter(name), name)
+
+
+def dtensor_weights(rank, world):
+    """Weights replicated or sharded over a mesh, x replicated or sharded: results of plain ones."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (world,))
+    for expert_scope, weights, place in (
+        ("token", Replicate(), Replicate()),
+        ("token", Shard(0), Shard(0)),
+        ("projected", Replicate(), Shard(0)),
+    ):
+        plain = make(expert_scope=expert_scope, bias=True)
+        layer = copy.deepcopy(plain)
+        for module in layer.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                value = distribute_tensor(parameter.detach(), mesh, [weights])
+                setattr(module, name, nn.Parameter(value))
+        generator = torch.Generator().manual_seed(1)
+        x, dy = (torch.randn(4, 8, D, generator=generator, dtype=torch.float64) for _ in "xy")
+        mask = torch.rand(4, 8, generator=generator) < 0.7
+        leaf = x.clone().requires_grad_()
+        expected = plain(leaf, mask)
+        expected.backward(dy)
+        spread, upstream, real = (distribute_tensor(t, mesh, [place]) for t in (x, dy, mask))
+        spread.requires_grad_()
+        y = layer(spread, real)
+        assert isinstance(y, DTensor)
+        assert y.placements == (place,)
+        assert y.to_local().shape[0] == (4 if place == Replicate() else 4 // world)
+        y.backward(upstream)
+        close(y.full_tensor(), expected, "y")
+        close(spread.grad.full_tensor(), leaf.grad, "dx")
+        for name, parameter in layer.named_parameters():
+            assert parameter.grad.placements == (weights,)
+            close(parameter.grad.full_tensor(), plain.get_parameter(name).grad, name)
+    for wrong, kind in ((x, TypeError), (distribute_tensor(x, mesh, [Shard(1)]), ValueError)):
+        try:
+            layer(wrong)
+        except kind as error:
+            assert "expected x to be" in str(error)  # noqa: PT017  no pytest in a worker
+        else:
+            raise AssertionError(f"rank {rank}: {kind.__name__} was not raised")

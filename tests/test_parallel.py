@@ -1,0 +1,45 @@
+"""Expert parallelism and training on several ranks: gloo processes against one process."""
+
+import pytest
+from parallel_worker import run
+
+TRITON = pytest.importorskip("triton") and "triton"
+# Options of the layer, batch sizes by rank.
+CASES = [
+    ({}, [2], {}),
+    ({"num_experts": 5, "top_k": 3, "bias": True}, [2, 0, 3], {"masked": True}),
+    ({"num_experts": 2, "top_k": 1, "shared_expert": None}, [1, 3], {}),
+    ({"num_experts": 1, "top_k": 1, "bias": True, "gated": True}, [2, 1], {"masked": True}),
+    ({"expert_scope": "segment", "gated": True, "activation": "silu"}, [2, 1], {"masked": True}),
+    ({"expert_scope": "projected", "bias": True}, [1, 2], {"masked": True}),
+    ({"causal": True, "shared_expert": "token"}, [2, 1], {}),
+    ({"router_temperature": 0.1, "aux_loss_weight": 0.1, "z_loss_weight": 0.1}, [2, 0], {}),
+    ({"segment_size": 1, "pooling": "mean", "renormalize": False}, [0, 2], {"average": True}),
+    ({"backend": TRITON, "bias": True}, [1, 0, 2], {"masked": True}),
+    ({"backend": TRITON, "top_k": 1, "num_experts": 3, "shared_expert": None}, [1], {}),
+]
+
+
+def jobs(world):
+    """What each world runs, once."""
+    found = [
+        ("equals_one_process", {"options": options, "sizes": sizes, **more})
+        for options, sizes, more in CASES
+    ]
+    found += [("first_rank_wins_and_gather_gives_it_back", {}), ("frozen_parts_do_not_hang", {})]
+    found += [("data_parallel", {"sharded": sharded}) for sharded in (False, True)]
+    if world > 2:
+        found.append(("groups_of_some_ranks", {}))
+    if world != 3:
+        found.append(("fully_sharded", {}))
+    if world == 2:
+        found.append(("dtensor_weights", {}))
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_ranks_compute_what_one_process_does(world):
+    results = run(world, jobs(world))
+    for (options, *_), experts in zip(CASES, results, strict=False):
+        assert sum(experts) == options.get("num_experts", 4)
+        assert max(experts) - min(experts) <= 1
