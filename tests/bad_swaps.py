@@ -4,9 +4,10 @@ import torch
 from bad_calls import LAYER, caller, draw
 from torch import nn
 
-from segmoe_kernels import SegMoE, convert_state_dict, replace_ffn, upcycle
+from segmoe_kernels import SegMoE, convert_state_dict, replace_ffn, shard_experts, upcycle
 from segmoe_kernels.adapters import TSLibEncoderLayer, WithRouterLogits
 from segmoe_kernels.huggingface import experts_forward
+from segmoe_kernels.parallel import gather_experts
 
 
 def dense():
@@ -146,6 +147,31 @@ ROWS = [
     ),
     ("block_layer", block(seg_moe=dense()), TypeError, ["seg_moe", "be a SegMoE", "Sequential"]),
     ("block_norm", block(norm1=None), TypeError, ["norm1", "torch.nn.Module", "NoneType"]),
+    ("shard_type", lambda: shard_experts(dense()), TypeError, ["layer", "be a SegMoE", "Sequen"]),
+    (
+        "shard_flag",
+        lambda: shard_experts(LAYER, average_gradients=2),
+        TypeError,
+        ["average_gradients", "True or False", "2 (int)"],
+    ),
+    (
+        "shard_dense",
+        lambda: shard_experts(SegMoE(4, 6, 0)),
+        ValueError,
+        ["layer", "have experts", "num_experts=0"],
+    ),
+    (
+        "shard_alone",
+        lambda: shard_experts(LAYER),
+        RuntimeError,
+        ["shard_experts needs torch.distributed", "init_process_group"],
+    ),
+    (
+        "gather_type",
+        lambda: gather_experts(LAYER),
+        TypeError,
+        ["layer", "a layer from shard_experts", "SegMoE"],
+    ),
     ("convert_source_type", convert(source=1), TypeError, ["source", "be a str", "int"]),
     ("convert_source", convert(source="llama"), ValueError, ["source", "'time_moe'", "'llama'"]),
     ("convert_target", convert(target="x"), ValueError, ["target", "'segmoe'", "'x'"]),

@@ -1,7 +1,15 @@
 """Expert parallelism and training on several ranks: gloo processes against one process."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from parallel_worker import run
+
+from benchmarks.parallel_model import Setting, exchanged_bytes
+
+ROOT = Path(__file__).resolve().parents[1]
 
 TRITON = pytest.importorskip("triton") and "triton"
 # Options of the layer, batch sizes by rank.
@@ -28,6 +36,7 @@ def jobs(world):
     ]
     found += [("first_rank_wins_and_gather_gives_it_back", {}), ("frozen_parts_do_not_hang", {})]
     found += [("data_parallel", {"sharded": sharded}) for sharded in (False, True)]
+    found.append(("bytes_sent", {"size": 2}))
     if world > 2:
         found.append(("groups_of_some_ranks", {}))
     if world != 3:
@@ -40,6 +49,30 @@ def jobs(world):
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_ranks_compute_what_one_process_does(world):
     results = run(world, jobs(world))
+    (sent,) = (r for r, (name, _) in zip(results, jobs(world), strict=True) if name == "bytes_sent")
+    setting = Setting(0, 3, 4, 6, 5, top_k=2, bytes_each=4)
+    for rank, found in enumerate(sent):
+        away = sum(found["to"]) - found["to"][rank]
+        served = sum(other["to"][rank] for other in sent) - found["to"][rank]
+        assert found["sent"] == exchanged_bytes(setting, away, served, world, rank)
+        assert (sum(found["sent"]) > 0) == (world > 1)
     for (options, *_), experts in zip(CASES, results, strict=False):
         assert sum(experts) == options.get("num_experts", 4)
         assert max(experts) - min(experts) <= 1
+
+
+def test_the_example_runs_under_torchrun_and_learns():
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *("examples/expert_parallel.py", "--steps=10", "--batch-size=16"),
+        ],
+        cwd=ROOT, capture_output=True, text=True, timeout=180, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    losses = [float(line.split()[-1]) for line in lines if line.startswith("step")]
+    assert len(losses) == 3
+    assert losses[-1] < 0.7 * losses[0]
+    assert "rank 0: [" in lines[-1]
+    assert "rank 1: [" in lines[-1]
