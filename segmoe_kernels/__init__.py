@@ -7,7 +7,7 @@ Shape letters, used in every docstring: ``B`` batch, ``T`` time steps, ``P`` seg
 
 from segmoe_kernels.convert import load_official, segment_schedule, to_official
 from segmoe_kernels.dialects import convert_state_dict
-from segmoe_kernels.layer import SegMoE
+from segmoe_kernels.layer import SegMoE, set_loss_scaler
 from segmoe_kernels.losses import load_balancing_loss, router_z_loss
 from segmoe_kernels.parallel import shard_experts
 from segmoe_kernels.routing import FFNWeights, Permutation, RouterOutput, Routing
@@ -27,6 +27,7 @@ __all__ = [
     "replace_ffn",
     "router_z_loss",
     "segment_schedule",
+    "set_loss_scaler",
     "shard_experts",
     "to_official",
     "upcycle",

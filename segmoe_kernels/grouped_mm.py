@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from segmoe_kernels.flops import register_flops
+
 _LIBRARY = torch.library.Library("segmoe_reference", "FRAGMENT")
 _LIBRARY.define("grouped_mm(Tensor a, Tensor b, Tensor expert_offsets) -> Tensor")
 _LIBRARY.define("grouped_mm_contract(Tensor a, Tensor b, Tensor expert_offsets) -> Tensor")
@@ -131,6 +133,7 @@ def register_operator(
     torch.library.register_autograd(
         qualified, function.backward, setup_context=function.setup_context, lib=library
     )
+    register_flops(getattr(torch.ops.segmoe_reference, name), name)
 
 
 register_operator(_LIBRARY, "grouped_mm", _rows, _rows_fake, _GroupedMM)

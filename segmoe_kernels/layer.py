@@ -12,7 +12,7 @@ from segmoe_kernels.functional import resolve_backend, seg_moe
 from segmoe_kernels.losses import inject_loss, load_balancing_loss, router_z_loss
 from segmoe_kernels.routing import FFNWeights, Routing
 
-__all__ = ["Experts", "FeedForward", "SegMoE", "SegmentRouter"]
+__all__ = ["Experts", "FeedForward", "SegMoE", "SegmentRouter", "set_loss_scaler"]
 
 
 def _xavier_uniform_(weight: Tensor) -> None:
@@ -212,6 +212,8 @@ class SegMoE(nn.Module):
 
     Attributes:
         aux_loss: () tensor, detached: the weighted auxiliary losses of the last call in training.
+        loss_scaler: what scales the task's loss, such as ``torch.amp.GradScaler``, or None; see
+            `set_loss_scaler`. Copies and pickles have none.
 
     Raises:
         TypeError: for an argument of the wrong type.
@@ -272,6 +274,7 @@ class SegMoE(nn.Module):
                 dtype=dtype,
             )
 
+        self.loss_scaler: Any = None
         self.router: SegmentRouter | None = None
         self.experts: Experts | None = None
         self.shared_expert: FeedForward | None = None
@@ -458,7 +461,13 @@ class SegMoE(nn.Module):
         if self.z_loss_weight:
             loss = loss + self.z_loss_weight * router_z_loss(routing)
         self._aux_loss = _value_of(loss)
+        if self.loss_scaler is not None:
+            loss = self.loss_scaler.scale(loss)
         return inject_loss(y, loss) if torch.is_grad_enabled() else y
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied scaler would go on with the scale of the moment.
+        return {**super().__getstate__(), "loss_scaler": None}  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """The options, for ``repr``."""
@@ -470,3 +479,30 @@ class SegMoE(nn.Module):
         if self.shared_d_ff is not None:
             shared += f", shared_d_ff={self.shared_d_ff}"
         return ", ".join([*(f"{name}={getattr(self, name)!r}" for name in names), shared])
+
+
+def set_loss_scaler(model: nn.Module, scaler: Any) -> None:
+    """Tell all layers of a model what scales the task's loss.
+
+    The gradient of an injected auxiliary loss has the scale 1. With float16 and
+    ``torch.amp.GradScaler`` the task's has another, which the scaler takes out of all gradients
+    before the optimizer's step; so the layers have to put it in::
+
+        scaler = torch.amp.GradScaler()
+        set_loss_scaler(model, scaler)      # once; then train as ever
+
+    Args:
+        model: with `SegMoE` layers inside.
+        scaler: has ``scale(loss)``; None takes it away.
+
+    Raises:
+        TypeError: if model is not a module, or scaler has no ``scale``.
+    """
+    if not isinstance(model, nn.Module):
+        check.fail_type("set_loss_scaler", "model", "be a torch.nn.Module", type(model).__name__)
+    if scaler is not None and not callable(getattr(scaler, "scale", None)):
+        rule = "have scale(loss), as torch.amp.GradScaler has, or be None"
+        check.fail_type("set_loss_scaler", "scaler", rule, type(scaler).__name__)
+    for module in model.modules():
+        if isinstance(module, SegMoE):
+            module.loss_scaler = scaler

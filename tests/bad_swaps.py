@@ -4,7 +4,14 @@ import torch
 from bad_calls import LAYER, caller, draw
 from torch import nn
 
-from segmoe_kernels import SegMoE, convert_state_dict, replace_ffn, shard_experts, upcycle
+from segmoe_kernels import (
+    SegMoE,
+    convert_state_dict,
+    replace_ffn,
+    set_loss_scaler,
+    shard_experts,
+    upcycle,
+)  # fmt: skip
 from segmoe_kernels.adapters import TSLibEncoderLayer, WithRouterLogits
 from segmoe_kernels.huggingface import experts_forward
 from segmoe_kernels.parallel import gather_experts
@@ -171,6 +178,18 @@ ROWS = [
         lambda: gather_experts(LAYER),
         TypeError,
         ["layer", "a layer from shard_experts", "SegMoE"],
+    ),
+    (
+        "scaler_model",
+        lambda: set_loss_scaler([LAYER], None),
+        TypeError,
+        ["model", "torch.nn.Module", "list"],
+    ),
+    (
+        "scaler_type",
+        lambda: set_loss_scaler(LAYER, 1024.0),
+        TypeError,
+        ["scaler", "have scale(loss)", "float"],
     ),
     ("convert_source_type", convert(source=1), TypeError, ["source", "be a str", "int"]),
     ("convert_source", convert(source="llama"), ValueError, ["source", "'time_moe'", "'llama'"]),

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from segmoe_kernels.flops import register_flops
+
 # What 32 bits hold.
 MAX_OFFSET = 2**31 - 1
 
@@ -42,7 +44,9 @@ def define_operator(
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, guarded, key)
     torch.library.register_fake(f"segmoe_kernels::{name}", fake, lib=_LIBRARY)
-    operator: Callable[..., Any] = getattr(torch.ops.segmoe_kernels, name).default
+    packet = getattr(torch.ops.segmoe_kernels, name)
+    register_flops(packet, name)
+    operator: Callable[..., Any] = packet.default
     return operator
 
 

@@ -1,0 +1,138 @@
+"""What `torch.utils.flop_counter.FlopCounterMode` counts for our operators.
+
+The products of the layer's definition, a multiply-add as two: what a layer needs, as if every step
+were real and routed. What kernels compute anew in backward, and the padding of their tiles, is not
+counted (`benchmarks.traffic` counts these). A counter knows the kernels' operators if it is made
+after their first use.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.utils.flop_counter import register_flop_formula
+
+__all__ = ["register_flops"]
+
+Shape = Sequence[int]
+
+
+def _ffn(rows: int, up: Shape, gate: Shape | None, *, dx: bool, dw: bool, backward: bool) -> int:
+    """Products of one FFN: forward, or those of its gradients; each has the same FLOPs."""
+    hidden, width = up[-2:]
+    matrices = 2 if gate is None else 3
+    products = matrices
+    if backward:
+        # The hidden layer's gradient, from it that of x, and those of the matrices.
+        products = (dx or dw) + (matrices - 1) * dx + matrices * dw
+    return 2 * rows * hidden * width * products
+
+
+def _segments(x: Shape, segment_size: int) -> int:
+    return math.prod(x[:-2]) * -(-x[-2] // segment_size)
+
+
+def _expert_rows(x: Shape, topk_weights: Shape, *, concat: bool) -> int:
+    # x is there once for each choice: (top_k, B, T, D).
+    steps = topk_weights[0] if concat else math.prod(x[-3:-1])
+    return steps * topk_weights[1]
+
+
+def _route_fwd(x: Shape, weight: Shape, *rest: Any, **_: Any) -> int:
+    return 2 * _segments(x, rest[3]) * math.prod(weight)
+
+
+def _route_bwd(x: Shape, weight: Shape, *rest: Any, **_: Any) -> int:
+    need_dx, need_dweight = rest[-2:]
+    return 2 * _segments(x, rest[10]) * math.prod(weight) * (need_dx + need_dweight)
+
+
+def _expert_ffn_fwd(x: Shape, weights: Shape, *rest: Any, **_: Any) -> int:
+    _, _, up, _, gate, *_, concat, _, _, _ = rest
+    rows = _expert_rows(x, weights, concat=concat)
+    return _ffn(rows, up, gate, dx=False, dw=False, backward=False)
+
+
+def _expert_ffn_bwd(x: Shape, weights: Shape, *rest: Any, **_: Any) -> int:
+    _, _, up, _, gate, *_, concat, _, _, dx, dw = rest
+    rows = _expert_rows(x, weights, concat=concat)
+    return _ffn(rows, up, gate, dx=dx, dw=dw, backward=True)
+
+
+def _block_fwd(x: Shape, weight: Shape, *rest: Any, **_: Any) -> int:
+    _, _, _, _, up, _, gate, _, _, _, size, top_k, *_ = rest
+    router = 2 * _segments(x, size) * math.prod(weight)
+    rows = math.prod(x[:-1]) * top_k
+    return router + _ffn(rows, up, gate, dx=False, dw=False, backward=False)
+
+
+def _block_bwd(x: Shape, weight: Shape, *rest: Any, **_: Any) -> int:
+    up, gate, size, top_k = rest[4], rest[6], rest[16], rest[17]
+    dx, drouter, dw = rest[-3:]
+    router = 2 * _segments(x, size) * math.prod(weight) * (dx + drouter)
+    rows = math.prod(x[:-1]) * top_k
+    return router + _ffn(rows, up, gate, dx=dx, dw=dw, backward=True)
+
+
+def _shared_combine_fwd(expert_out: Shape, x: Shape, *rest: Any, **_: Any) -> int:  # noqa: ARG001
+    up, gate, size = rest[0], rest[2], rest[10]
+    rows = _segments(x, size)
+    return 2 * rows * up[-1] + _ffn(rows, up, gate, dx=False, dw=False, backward=False)
+
+
+def _shared_combine_bwd(dy: Shape, x: Shape, *rest: Any, **_: Any) -> int:  # noqa: ARG001
+    # need: x, up, down, gate, three biases, the shared gate.
+    up, gate, size, need = rest[0], rest[2], rest[14], rest[-1]
+    rows, dx, dw = _segments(x, size), need[0], any(need[1:4])
+    of_gate = 2 * rows * up[-1] * (dx + need[7])
+    return of_gate + _ffn(rows, up, gate, dx=dx, dw=dw, backward=True)
+
+
+def _grouped_gemm(a: Shape, b: Shape, *_: Any, **__: Any) -> int:
+    """(M, K) by (E, N, K): the rows of all experts are those of a."""
+    return 2 * math.prod(a) * b[1]
+
+
+def _grouped_gemm_dw(a: Shape, b: Shape, *_: Any, **__: Any) -> int:
+    """(M, N) and (M, K): a product for each expert over its rows."""
+    return 2 * math.prod(a) * b[1]
+
+
+def _grouped_ffn(x: Shape, weights: Shape, up: Shape, *rest: Any, **_: Any) -> int:
+    rows = math.prod(x[:-1]) * weights[1]
+    return _ffn(rows, up, rest[1], dx=False, dw=False, backward=False)
+
+
+def _grouped_ffn_bwd(dout: Shape, x: Shape, *rest: Any, **_: Any) -> int:  # noqa: ARG001
+    weights, up, _, gate, *_, need = rest
+    rows = math.prod(x[:-1]) * weights[1]
+    return _ffn(rows, up, gate, dx=need[0], dw=any(need[2:5]), backward=True)
+
+
+FORMULAS: dict[str, Callable[..., int]] = {
+    "block_bwd": _block_bwd,
+    "block_fwd": _block_fwd,
+    "expert_ffn_bwd": _expert_ffn_bwd,
+    "expert_ffn_fwd": _expert_ffn_fwd,
+    "grouped_ffn": _grouped_ffn,
+    "grouped_ffn_bwd": _grouped_ffn_bwd,
+    "grouped_gemm_dw": _grouped_gemm_dw,
+    "grouped_gemm_fwd": _grouped_gemm,
+    "grouped_mm": _grouped_gemm,
+    "grouped_mm_contract": _grouped_gemm_dw,
+    "route_bwd": _route_bwd,
+    "route_fwd": _route_fwd,
+    "shared_combine_bwd": _shared_combine_bwd,
+    "shared_combine_fwd": _shared_combine_fwd,
+}
+
+
+def register_flops(packet: Any, name: str) -> None:
+    """Give an operator its formula; one that has none has no products.
+
+    Args:
+        packet: such as ``torch.ops.segmoe_kernels.route_fwd``.
+        name: of the operator, without its namespace.
+    """
+    if name in FORMULAS:
+        register_flop_formula(packet)(FORMULAS[name])

@@ -1,0 +1,122 @@
+"""Training in low precision: loss scaling, master weights, modules of one 16-bit dtype."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from layers import D, make_layer
+from torch import nn
+
+from segmoe_kernels import set_loss_scaler
+from segmoe_kernels.testing import make_inputs
+
+AUX = {"aux_loss_weight": 0.5, "z_loss_weight": 0.1, "top_k": 2}
+
+
+def scaled_gradients(layer, x, target, scaler):
+    """Gradients as the optimizer sees them, after the scaler has taken its scale out."""
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    loss = F.mse_loss(layer(x).float(), target)
+    (scaler.scale(loss) if scaler else loss).backward()
+    if scaler:
+        scaler.unscale_(optimizer)
+    return {name: p.grad.clone() for name, p in layer.named_parameters()}
+
+
+def test_auxiliary_losses_keep_their_size_under_a_loss_scaler():
+    x, target, _ = make_inputs(2, 12, D)
+    plain = make_layer(**AUX)
+    expected = scaled_gradients(plain, x, target, None)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    model = nn.Sequential(copy.deepcopy(plain))
+    model.zero_grad()
+    set_loss_scaler(model, scaler)
+    actual = scaled_gradients(model[0], x, target, scaler)
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-7, msg=name)
+    # Told nothing, the layer's loss would be 1024 times too small.
+    set_loss_scaler(model, None)
+    model.zero_grad()
+    wrong = scaled_gradients(model[0], x, target, torch.amp.GradScaler("cpu", init_scale=1024.0))
+    difference = (wrong["router.weight"] - expected["router.weight"]).abs().max()
+    assert difference > 0.1 * expected["router.weight"].abs().max()
+    assert torch.equal(model[0].aux_loss, plain.aux_loss)
+
+
+def test_copies_have_no_scaler():
+    layer = make_layer(**AUX)
+    set_loss_scaler(layer, torch.amp.GradScaler("cpu"))
+    assert copy.deepcopy(layer).loss_scaler is None
+    assert pickle.loads(pickle.dumps(layer)).loss_scaler is None
+    assert layer.loss_scaler is not None
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_float16_training_with_a_scaler_and_autocast_learns(backend, device):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    torch.manual_seed(0)
+    layer = make_layer(**AUX, segment_size=3, backend=backend).to(device)
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12)
+    set_loss_scaler(layer, scaler)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=5e-3)
+    x, _, _ = make_inputs(4, 12, D, device=device)
+    losses = []
+    for _ in range(15 if backend == "reference" else 6):
+        with torch.autocast(device.type, dtype=torch.float16):
+            loss = F.mse_loss(layer(x), x.flip(1))
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert scaler.get_scale() == 2.0**12  # nothing overflowed
+
+
+def test_overflow_skips_the_step_and_halves_the_scale():
+    layer = make_layer(**AUX)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=1)
+    set_loss_scaler(layer, scaler)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    before = copy.deepcopy(layer.state_dict())
+    x = make_inputs(2, 12, D).x
+    scaler.scale(1e6 * layer(x).square().sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    assert scaler.get_scale() == 2.0**125
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_master_weights_in_float32_follow_a_16_bit_module(dtype):
+    """The gradients of a 16-bit copy drive float32 weights; both learn as float32 alone does."""
+    torch.manual_seed(0)
+    master = make_layer(**AUX, segment_size=3)
+    alone = copy.deepcopy(master)
+    working = copy.deepcopy(master).to(dtype)
+    x, _, _ = make_inputs(4, 12, D)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (master, alone)]
+    losses = []
+    for _ in range(20):
+        y = working(x.to(dtype))
+        assert y.dtype == dtype
+        loss = F.mse_loss(y.float(), x.flip(1))
+        working.zero_grad()
+        loss.backward()
+        for big, small in zip(master.parameters(), working.parameters(), strict=True):
+            assert small.grad.dtype == dtype
+            big.grad = small.grad.float()
+        reference = F.mse_loss(alone(x), x.flip(1))
+        alone.zero_grad()
+        reference.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        with torch.no_grad():
+            for big, small in zip(master.parameters(), working.parameters(), strict=True):
+                small.copy_(big)
+        losses.append((loss.item(), reference.item()))
+    assert losses[-1][0] < 0.9 * losses[0][0]
+    assert losses[-1][0] == pytest.approx(losses[-1][1], rel=0.02)
