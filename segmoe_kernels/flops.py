@@ -38,53 +38,53 @@ def _expert_rows(x: Shape, topk_weights: Shape, *, concat: bool) -> int:
     return steps * topk_weights[1]
 
 
-def _route_fwd(x: Shape, weight: Shape, *rest: Any, **_: Any) -> int:
+def _route_fwd(x: Shape, weight: Shape, *rest: Any, **__: Any) -> int:
     return 2 * _segments(x, rest[3]) * math.prod(weight)
 
 
-def _route_bwd(x: Shape, weight: Shape, *rest: Any, **_: Any) -> int:
+def _route_bwd(x: Shape, weight: Shape, *rest: Any, **__: Any) -> int:
     need_dx, need_dweight = rest[-2:]
-    return 2 * _segments(x, rest[10]) * math.prod(weight) * (need_dx + need_dweight)
+    return 2 * _segments(x, rest[10]) * math.prod(weight) * int(need_dx + need_dweight)
 
 
-def _expert_ffn_fwd(x: Shape, weights: Shape, *rest: Any, **_: Any) -> int:
+def _expert_ffn_fwd(x: Shape, weights: Shape, *rest: Any, **__: Any) -> int:
     _, _, up, _, gate, *_, concat, _, _, _ = rest
     rows = _expert_rows(x, weights, concat=concat)
     return _ffn(rows, up, gate, dx=False, dw=False, backward=False)
 
 
-def _expert_ffn_bwd(x: Shape, weights: Shape, *rest: Any, **_: Any) -> int:
+def _expert_ffn_bwd(x: Shape, weights: Shape, *rest: Any, **__: Any) -> int:
     _, _, up, _, gate, *_, concat, _, _, dx, dw = rest
     rows = _expert_rows(x, weights, concat=concat)
     return _ffn(rows, up, gate, dx=dx, dw=dw, backward=True)
 
 
-def _block_fwd(x: Shape, weight: Shape, *rest: Any, **_: Any) -> int:
+def _block_fwd(x: Shape, weight: Shape, *rest: Any, **__: Any) -> int:
     _, _, _, _, up, _, gate, _, _, _, size, top_k, *_ = rest
     router = 2 * _segments(x, size) * math.prod(weight)
-    rows = math.prod(x[:-1]) * top_k
+    rows = math.prod(x[:-1]) * int(top_k)
     return router + _ffn(rows, up, gate, dx=False, dw=False, backward=False)
 
 
-def _block_bwd(x: Shape, weight: Shape, *rest: Any, **_: Any) -> int:
+def _block_bwd(x: Shape, weight: Shape, *rest: Any, **__: Any) -> int:
     up, gate, size, top_k = rest[4], rest[6], rest[16], rest[17]
     dx, drouter, dw = rest[-3:]
-    router = 2 * _segments(x, size) * math.prod(weight) * (dx + drouter)
-    rows = math.prod(x[:-1]) * top_k
+    router = 2 * _segments(x, size) * math.prod(weight) * int(dx + drouter)
+    rows = math.prod(x[:-1]) * int(top_k)
     return router + _ffn(rows, up, gate, dx=dx, dw=dw, backward=True)
 
 
-def _shared_combine_fwd(expert_out: Shape, x: Shape, *rest: Any, **_: Any) -> int:  # noqa: ARG001
+def _shared_combine_fwd(expert_out: Shape, x: Shape, *rest: Any, **__: Any) -> int:  # noqa: ARG001
     up, gate, size = rest[0], rest[2], rest[10]
     rows = _segments(x, size)
-    return 2 * rows * up[-1] + _ffn(rows, up, gate, dx=False, dw=False, backward=False)
+    return 2 * rows * int(up[-1]) + _ffn(rows, up, gate, dx=False, dw=False, backward=False)
 
 
-def _shared_combine_bwd(dy: Shape, x: Shape, *rest: Any, **_: Any) -> int:  # noqa: ARG001
+def _shared_combine_bwd(dy: Shape, x: Shape, *rest: Any, **__: Any) -> int:  # noqa: ARG001
     # need: x, up, down, gate, three biases, the shared gate.
     up, gate, size, need = rest[0], rest[2], rest[14], rest[-1]
     rows, dx, dw = _segments(x, size), need[0], any(need[1:4])
-    of_gate = 2 * rows * up[-1] * (dx + need[7])
+    of_gate = 2 * rows * int(up[-1]) * int(dx + need[7])
     return of_gate + _ffn(rows, up, gate, dx=dx, dw=dw, backward=True)
 
 
@@ -98,14 +98,14 @@ def _grouped_gemm_dw(a: Shape, b: Shape, *_: Any, **__: Any) -> int:
     return 2 * math.prod(a) * b[1]
 
 
-def _grouped_ffn(x: Shape, weights: Shape, up: Shape, *rest: Any, **_: Any) -> int:
+def _grouped_ffn(x: Shape, weights: Shape, up: Shape, *rest: Any, **__: Any) -> int:
     rows = math.prod(x[:-1]) * weights[1]
     return _ffn(rows, up, rest[1], dx=False, dw=False, backward=False)
 
 
-def _grouped_ffn_bwd(dout: Shape, x: Shape, *rest: Any, **_: Any) -> int:  # noqa: ARG001
+def _grouped_ffn_bwd(dout: Shape, x: Shape, *rest: Any, **__: Any) -> int:  # noqa: ARG001
     weights, up, _, gate, *_, need = rest
-    rows = math.prod(x[:-1]) * weights[1]
+    rows = math.prod(x[:-1]) * int(weights[1])
     return _ffn(rows, up, gate, dx=need[0], dw=any(need[2:5]), backward=True)
 
 

@@ -12,6 +12,7 @@ call (counts, segments, weights, outputs), three more in backward.
 """
 
 import copy
+import hashlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,6 +51,10 @@ class _Group:
         each, more = divmod(num_experts, self.world)
         return [each + (rank < more) for rank in range(self.world)]
 
+    def block(self, num_experts: int) -> int:
+        """How many experts this rank has."""
+        return self.blocks(num_experts)[self.rank]
+
 
 class _ShardedSegMoE(SegMoE):
     """What `shard_experts` returns: ``experts`` is this rank's block."""
@@ -69,6 +74,10 @@ class _ShardedSegMoE(SegMoE):
 
             local = stages
         group = self._group
+        shared = options.pop("shared")
+        weights = reference.autocast_weights(x, router_weight, experts, shared)
+        if not torch.compiler.is_compiling():
+            _check_call(x, *weights, block=group.block(self.num_experts), **options)
 
         def routed_experts(*tensors: Any, **some: Any) -> tuple[Tensor, RouterOutput, Tensor]:
             return _routed_experts(group, local, *tensors, **some)
@@ -78,8 +87,6 @@ class _ShardedSegMoE(SegMoE):
             shared_combine=local.shared_combine,
             combine=local.combine,
         )
-        shared = options.pop("shared")
-        weights = reference.autocast_weights(x, router_weight, experts, shared)
         return reference.run_stages(stage, x, *weights, **options)
 
 
@@ -87,34 +94,41 @@ def shard_experts(layer: SegMoE, group: Any = None, *, average_gradients: bool =
     """Make a layer of which each rank of a process group keeps a block of the experts.
 
     Every rank calls it, and from then on calls the layer and its backward as often as the others,
-    with batches of any size, also none. Results are those of one process: with the backend
-    "reference" to rounding, and likewise with the kernels. Dropout inside the experts draws other
-    random numbers than one process would. The sizes of what is sent are read by the host: one
-    synchronisation a call, and a graph break under ``torch.compile``.
+    with batches of any size, also none. Results are those of one process to rounding, with both
+    backends. Dropout inside the experts is drawn by the rank that has them: reproducible, but
+    other numbers than one process draws.
+    Auxiliary losses are of each rank's own segments, as under data parallelism. The sizes of what
+    is sent are read by the host: one synchronisation a call, and a graph break under
+    ``torch.compile``. What a rank alone refuses, such as an x of the wrong dtype, leaves the
+    others waiting until the group's timeout; checkpointed layers send twice, on all ranks.
 
     Gradients: each rank's loss reaches the experts wherever they are, so an expert's gradient is
     the sum over the ranks' losses. Router, shared expert and all other parameters get the gradient
-    of this rank's loss alone. Where `torch.nn.parallel.DistributedDataParallel` averages these,
-    pass ``average_gradients=True`` and keep the experts out of it::
+    of this rank's loss alone, for the training loop to add up. Where it takes the mean instead, as
+    `torch.nn.parallel.DistributedDataParallel` does, pass ``average_gradients=True`` and keep the
+    experts out of it::
 
         names = expert_parameter_names(model)
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
     Args:
         layer: SegMoE with experts, the same on every rank; the first rank's values win. It stays
-            as it is.
+            as it is. On the meta device no values are sent: load them afterwards, as ranks that
+            call ``reset_parameters`` after the same seed have the same experts.
         group: process group of ``torch.distributed``; None: all ranks. NCCL for GPUs, gloo for
             CPUs.
-        average_gradients: divide the experts' gradients by the number of ranks.
+        average_gradients: divide the experts' gradients by the number of ranks of the group. If
+            several groups have the same experts, average over those that hold the same block.
 
     Returns:
         SegMoE with the same options. Its ``experts`` hold this rank's block, E / world of them
         (the first ranks have one more where E is no multiple; ranks beyond E have none), under the
-        same names: a checkpoint of it is this rank's. `gather_experts` gives the whole layer.
+        same names: a checkpoint of it, or of an optimizer, is this rank's, for the same number of
+        ranks. `gather_experts` gives the whole layer, which any number of ranks may shard again.
 
     Raises:
         TypeError: if layer is not a SegMoE, or average_gradients no bool.
-        ValueError: if it has no experts.
+        ValueError: if it has no experts, or the ranks' layers differ in more than values.
         RuntimeError: if ``torch.distributed`` is not initialised, or this rank not in the group.
     """
     name = "shard_experts"
@@ -124,13 +138,18 @@ def shard_experts(layer: SegMoE, group: Any = None, *, average_gradients: bool =
     if layer.experts is None:
         check.fail_value(name, "layer", "have experts", "num_experts=0")
     own = _Group(_check_group(name, group))
+    _check_equal(layer, own)
     source = 0 if group is None else dist.get_global_rank(group, 0)
     result = copy.deepcopy(layer)
+    result.loss_scaler = layer.loss_scaler  # copies have none
     assert result.experts is not None  # that of layer isn't
     with torch.no_grad():
         for tensor in [*result.parameters(), *result.buffers()]:
             if tensor.device.type != "meta":
-                dist.broadcast(tensor, source, group=group)
+                # Collectives send memory as it lies, and strides may differ between ranks.
+                value = tensor.contiguous()
+                dist.broadcast(value, source, group=group)
+                tensor.copy_(value)
     blocks = own.blocks(layer.num_experts)
     start = sum(blocks[: own.rank])
     block = slice(start, start + blocks[own.rank])
@@ -167,6 +186,7 @@ def gather_experts(layer: SegMoE) -> SegMoE:
         return torch.cat([part[:size] for part, size in zip(parts, blocks, strict=True)])
 
     result = copy.deepcopy(layer)
+    result.loss_scaler = layer.loss_scaler
     assert result.experts is not None  # `shard_experts` looked
     result.experts = _with_experts(result.experts, whole)
     result.__class__ = SegMoE  # type: ignore[assignment]  # what it was
@@ -198,6 +218,56 @@ def _check_group(function: str, group: Any) -> Any:
     if dist.get_rank(group) < 0:
         raise RuntimeError(f"segmoe_kernels.{function}: this rank is not in the group.")
     return group
+
+
+def _check_equal(layer: SegMoE, own: _Group) -> None:
+    """Refuse layers that differ between ranks, on all of them, before any value is sent."""
+    place = next(layer.parameters()).device
+    if place.type == "meta":
+        return
+    # What is frozen decides what backward sends.
+    shapes = [
+        (name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in layer.named_parameters()
+    ]
+    digest = hashlib.sha256(f"{layer.extra_repr()} {shapes}".encode()).digest()
+    mine = torch.tensor([int.from_bytes(digest[:7], "big")], device=place)
+    theirs = [torch.empty_like(mine) for _ in range(own.world)]
+    dist.all_gather(theirs, mine, group=own.group)
+    numbers = torch.cat(theirs).tolist()
+    others = [rank for rank, number in enumerate(numbers) if number != numbers[0]]
+    if others:
+        rule = "have the same options, shapes, dtypes and frozen parts on every rank"
+        check.fail_value("shard_experts", "layer", rule, f"others than rank 0's on ranks {others}")
+
+
+def _check_call(
+    x: Tensor,
+    router_weight: Tensor,
+    experts: FFNWeights,
+    shared: FFNWeights | None,
+    compute_dtype: torch.dtype,
+    *,
+    block: int,
+    segment_size: int,
+    expert_scope: str,
+    **options: Any,
+) -> None:
+    """Refuse what does not fit the weights before anything is sent: `functional.seg_moe`'s checks.
+
+    The layer's options are `SegMoE`'s to check.
+    """
+    name, top_k = "SegMoE.forward", options["top_k"]
+    steps = 1 if expert_scope == "projected" else segment_size
+    projections = options["in_proj"], options["out_proj"]
+    pooling, start = options["pooling"], options["router_start"]
+    check.check_projections(x, segment_size, expert_scope, pooling, *projections, start)
+    empty = x.new_empty(0, 0, x.shape[-1])
+    rows = empty.to(compute_dtype)
+    check.check_route(name, empty, router_weight, steps, top_k, pooling, start)
+    check.check_steps(name, x, segment_size, top_k)
+    width = x.shape[-1] * (steps if expert_scope == "segment" else 1)
+    check.check_ffn(name, "experts", experts, rows, width, block)
+    check.check_shared(rows, shared, options["shared_gate"], steps)
 
 
 def _with_experts(experts: Experts, function: Any) -> Experts:
@@ -297,7 +367,7 @@ def _routed_experts(
     rows = rearrange(pieces, "b j p d -> (b j) p d")[slots // top_k]
     weights = routed.topk_weights.reshape(-1, 1)[slots]
     rows, weights = _exchange(own.group, send, receive, rows, weights)
-    if blocks[own.rank]:
+    if own.block(num_experts):
         number = torch.arange(blocks[own.rank], dtype=torch.int32, device=x.device)
         ids = number.repeat(own.world).repeat_interleave(counts, output_size=sum(receive))
         out = local.expert_ffn(

@@ -3,12 +3,14 @@
 import copy
 import itertools
 import pickle
+import time
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from segmoe_kernels import SegMoE
 from segmoe_kernels.parallel import expert_parameter_names, gather_experts, shard_experts
@@ -93,11 +95,16 @@ def first_rank_wins_and_gather_gives_it_back(rank, world):
     torch.manual_seed(100 + rank)
     layer = SegMoE(D, HIDDEN, 5, bias=True, gated=True)
     layer.router.weight.requires_grad_(False)
+    if rank % 2:  # memory in another order
+        turned = layer.experts.up_proj.detach().transpose(1, 2).contiguous().transpose(1, 2)
+        layer.experts.up_proj = nn.Parameter(turned)
+    layer.loss_scaler = torch.amp.GradScaler("cpu")
     before = copy.deepcopy(layer.state_dict())
     sharded = shard_experts(layer)
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
     again = gather_experts(sharded)
     assert type(again) is SegMoE
+    assert again.loss_scaler is sharded.loss_scaler is layer.loss_scaler
     assert not again.router.weight.requires_grad
     gathered = [None] * world
     dist.all_gather_object(gathered, (before, again.state_dict()))
@@ -133,6 +140,105 @@ def frozen_parts_do_not_hang(rank, world):
         assert (layer.router.weight.grad is None) == frozen[0]
     with torch.no_grad():
         assert layer(x).shape == x.shape
+
+
+def refuses_before_sending(rank, world):
+    """Layers that differ, and inputs that do not fit, raise on every rank without a row sent."""
+    if world > 1:
+        for layer in (make(top_k=1 + rank % 2), make(gated=bool(rank % 2)), make()):
+            layer.router.requires_grad_(rank % 2 == 0)
+            raises(ValueError, "others than rank 0's on ranks [1", lambda: shard_experts(layer))  # noqa: B023  called here
+    real, dist.all_to_all_single = dist.all_to_all_single, None
+    try:
+        for options in ({}, {"shared_expert": None}, {"expert_scope": "projected"}):
+            layer = shard_experts(make(**options))
+            x = torch.zeros(2, 7, D)
+            raises(TypeError, "have dtype torch.float32 as x", lambda: layer(x))  # noqa: B023
+            other = torch.zeros(2, 7, D, dtype=torch.float64, device="meta")
+            raises(ValueError, "be on meta as x", lambda: layer(other))  # noqa: B023
+            raises(ValueError, f"d_model={D})", lambda: layer(x[..., 1:].double()))  # noqa: B023
+    finally:
+        dist.all_to_all_single = real
+
+
+def raises(kind, text, call):
+    try:
+        call()
+    except kind as error:
+        assert text in str(error), error  # noqa: PT017  no pytest in a worker
+    else:
+        raise AssertionError(f"{kind.__name__} with {text!r} was not raised")
+
+
+def empty_and_nested_batches(rank, _world):
+    """No sequence, no step, one step, more dimensions; other shapes on other ranks."""
+    whole = make(bias=True)
+    layer = shard_experts(whole)
+    shapes = [(0, 5), (2, 0), (2, 3, 7), (7,), (1, 1), (2, 2)]
+    for i in range(len(shapes)):
+        x = torch.randn(*shapes[(i + rank) % len(shapes)], D, dtype=torch.float64)
+        leaf = x.requires_grad_()
+        layer(leaf).sum().backward()
+        got, leaf.grad = leaf.grad, None
+        whole(leaf).sum().backward()
+        close(got, leaf.grad, "dx")
+        close(layer(x), whole(x), "y")
+
+
+def dropout_and_checkpoints(rank, _world, backend):
+    """Dropout repeats after the same seed, so a checkpointed layer computes what a plain one does.
+
+    Without dropout, as in evaluation, it is one process's layer.
+    """
+    options = {"router_dropout": 0.1, "aux_loss_weight": 0.1, "backend": backend, "num_experts": 3}
+    whole = make(dropout=0.3, **options)
+    layer = shard_experts(whole)
+    x = torch.randn(1 + rank % 2, 4, D, dtype=torch.float64)
+    close(layer.eval()(x), whole.eval()(x), "y")
+    layer.train()
+    results = []
+    for reentrant in (None, False, True):
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(rank)
+        layer.zero_grad()
+        y = layer(leaf) if reentrant is None else checkpoint(layer, leaf, use_reentrant=reentrant)
+        y.sum().backward()
+        results.append([y.detach(), leaf.grad, *(p.grad for p in layer.parameters())])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert not torch.equal(layer(x), results[0][0])
+
+
+def autocast_as_one_process(rank, world):
+    """In bfloat16, also on ranks without an expert."""
+    whole = make(num_experts=2, bias=True, dtype=torch.float32)
+    layer = shard_experts(whole)
+    x, dy, _ = batches(world, [1, 2], masked=False)[rank]
+    x, dy = x.float(), dy.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = layer(x), whole(x)
+    assert y.dtype == torch.float32
+    assert not torch.equal(expected, whole(x))  # autocast was on
+    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+    y.backward(dy)
+    expected.backward(dy)
+    for name in ("router.weight", "shared_expert.up_proj.weight"):
+        found, wanted = layer.get_parameter(name).grad, whole.get_parameter(name).grad
+        torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05, msg=name)
+
+
+def compiled_as_eager(rank, world):
+    """A graph break, no failure."""
+    layer = shard_experts(make())
+    x = batches(world, [1, 2], masked=False)[rank][0]
+    close(torch.compile(layer, backend="eager")(x), layer(x), "y")
+
+
+def stuck(rank, _world):
+    """One rank never comes."""
+    if rank == 1:
+        time.sleep(60)
+    dist.barrier()
 
 
 def bytes_sent(rank, world, size):

@@ -7,8 +7,10 @@ parent asserts on, as plain numbers, or raises.
 
 import multiprocessing
 import os
+import queue
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -16,33 +18,45 @@ from pathlib import Path
 LIMIT = 240
 
 
-def run(world, jobs):
-    """Results by job, each a list by rank; raises what a rank raised."""
+def run(world, jobs, limit=LIMIT):
+    """Results by job, each a list by rank; raises what a rank raised, or which ranks hang."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         file = f"file://{Path(folder, 'meeting')}"
         ranks = [
-            context.Process(target=_rank, args=(rank, world, file, jobs, results), daemon=True)
+            context.Process(
+                target=_rank, args=(rank, world, file, jobs, results, limit), daemon=True
+            )
             for rank in range(world)
         ]
         for process in ranks:
             process.start()
-        found = {}
+        found, deadline = {}, time.monotonic() + limit
         try:
             while len(found) < world:
-                rank, value = results.get(timeout=LIMIT)
-                found[rank] = value
-                assert not isinstance(value, str), f"rank {rank} of {world}:\n{value}"
+                gone = [r for r in range(world) if r not in found and not ranks[r].is_alive()]
+                try:
+                    rank, value = results.get(timeout=1)
+                    found[rank] = value
+                except queue.Empty:
+                    # A moment after the first that raised: it is seldom the one with the cause.
+                    raised = any(isinstance(value, str) for value in found.values())
+                    if gone or raised or time.monotonic() > deadline:
+                        break
         finally:
             for process in ranks:
                 process.join(5 if len(found) == world else 0.1)
                 if process.is_alive():
                     process.kill()
+    missing = {r: ranks[r].exitcode for r in range(world) if r not in found}
+    raised = [f"rank {r} of {world}:\n{v}" for r, v in found.items() if isinstance(v, str)]
+    note = f"no result within {limit} s from ranks (exit code, if any): {missing}"
+    assert not missing and not raised, "\n".join([*raised, note])  # noqa: PT018  one message
     return [[found[rank][i] for rank in range(world)] for i in range(len(jobs))]
 
 
-def _rank(rank, world, file, jobs, results):
+def _rank(rank, world, file, jobs, results, limit):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     sys.path.insert(0, str(Path(__file__).parent))
     try:
@@ -53,7 +67,7 @@ def _rank(rank, world, file, jobs, results):
         import torch.distributed as dist
 
         torch.set_num_threads(1)
-        dist.init_process_group("gloo", file, datetime.timedelta(seconds=LIMIT // 2), world, rank)
+        dist.init_process_group("gloo", file, datetime.timedelta(seconds=limit // 2), world, rank)
         found = []
         for name, arguments in jobs:
             import parallel_jobs

@@ -35,6 +35,8 @@ def jobs(world):
         for options, sizes, more in CASES
     ]
     found += [("first_rank_wins_and_gather_gives_it_back", {}), ("frozen_parts_do_not_hang", {})]
+    found += [("refuses_before_sending", {}), ("empty_and_nested_batches", {})]
+    found += [("dropout_and_checkpoints", {"backend": "reference"})]
     found += [("data_parallel", {"sharded": sharded}) for sharded in (False, True)]
     found.append(("bytes_sent", {"size": 2}))
     if world > 2:
@@ -42,7 +44,9 @@ def jobs(world):
     if world != 3:
         found.append(("fully_sharded", {}))
     if world == 2:
-        found.append(("dtensor_weights", {}))
+        found += [("dtensor_weights", {}), ("dropout_and_checkpoints", {"backend": TRITON})]
+    if world == 4:  # two ranks without an expert
+        found += [("autocast_as_one_process", {}), ("compiled_as_eager", {})]
     return found
 
 
@@ -59,6 +63,11 @@ def test_ranks_compute_what_one_process_does(world):
     for (options, *_), experts in zip(CASES, results, strict=False):
         assert sum(experts) == options.get("num_experts", 4)
         assert max(experts) - min(experts) <= 1
+
+
+def test_a_rank_that_hangs_fails_the_test_with_its_name():
+    with pytest.raises(AssertionError, match=r"(?s)rank 0 of 2:.*barrier.*no result .*\{1: "):
+        run(2, [("stuck", {})], limit=12)
 
 
 def test_the_example_runs_under_torchrun_and_learns():
