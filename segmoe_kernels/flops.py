@@ -7,12 +7,11 @@ after their first use.
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch.utils.flop_counter import register_flop_formula
-
-__all__ = ["register_flops"]
+__all__ = ["install_flops", "register_flops"]
 
 Shape = Sequence[int]
 
@@ -135,4 +134,17 @@ def register_flops(packet: Any, name: str) -> None:
         name: of the operator, without its namespace.
     """
     if name in FORMULAS:
-        register_flop_formula(packet)(FORMULAS[name])
+        _PENDING.append((packet, name))
+
+
+_PENDING: list[tuple[Any, str]] = []
+
+
+def install_flops() -> None:
+    """Tell PyTorch's counter, once somebody has imported it: that takes triton and much else."""
+    if _PENDING and "torch.utils.flop_counter" in sys.modules:
+        from torch.utils.flop_counter import register_flop_formula
+
+        while _PENDING:
+            packet, name = _PENDING.pop()
+            register_flop_formula(packet)(FORMULAS[name])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from segmoe_kernels import reference
 from segmoe_kernels import validation as check
+from segmoe_kernels.flops import install_flops
 from segmoe_kernels.routing import FFNWeights, Permutation, RouterOutput, Routing
 
 __all__ = [
@@ -84,9 +85,11 @@ def _warn_once(message: str) -> None:
 
 def _stages(backend: str, x: Tensor) -> ModuleType:
     if resolve_backend(backend, x) == "reference":
-        return reference
-    from segmoe_kernels import stages
-
+        stages: ModuleType = reference
+    else:
+        from segmoe_kernels import stages
+    if not torch.compiler.is_compiling():
+        install_flops()
     return stages
 
 

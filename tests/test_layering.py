@@ -20,7 +20,7 @@ ARROWS = {
     "dialects": {"validation"},
     "dtensor": {"routing", "validation"},
     "flops": set(),
-    "functional": {"reference", "routing", "stages", "validation"},
+    "functional": {"flops", "reference", "routing", "stages", "validation"},
     "grouped_ffn": {"composed_ffn", "grouped_mm", "routing"},
     "grouped_mm": {"flops"},
     "huggingface": {"dense_ffn", "functional", "routing", "validation"},
