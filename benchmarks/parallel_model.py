@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.common import write_json
+from segmoe_kernels.parallel import expert_blocks
 
 WEIGHT_BYTES = 4  # routing weights travel in float32
 COUNT_BYTES = 8
@@ -64,18 +65,12 @@ class Rates(NamedTuple):
     flops: float  # TFLOP/s
 
 
-def blocks(num_experts: int, world: int) -> list[int]:
-    """Experts of each rank, as `shard_experts` gives them."""
-    each, more = divmod(num_experts, world)
-    return [each + (rank < more) for rank in range(world)]
-
-
 def travelling_slots(setting: Setting, world: int, rank: int = 0) -> tuple[float, float]:
     """Slots of a rank whose expert is elsewhere, and of others whose expert is here.
 
     Every expert gets the same number.
     """
-    share = blocks(setting.num_experts, world)[rank] / setting.num_experts
+    share = expert_blocks(setting.num_experts, world)[rank] / setting.num_experts
     slots = setting.segments * setting.top_k
     return slots * (1 - share), slots * (world - 1) * share
 
@@ -97,7 +92,7 @@ def exchanged_bytes(
         segments', the weights'.
     """
     row = setting.segment_size * setting.d_model * setting.bytes_each
-    counts = setting.num_experts - blocks(setting.num_experts, world)[rank]
+    counts = setting.num_experts - expert_blocks(setting.num_experts, world)[rank]
     forward = [counts * COUNT_BYTES, away * row, away * WEIGHT_BYTES, served * row]
     return [*forward, away * row, served * row, served * WEIGHT_BYTES]
 
@@ -135,7 +130,7 @@ def step(
     reduce = 2 * (world - 1) / world * shared_size * setting.gradient_bytes
     exchange, collectives, busiest = 0.0, 1 if world > 1 else 0, 1.0
     if experts_are_sharded and world > 1:
-        sizes = blocks(setting.num_experts, world)
+        sizes = expert_blocks(setting.num_experts, world)
         rank = sizes.index(max(sizes))
         busiest = max(sizes) * world / setting.num_experts
         sent = exchanged_bytes(setting, *travelling_slots(setting, world, rank), world, rank)
@@ -143,7 +138,7 @@ def step(
         collectives += len(sent)
     held = 1.0
     if experts_are_sharded:
-        held = max(blocks(setting.num_experts, world)) / setting.num_experts
+        held = max(expert_blocks(setting.num_experts, world)) / setting.num_experts
     routed = 3.0 * setting.segments * setting.top_k * setting.segment_size
     routed *= 2 * (3 if setting.gated else 2) * setting.d_model * setting.d_ff
     flops = step_flops(setting) + (busiest - 1) * routed

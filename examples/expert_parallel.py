@@ -9,11 +9,13 @@ segments each rank's experts got.
 """
 
 import argparse
+import gc
 import math
 import os
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before the group is: its default arguments keep the group there is
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -56,25 +58,9 @@ def draw(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return noisy[:, :LOOK_BACK], noisy[:, LOOK_BACK:]
 
 
-def main() -> None:
+def train(options: argparse.Namespace, device: torch.device) -> None:
     """Train, and print from the first rank."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=32, help="sequences of each rank")
-    parser.add_argument("--num-experts", type=int, default=8)
-    options = parser.parse_args()
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    on_gpus = torch.cuda.is_available() and torch.cuda.device_count() >= int(
-        os.environ.get("LOCAL_WORLD_SIZE", "1")
-    )
-    dist.init_process_group("nccl" if on_gpus else "gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    device = torch.device("cuda", local) if on_gpus else torch.device("cpu")
-    if on_gpus:
-        torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(max(1, torch.get_num_threads() // world))
-
     torch.manual_seed(0)
     model = Forecaster(options.num_experts).to(device)
     for i, layer in enumerate(model.layers):
@@ -106,6 +92,29 @@ def main() -> None:
         loads = counts.split([int(block) for block in blocks])
         text = ", ".join(f"rank {r}: {part.tolist()}" for r, part in enumerate(loads))
         print(f"segments by expert in the first layer: {text}", flush=True)
+
+
+def main() -> None:
+    """Start the processes' group, train, end it."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=32, help="sequences of each rank")
+    parser.add_argument("--num-experts", type=int, default=8)
+    options = parser.parse_args()
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    on_gpus = torch.cuda.is_available() and torch.cuda.device_count() >= int(
+        os.environ.get("LOCAL_WORLD_SIZE", "1")
+    )
+    dist.init_process_group("nccl" if on_gpus else "gloo")
+    device = torch.device("cuda", local) if on_gpus else torch.device("cpu")
+    if on_gpus:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(max(1, torch.get_num_threads() // dist.get_world_size()))
+    train(options, device)
+    # A group ends with its last reference, and a module with hooks is a cycle. Its threads must
+    # not outlive the interpreter, which their last work's tensors need.
+    gc.collect()
     dist.destroy_process_group()
 
 

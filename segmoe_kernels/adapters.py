@@ -77,12 +77,9 @@ class TSLibEncoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         _check_layer("TSLibEncoderLayer", "seg_moe", seg_moe)
-        parts: dict[str, object]
         parts = {"attention": attention, "norm1": norm1, "norm2": norm2, "dropout": dropout}
         for name, module in parts.items():
-            if not isinstance(module, nn.Module):
-                rule = "be a torch.nn.Module"
-                check.fail_type("TSLibEncoderLayer", name, rule, type(module).__name__)
+            check.check_module("TSLibEncoderLayer", name, module)
         self.attention, self.seg_moe = attention, seg_moe
         self.norm1, self.norm2, self.dropout = norm1, norm2, dropout
 

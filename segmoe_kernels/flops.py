@@ -88,12 +88,7 @@ def _shared_combine_bwd(dy: Shape, x: Shape, *rest: Any, **__: Any) -> int:  # n
 
 
 def _grouped_gemm(a: Shape, b: Shape, *_: Any, **__: Any) -> int:
-    """(M, K) by (E, N, K): the rows of all experts are those of a."""
-    return 2 * math.prod(a) * b[1]
-
-
-def _grouped_gemm_dw(a: Shape, b: Shape, *_: Any, **__: Any) -> int:
-    """(M, N) and (M, K): a product for each expert over its rows."""
+    """(M, K) by (E, N, K), or (M, N) and (M, K) over each expert's rows: all are those of a."""
     return 2 * math.prod(a) * b[1]
 
 
@@ -115,10 +110,10 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "expert_ffn_fwd": _expert_ffn_fwd,
     "grouped_ffn": _grouped_ffn,
     "grouped_ffn_bwd": _grouped_ffn_bwd,
-    "grouped_gemm_dw": _grouped_gemm_dw,
+    "grouped_gemm_dw": _grouped_gemm,
     "grouped_gemm_fwd": _grouped_gemm,
     "grouped_mm": _grouped_gemm,
-    "grouped_mm_contract": _grouped_gemm_dw,
+    "grouped_mm_contract": _grouped_gemm,
     "route_bwd": _route_bwd,
     "route_fwd": _route_fwd,
     "shared_combine_bwd": _shared_combine_bwd,

@@ -7,6 +7,7 @@ Triton kernels; both have the same names and give the same results.
 import os
 import warnings
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +84,8 @@ def _warn_once(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-def _stages(backend: str, x: Tensor) -> ModuleType:
+def backend_stages(backend: str, x: Tensor) -> ModuleType:
+    """The module whose functions are the stages of the backend that runs for ``x``."""
     if resolve_backend(backend, x) == "reference":
         stages: ModuleType = reference
     else:
@@ -142,7 +144,7 @@ def route(
         check.check_positive("route", "router_temperature", router_temperature)
         check.check_probability("route", "router_dropout", router_dropout)
         check.check_flag("route", "renormalize", renormalize, optional=True)
-    out: RouterOutput = _stages(backend, x).route(
+    out: RouterOutput = backend_stages(backend, x).route(
         x,
         router_weight,
         segment_size=segment_size,
@@ -177,7 +179,7 @@ def permute(topk_ids: Tensor, num_experts: int, *, backend: str = "auto") -> Per
         check.check_index("permute", "topk_ids", topk_ids, topk_ids)
         if topk_ids.ndim != 2 or topk_ids.shape[1] < 1:
             check.fail_value("permute", "topk_ids", "have shape (S, top_k)", tuple(topk_ids.shape))
-    out: Permutation = _stages(backend, topk_ids).permute(topk_ids, num_experts)
+    out: Permutation = backend_stages(backend, topk_ids).permute(topk_ids, num_experts)
     return out
 
 
@@ -221,7 +223,9 @@ def grouped_gemm(
             check.check_like("grouped_gemm", "bias", bias, x, shape[:2])
         check.check_offsets("grouped_gemm", expert_offsets, x, weight.shape[0])
         check.check_choice("grouped_gemm", "activation", activation, (*check.ACTIVATIONS, None))
-    out: Tensor = _stages(backend, x).grouped_gemm(x, weight, expert_offsets, bias, activation)
+    out: Tensor = backend_stages(backend, x).grouped_gemm(
+        x, weight, expert_offsets, bias, activation
+    )
     return out
 
 
@@ -290,7 +294,7 @@ def expert_ffn(
         width = x.shape[-1] * (segment_size if expert_scope == "segment" else 1)
         check.check_ffn(name, "experts", experts, x, width, num_experts)
         check.check_steps(name, x, segment_size, topk_weights.shape[1])
-    out: Tensor = _stages(backend, x).expert_ffn(
+    out: Tensor = backend_stages(backend, x).expert_ffn(
         x,
         topk_weights,
         permutation,
@@ -341,7 +345,7 @@ def combine(
             check.fail_value("combine", "shared_out", "come with shared_gate_logits", got)
         if shared_out is not None and shared_gate_logits is not None:
             check.check_shared_out(expert_out, shared_out, shared_gate_logits)
-    out: Tensor = _stages(backend, expert_out).combine(
+    out: Tensor = backend_stages(backend, expert_out).combine(
         expert_out, shared_out, shared_gate_logits, padding_mask=padding_mask
     )
     return out
@@ -417,50 +421,23 @@ def seg_moe(
     if not torch.compiler.is_compiling():
         check.check_x("seg_moe", x)
         check.check_mask("seg_moe", padding_mask, x)
-        check.check_integer("seg_moe", "segment_size", segment_size, 1)
-        check.check_choice("seg_moe", "expert_scope", expert_scope, check.EXPERT_SCOPES)
-        check.check_projections(
-            x, segment_size, expert_scope, pooling, in_proj, out_proj, router_start
-        )
-    router_weight, experts, shared, compute_dtype = reference.autocast_weights(
-        x, router_weight, experts, shared
-    )
+    weights = reference.autocast_weights(x, router_weight, experts, shared)
+    options: dict[str, Any] = {
+        "segment_size": segment_size,
+        "expert_scope": expert_scope,
+        "shared_gate": shared_gate,
+        "in_proj": in_proj,
+        "out_proj": out_proj,
+        "activation": activation,
+        "dropout": dropout,
+        "top_k": top_k,
+        "pooling": pooling,
+        "router_dropout": router_dropout,
+        "router_temperature": router_temperature,
+        "renormalize": renormalize,
+        "router_start": router_start,
+    }
     if not torch.compiler.is_compiling():
-        # A projected segment is one token of width D: the rest of the layer sees P = 1.
-        projected = expert_scope == "projected"
-        steps = 1 if projected else segment_size
-        num_experts = router_weight.shape[0] if isinstance(router_weight, Tensor) else 0
-        width = x.shape[-1] * (steps if expert_scope == "segment" else 1)
-        empty = x.new_empty(0, 0, x.shape[-1])
-        rows = empty.to(compute_dtype)
-        check.check_route("seg_moe", empty, router_weight, steps, top_k, pooling, router_start)
-        check.check_steps("seg_moe", x, segment_size, top_k)
-        check.check_positive("seg_moe", "router_temperature", router_temperature)
-        check.check_probability("seg_moe", "router_dropout", router_dropout)
-        check.check_probability("seg_moe", "dropout", dropout)
-        check.check_flag("seg_moe", "renormalize", renormalize, optional=True)
-        check.check_choice("seg_moe", "activation", activation, check.ACTIVATIONS)
-        check.check_ffn("seg_moe", "experts", experts, rows, width, num_experts)
-        check.check_shared(rows, shared, shared_gate, steps)
-    return reference.run_stages(
-        _stages(backend, x),
-        x,
-        router_weight,
-        experts,
-        shared,
-        compute_dtype,
-        segment_size=segment_size,
-        expert_scope=expert_scope,
-        shared_gate=shared_gate,
-        in_proj=in_proj,
-        out_proj=out_proj,
-        padding_mask=padding_mask,
-        activation=activation,
-        dropout=dropout,
-        top_k=top_k,
-        pooling=pooling,
-        router_dropout=router_dropout,
-        router_temperature=router_temperature,
-        renormalize=renormalize,
-        router_start=router_start,
-    )
+        check.check_stages("seg_moe", x, *weights, **options)
+    stages = backend_stages(backend, x)
+    return reference.run_stages(stages, x, *weights, padding_mask=padding_mask, **options)

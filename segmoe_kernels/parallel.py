@@ -25,8 +25,9 @@ from torch.autograd.function import once_differentiable
 from segmoe_kernels import reference
 from segmoe_kernels import validation as check
 from segmoe_kernels.composed_ffn import segments
-from segmoe_kernels.functional import resolve_backend
-from segmoe_kernels.layer import Experts, SegMoE
+from segmoe_kernels.functional import backend_stages
+from segmoe_kernels.layer import SegMoE
+from segmoe_kernels.modules import Experts
 from segmoe_kernels.routing import FFNWeights, RouterOutput, Routing
 
 __all__ = ["expert_parameter_names", "gather_experts", "shard_experts"]
@@ -46,14 +47,11 @@ class _Group:
         message = "a layer with sharded experts can't be pickled: gather_experts(layer) first"
         raise TypeError(message)
 
-    def blocks(self, num_experts: int) -> list[int]:
-        """How many experts each rank has: the first ranks one more where E is no multiple."""
-        each, more = divmod(num_experts, self.world)
-        return [each + (rank < more) for rank in range(self.world)]
 
-    def block(self, num_experts: int) -> int:
-        """How many experts this rank has."""
-        return self.blocks(num_experts)[self.rank]
+def expert_blocks(num_experts: int, world: int) -> list[int]:
+    """How many experts each of ``world`` ranks has: the first one more where E is no multiple."""
+    each, more = divmod(num_experts, world)
+    return [each + (rank < more) for rank in range(world)]
 
 
 class _ShardedSegMoE(SegMoE):
@@ -68,16 +66,13 @@ class _ShardedSegMoE(SegMoE):
         if self._average_gradients:
             scaled = [None if w is None else _scale_grad(w, self._group.world) for w in experts]
             experts = FFNWeights(*scaled)  # type: ignore[arg-type]  # up and down are never None
-        local: Any = reference
-        if resolve_backend(options.pop("backend"), x) == "triton":
-            from segmoe_kernels import stages
-
-            local = stages
-        group = self._group
+        local, group = backend_stages(options.pop("backend"), x), self._group
         shared = options.pop("shared")
         weights = reference.autocast_weights(x, router_weight, experts, shared)
         if not torch.compiler.is_compiling():
-            _check_call(x, *weights, block=group.block(self.num_experts), **options)
+            num_local = expert_blocks(self.num_experts, group.world)[group.rank]
+            given = {name: value for name, value in options.items() if name != "padding_mask"}
+            check.check_stages("SegMoE.forward", x, *weights, num_local=num_local, **given)
 
         def routed_experts(*tensors: Any, **some: Any) -> tuple[Tensor, RouterOutput, Tensor]:
             return _routed_experts(group, local, *tensors, **some)
@@ -150,7 +145,7 @@ def shard_experts(layer: SegMoE, group: Any = None, *, average_gradients: bool =
                 value = tensor.contiguous()
                 dist.broadcast(value, source, group=group)
                 tensor.copy_(value)
-    blocks = own.blocks(layer.num_experts)
+    blocks = expert_blocks(layer.num_experts, own.world)
     start = sum(blocks[: own.rank])
     block = slice(start, start + blocks[own.rank])
     result.experts = _with_experts(result.experts, lambda whole: whole[block].clone())
@@ -176,7 +171,7 @@ def gather_experts(layer: SegMoE) -> SegMoE:
         rule = "be a layer from shard_experts"
         check.fail_type("gather_experts", "layer", rule, type(layer).__name__)
     own = layer._group
-    blocks = own.blocks(layer.num_experts)
+    blocks = expert_blocks(layer.num_experts, own.world)
 
     def whole(part: Tensor) -> Tensor:
         padded = part.new_zeros(max(blocks), *part.shape[1:])
@@ -238,36 +233,6 @@ def _check_equal(layer: SegMoE, own: _Group) -> None:
     if others:
         rule = "have the same options, shapes, dtypes and frozen parts on every rank"
         check.fail_value("shard_experts", "layer", rule, f"others than rank 0's on ranks {others}")
-
-
-def _check_call(
-    x: Tensor,
-    router_weight: Tensor,
-    experts: FFNWeights,
-    shared: FFNWeights | None,
-    compute_dtype: torch.dtype,
-    *,
-    block: int,
-    segment_size: int,
-    expert_scope: str,
-    **options: Any,
-) -> None:
-    """Refuse what does not fit the weights before anything is sent: `functional.seg_moe`'s checks.
-
-    The layer's options are `SegMoE`'s to check.
-    """
-    name, top_k = "SegMoE.forward", options["top_k"]
-    steps = 1 if expert_scope == "projected" else segment_size
-    projections = options["in_proj"], options["out_proj"]
-    pooling, start = options["pooling"], options["router_start"]
-    check.check_projections(x, segment_size, expert_scope, pooling, *projections, start)
-    empty = x.new_empty(0, 0, x.shape[-1])
-    rows = empty.to(compute_dtype)
-    check.check_route(name, empty, router_weight, steps, top_k, pooling, start)
-    check.check_steps(name, x, segment_size, top_k)
-    width = x.shape[-1] * (steps if expert_scope == "segment" else 1)
-    check.check_ffn(name, "experts", experts, rows, width, block)
-    check.check_shared(rows, shared, options["shared_gate"], steps)
 
 
 def _with_experts(experts: Experts, function: Any) -> Experts:
@@ -359,7 +324,7 @@ def _routed_experts(
         x, router_weight, segment_size=segment_size, padding_mask=padding_mask, **router
     )
     order = local.permute(routed.topk_ids, num_experts)
-    blocks = own.blocks(num_experts)
+    blocks = expert_blocks(num_experts, own.world)
     send, receive, counts = _exchange_counts(own, order.expert_counts, blocks)
     # Slots in the order of their experts are in the order of the ranks that have these.
     slots = order.sorted_to_slot[: sum(send)].long()
@@ -367,7 +332,7 @@ def _routed_experts(
     rows = rearrange(pieces, "b j p d -> (b j) p d")[slots // top_k]
     weights = routed.topk_weights.reshape(-1, 1)[slots]
     rows, weights = _exchange(own.group, send, receive, rows, weights)
-    if own.block(num_experts):
+    if blocks[own.rank]:
         number = torch.arange(blocks[own.rank], dtype=torch.int32, device=x.device)
         ids = number.repeat(own.world).repeat_interleave(counts, output_size=sum(receive))
         out = local.expert_ffn(

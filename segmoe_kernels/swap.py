@@ -93,8 +93,7 @@ def upcycle(ffn: nn.Module, num_experts: int, *, noise: float = 0.0, **options: 
 
     Source: sparse upcycling, arXiv 2212.05055.
     """
-    if not isinstance(ffn, nn.Module):
-        check.fail_type("upcycle", "ffn", "be a torch.nn.Module", type(ffn).__name__)
+    check.check_module("upcycle", "ffn", ffn)
     check.check_positive("upcycle", "noise", noise, zero=True)
     dense = read_ffn(ffn)
     if dense is None:
@@ -146,8 +145,7 @@ def replace_ffn(
         ValueError: if nothing matches, a match is not understood, or sizes don't fit.
     """
     name = "replace_ffn"
-    if not isinstance(model, nn.Module):
-        check.fail_type(name, "model", "be a torch.nn.Module", type(model).__name__)
+    check.check_module(name, "model", model)
     check.check_flag(name, "copy_weights", copy_weights)
     check.check_positive(name, "noise", noise, zero=True)
     found = _find(model, match)
@@ -172,9 +170,9 @@ def replace_ffn(
         _put(model, old, new)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
-            first = module.layers[0]
-            # Its shortcut for padded batches reads weights that are gone.
-            module.use_nested_tensor &= not isinstance(first, SegMoEEncoderLayer)
+            # Its shortcut hands nested tensors to all layers, if only the first can take them.
+            swapped = any(isinstance(layer, SegMoEEncoderLayer) for layer in module.layers)
+            module.use_nested_tensor &= not swapped
     return list(found)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from segmoe_kernels.routing import FFNWeights
 
@@ -74,6 +74,12 @@ def check_flag(function: str, argument: str, value: Any, *, optional: bool = Fal
     if not isinstance(value, bool) and not (optional and value is None):
         rule = "be True, False or None" if optional else "be True or False"
         fail_type(function, argument, rule, f"{value!r} ({type(value).__name__})")
+
+
+def check_module(function: str, argument: str, value: Any) -> None:
+    """Refuse what is not a module."""
+    if not isinstance(value, nn.Module):
+        fail_type(function, argument, "be a torch.nn.Module", type(value).__name__)
 
 
 def check_tensor(function: str, argument: str, value: Any) -> None:
@@ -285,3 +291,50 @@ def check_projections(
             check_like("seg_moe", "in_proj[1]", in_proj[1], x, (narrow,))
         if out_proj[1] is not None:
             check_like("seg_moe", "out_proj[1]", out_proj[1], x, (wide,))
+
+
+def check_stages(
+    function: str,
+    x: Tensor,
+    router_weight: Tensor,
+    experts: FFNWeights,
+    shared: FFNWeights | None,
+    compute_dtype: torch.dtype,
+    *,
+    num_local: int | None = None,
+    segment_size: int,
+    expert_scope: str,
+    shared_gate: Tensor | None,
+    in_proj: tuple[Tensor, Tensor | None] | None,
+    out_proj: tuple[Tensor, Tensor | None] | None,
+    activation: str,
+    dropout: float,
+    top_k: int,
+    pooling: str,
+    router_dropout: float,
+    router_temperature: float,
+    renormalize: bool | None,
+    router_start: Tensor | None,
+) -> None:
+    """Refuse a layer whose weights and options do not fit x and each other.
+
+    ``num_local`` experts are here where the others are on other ranks; None: all of them.
+    """
+    check_integer(function, "segment_size", segment_size, 1)
+    check_choice(function, "expert_scope", expert_scope, EXPERT_SCOPES)
+    check_projections(x, segment_size, expert_scope, pooling, in_proj, out_proj, router_start)
+    # A projected segment is one token of width D: the rest of the layer sees P = 1.
+    steps = 1 if expert_scope == "projected" else segment_size
+    width = x.shape[-1] * (steps if expert_scope == "segment" else 1)
+    empty = x.new_empty(0, 0, x.shape[-1])
+    rows = empty.to(compute_dtype)
+    check_route(function, empty, router_weight, steps, top_k, pooling, router_start)
+    check_steps(function, x, segment_size, top_k)
+    check_positive(function, "router_temperature", router_temperature)
+    check_probability(function, "router_dropout", router_dropout)
+    check_probability(function, "dropout", dropout)
+    check_flag(function, "renormalize", renormalize, optional=True)
+    check_choice(function, "activation", activation, ACTIVATIONS)
+    num_experts = router_weight.shape[0] if num_local is None else num_local
+    check_ffn(function, "experts", experts, rows, width, num_experts)
+    check_shared(rows, shared, shared_gate, steps)

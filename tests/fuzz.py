@@ -46,14 +46,15 @@ def examples(draw):
     causal = draw(st.booleans()) and scope == "token" and shared != "segment"
     pooling = draw(st.sampled_from(("concat", "mean", "max", "first", "last")))
     dtype = draw(st.sampled_from(DTYPES))
-    # One hidden unit is one number, which eager may have right by chance; so is the side of relu's
-    # kink on which a number falls that rounding moves across.
+    # Where few numbers make a tensor eager may have them right by chance; so it may the side of
+    # relu's kink on which a number falls that rounding moves across.
     hidden = (1, 5, 16, 24, 40) if dtype == "float64" else (5, 16, 24, 40)
+    width = (1, 3, 8, 16, 20, 33) if dtype == "float64" else (8, 16, 20, 33)
     smooth = ("gelu", "gelu_tanh", "silu")
     return {
         "batch": draw(st.integers(0, 3)),
         "steps": draw(st.sampled_from((0, 1, 2, 3, 7, 16, 33))),
-        "d_model": draw(st.sampled_from((1, 3, 8, 16, 20, 33))),
+        "d_model": draw(st.sampled_from(width)),
         "d_ff": draw(st.sampled_from(hidden)),
         "num_experts": num_experts,
         "top_k": draw(st.integers(1, min(num_experts, 4))),
@@ -61,6 +62,7 @@ def examples(draw):
         "pooling": "concat" if scope == "projected" else pooling,
         "expert_scope": scope,
         "shared_expert": shared,
+        "shared_d_ff": draw(st.sampled_from((None, 7))) if shared else None,
         "activation": draw(st.sampled_from((*smooth, "relu") if dtype == "float64" else smooth)),
         "gated": draw(st.booleans()),
         "bias": draw(st.booleans()),
@@ -158,8 +160,8 @@ def _check_accuracy(actual, eager, exact, x, dy, segment_size):
     """Hold errors to a few times eager's: the budget proper, of many numbers, is `accuracy`'s.
 
     Where few numbers make a tensor eager may be right by chance, so some roundings are free: of the
-    tensor's own size, and for the router, the shared gate and tensors of one to three numbers,
-    which may be differences of large sums, of the size of these.
+    tensor's own size, and for the router and the shared gate, whose gradients may be differences of
+    large sums, of the size of these.
     """
     assert actual.keys() == eager.keys() == exact.keys()
     eps = torch.finfo(x.dtype).eps
@@ -170,8 +172,7 @@ def _check_accuracy(actual, eager, exact, x, dy, segment_size):
     for name, value in exact.items():
         assert actual[name].dtype == eager[name].dtype
         found = compare(actual[name], eager[name], value)
-        few = value.numel() <= 3
-        routed = summed if few or "router" in name or "gate.weight" in name else 0.0
+        routed = summed if "router" in name or "gate.weight" in name else 0.0
         free = 4 * eps * max(rms(value), routed)
         free_max = 4 * eps * max(value.abs().max().item() if value.numel() else 0.0, routed)
         if not (

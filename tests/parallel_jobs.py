@@ -292,6 +292,26 @@ def one_step(model, x, target, *, ranks=1):
     loss.backward()
 
 
+def both_step(optimizers, model, whole, data, rank, *, first=None):
+    """A step of this rank's model on its batch, and of one process's on all: the ranks' mean.
+
+    ``first(batch)`` is what the rank does before with the same batch, to accumulate gradients.
+    """
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    batches_each = 1 if first is None else 2
+    if first is not None:
+        first(data[rank])
+    one_step(model, *data[rank])
+    for x, target in data * batches_each:
+        one_step(whole, x, target)
+    assert all(p.grad is not None for p in model.parameters())
+    for parameter in whole.parameters():
+        parameter.grad /= len(data)
+    for optimizer in optimizers:
+        optimizer.step()
+
+
 def data_parallel(rank, world, sharded):
     """DDP without unused parameters: every parameter has a gradient each step, the mean's."""
     options = {"num_experts": 6, "top_k": 1, "aux_loss_weight": 0.01, "z_loss_weight": 0.01}
@@ -304,24 +324,14 @@ def data_parallel(rank, world, sharded):
         names = expert_parameter_names(model)
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     wrapped = DistributedDataParallel(model, find_unused_parameters=False)
-    fast, slow = (torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, whole))
-    for step in range(3):
-        accumulate = step == 1  # two batches, of which the first is not reduced
-        fast.zero_grad()
-        slow.zero_grad()
-        if accumulate:
-            with wrapped.no_sync():
-                one_step(wrapped, *data[rank])
-            for x, target in data:
-                one_step(whole, x, target)
-        one_step(wrapped, *data[rank])
-        for x, target in data:
-            one_step(whole, x, target)
-        assert all(p.grad is not None for p in model.parameters())
-        for parameter in whole.parameters():
-            parameter.grad /= world
-        fast.step()
-        slow.step()
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, whole)]
+
+    def unreduced(batch):
+        with wrapped.no_sync():
+            one_step(wrapped, *batch)
+
+    for first in (None, unreduced, None):
+        both_step(optimizers, wrapped, whole, data, rank, first=first)
     for i in range(2):
         layer = gather_experts(model[i]) if sharded else model[i]
         for name, parameter in layer.named_parameters():
@@ -351,18 +361,9 @@ def fully_sharded(rank, world):
     fully_shard(model, mesh=mesh)
     assert isinstance(model[0].experts.up_proj, DTensor)
     assert model[0].experts.up_proj.placements == (Shard(1),)
-    fast, slow = (torch.optim.SGD(m.parameters(), lr=1e-2) for m in (model, whole))
+    optimizers = [torch.optim.SGD(m.parameters(), lr=1e-2) for m in (model, whole)]
     for _ in range(2):
-        fast.zero_grad()
-        slow.zero_grad()
-        one_step(model, *data[rank])
-        for x, target in data:
-            one_step(whole, x, target)
-        assert all(p.grad is not None for p in model.parameters())
-        for parameter in whole.parameters():
-            parameter.grad /= world
-        fast.step()
-        slow.step()
+        both_step(optimizers, model, whole, data, rank)
     for name, parameter in model.named_parameters():
         close(parameter.full_tensor(), whole.get_parameter(name), name)
 

@@ -65,6 +65,7 @@ def _rank(rank, world, file, jobs, results, limit):
         import conftest  # noqa: F401  chooses the interpreter
         import torch
         import torch.distributed as dist
+        import torch.distributed.nn  # first, as its default arguments keep the group there is
 
         torch.set_num_threads(1)
         dist.init_process_group("gloo", file, datetime.timedelta(seconds=limit // 2), world, rank)

@@ -1,5 +1,6 @@
 """Expert parallelism and training on several ranks: gloo processes against one process."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from benchmarks.parallel_model import Setting, exchanged_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 
-TRITON = pytest.importorskip("triton") and "triton"
+pytest.importorskip("triton")
+
 # Options of the layer, batch sizes by rank.
 CASES = [
     ({}, [2], {}),
@@ -23,8 +25,8 @@ CASES = [
     ({"causal": True, "shared_expert": "token"}, [2, 1], {}),
     ({"router_temperature": 0.1, "aux_loss_weight": 0.1, "z_loss_weight": 0.1}, [2, 0], {}),
     ({"segment_size": 1, "pooling": "mean", "renormalize": False}, [0, 2], {"average": True}),
-    ({"backend": TRITON, "bias": True}, [1, 0, 2], {"masked": True}),
-    ({"backend": TRITON, "top_k": 1, "num_experts": 3, "shared_expert": None}, [1], {}),
+    ({"backend": "triton", "bias": True}, [1, 0, 2], {"masked": True}),
+    ({"backend": "triton", "top_k": 1, "num_experts": 3, "shared_expert": None}, [1], {}),
 ]
 
 
@@ -44,7 +46,7 @@ def jobs(world):
     if world != 3:
         found.append(("fully_sharded", {}))
     if world == 2:
-        found += [("dtensor_weights", {}), ("dropout_and_checkpoints", {"backend": TRITON})]
+        found += [("dtensor_weights", {}), ("dropout_and_checkpoints", {"backend": "triton"})]
     if world == 4:  # two ranks without an expert
         found += [("autocast_as_one_process", {}), ("compiled_as_eager", {})]
     return found
@@ -85,3 +87,35 @@ def test_the_example_runs_under_torchrun_and_learns():
     assert losses[-1] < 0.7 * losses[0]
     assert "rank 0: [" in lines[-1]
     assert "rank 1: [" in lines[-1]
+
+
+# Runs the example as one rank, and prints its group's threads before and after the group ends.
+COUNT_THREADS = """
+import os, pathlib, runpy, sys
+import torch.distributed as dist
+
+def count():
+    tasks = pathlib.Path("/proc/self/task").glob("*/comm")
+    print("threads", sum("gloo" in task.read_text() for task in tasks))
+
+destroy = dist.destroy_process_group
+dist.destroy_process_group = lambda: (count(), destroy())
+sys.argv = ["expert_parallel.py", "--steps=1", "--batch-size=2"]
+runpy.run_path("examples/expert_parallel.py", run_name="__main__")
+count()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are listed on Linux only")
+def test_the_example_leaves_no_thread_of_its_group():
+    # One that outlives the interpreter aborts the process now and then.
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT_THREADS],
+        cwd=ROOT, env={**os.environ, **place}, capture_output=True, text=True, timeout=180,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    before, after = [int(s.split()[1]) for s in done.stdout.splitlines() if s.startswith("threads")]
+    assert before > 0
+    assert after == 0

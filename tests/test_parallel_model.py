@@ -9,13 +9,13 @@ import pytest
 from benchmarks.parallel_model import (
     Rates,
     Setting,
-    blocks,
     exchanged_bytes,
     parameters,
     step,
     step_flops,
     travelling_slots,
 )
+from segmoe_kernels.parallel import expert_blocks
 
 RATES = Rates(bandwidth=10.0, latency=5.0, flops=2.0)
 # 60 segments of 2 steps of width 4, hidden 8, 3 experts, 16-bit numbers.
@@ -23,8 +23,8 @@ SETTING = Setting(60, 2, 4, 8, 3)
 
 
 def test_blocks_are_those_of_the_layer():
-    assert blocks(5, 3) == [2, 2, 1]
-    assert blocks(2, 4) == [1, 1, 0, 0]
+    assert expert_blocks(5, 3) == [2, 2, 1]
+    assert expert_blocks(2, 4) == [1, 1, 0, 0]
 
 
 def test_bytes_by_hand():

@@ -146,6 +146,20 @@ def test_encoder_with_copied_weights_computes_the_same(padding, batch_first, nor
     assert actual.isfinite().all()
 
 
+@pytest.mark.parametrize("which", [r"layers\.0", r"layers\.1"])
+def test_one_swapped_layer_of_an_encoder_gets_padded_batches(which):
+    """Without gradients PyTorch would hand nested tensors from an unchanged layer to the next."""
+    model = encoder().eval()
+    swapped = copy.deepcopy(model)
+    replace_ffn(swapped, match=which, segment_sizes=3, num_experts=2, copy_weights=True)
+    x = torch.randn(3, T, D, dtype=torch.float64)
+    hidden = torch.zeros(3, T, dtype=torch.bool)
+    hidden[1, 7:], hidden[2, 1:] = True, True
+    with torch.no_grad():
+        expected, actual = (m(x, src_key_padding_mask=hidden) for m in (model, swapped))
+    torch.testing.assert_close(actual[~hidden], expected[~hidden], rtol=1e-10, atol=1e-10)
+
+
 def test_padding_of_an_encoder_is_routed_nowhere():
     model = encoder(layers=1)
     replace_ffn(model, segment_sizes=2, num_experts=3, aux_loss_weight=0.1)

@@ -1,0 +1,150 @@
+"""The modules that hold the parameters of `SegMoE`: router, experts, and one dense FFN."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from segmoe_kernels.routing import FFNWeights
+
+__all__ = ["Experts", "FeedForward", "SegmentRouter"]
+
+
+def _xavier_uniform_(weight: Tensor) -> None:
+    """Xavier over the last two dimensions: each expert has the fan of its own matrix."""
+    bound = math.sqrt(6.0 / (weight.shape[-1] + weight.shape[-2]))
+    nn.init.uniform_(weight, -bound, bound)
+
+
+class SegmentRouter(nn.Module):
+    """Holds ``weight (E, W)`` and, for causal models, ``start (W,)``; W is the pooled width."""
+
+    def __init__(
+        self,
+        width: int,
+        num_experts: int,
+        *,
+        causal: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, width, device=device, dtype=dtype))
+        start = torch.empty(width, device=device, dtype=dtype) if causal else None
+        self.start = nn.Parameter(start) if start is not None else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier for the weight; the start vector looks like a normalised segment."""
+        _xavier_uniform_(self.weight)
+        if self.start is not None:
+            nn.init.normal_(self.start)
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``repr``."""
+        width, causal = self.weight.shape[1], self.start is not None
+        return f"width={width}, num_experts={self.weight.shape[0]}, causal={causal}"
+
+
+class Experts(nn.Module):
+    """E FFNs stacked: ``up_proj (E, F, D)``, ``down_proj (E, D, F)``, optional gate and biases."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        d_model: int,
+        d_ff: int,
+        *,
+        gated: bool = False,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
+
+        self.up_proj = parameter(d_ff, d_model)
+        self.gate_proj = parameter(d_ff, d_model) if gated else None
+        self.down_proj = parameter(d_model, d_ff)
+        self.up_proj_bias = parameter(d_ff) if bias else None
+        self.gate_proj_bias = parameter(d_ff) if bias and gated else None
+        self.down_proj_bias = parameter(d_model) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier for each expert on its own, zero biases (official initialisation)."""
+        for parameter in self.parameters():
+            if parameter.ndim == 3:
+                _xavier_uniform_(parameter)
+            else:
+                nn.init.zeros_(parameter)
+
+    def weights(self) -> FFNWeights:
+        """The parameters as the functions take them."""
+        return FFNWeights(
+            self.up_proj,
+            self.down_proj,
+            self.gate_proj,
+            self.up_proj_bias,
+            self.gate_proj_bias,
+            self.down_proj_bias,
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``repr``."""
+        _, d_ff, d_model = self.up_proj.shape
+        gated, bias = self.gate_proj is not None, self.up_proj_bias is not None
+        return (
+            f"num_experts={self.num_experts}, d_model={d_model}, d_ff={d_ff}, "
+            f"gated={gated}, bias={bias}"
+        )
+
+
+class FeedForward(nn.Module):
+    """One FFN held as `nn.Linear` modules: the shared expert, or the whole layer at E = 0."""
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        *,
+        gated: bool = False,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(d_model, d_ff, bias=bias, device=device, dtype=dtype)
+        self.gate_proj = (
+            nn.Linear(d_model, d_ff, bias=bias, device=device, dtype=dtype) if gated else None
+        )
+        self.down_proj = nn.Linear(d_ff, d_model, bias=bias, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier weights, zero biases (official initialisation)."""
+        for module in (self.up_proj, self.gate_proj, self.down_proj):
+            if module is not None:
+                reset_linear(module)
+
+    def weights(self) -> FFNWeights:
+        """The parameters as the functions take them."""
+        gate = self.gate_proj
+        return FFNWeights(
+            self.up_proj.weight,
+            self.down_proj.weight,
+            None if gate is None else gate.weight,
+            self.up_proj.bias,
+            None if gate is None else gate.bias,
+            self.down_proj.bias,
+        )
+
+
+def reset_linear(linear: nn.Linear) -> None:
+    """Xavier weight, zero bias (official initialisation)."""
+    _xavier_uniform_(linear.weight)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
