@@ -169,6 +169,7 @@ class Windows:
         look_back: L.
         horizon: H.
         dtype: of the tensors.
+        stride: take every stride-th window; published scores take all.
 
     Raises:
         ValueError: if the split is too short for one window.
@@ -181,6 +182,7 @@ class Windows:
         look_back: int,
         horizon: int,
         dtype: torch.dtype = torch.float32,
+        stride: int = 1,
     ) -> None:
         start, stop = getattr(series.splits, split)
         rows = series.values[start if split == "train" else max(0, start - look_back) : stop]
@@ -191,7 +193,7 @@ class Windows:
             )
         self.look_back, self.horizon = look_back, horizon
         # (W, C, L + H), overlapping: nothing is copied until a batch is taken.
-        self._view = torch.from_numpy(rows).to(dtype).unfold(0, look_back + horizon, 1)
+        self._view = torch.from_numpy(rows).to(dtype).unfold(0, look_back + horizon, stride)
 
     def __len__(self) -> int:
         return self._view.shape[0]

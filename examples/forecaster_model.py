@@ -40,6 +40,10 @@ class ForecasterConfig:
         top_k: experts per segment.
         segment_sizes: P of each layer, where ffn is "segment".
         shared_expert: "token" or "segment" wide, or None.
+        expert_scope: what an expert sees, "token", "segment" or "projected".
+        pooling: what the router sees of a segment, see `SegMoE`.
+        renormalize: whether chosen probabilities are divided by their sum: "auto" (if there is
+            more than one), "on" or "off".
         positions: "rope" or "learned".
         instance_norm: what a window is taken relative to, "mean" or "last" value.
         dropout: on the outputs of attention and FFN.
@@ -62,6 +66,9 @@ class ForecasterConfig:
     top_k: int = 1
     segment_sizes: tuple[int, ...] = (5, 5, 4, 4)
     shared_expert: str | None = "token"
+    expert_scope: str = "token"
+    pooling: str = "concat"
+    renormalize: str = "auto"
     positions: str = "rope"
     instance_norm: str = "last"
     dropout: float = 0.2
@@ -109,6 +116,9 @@ def make_ffn(config: ForecasterConfig, layer: int) -> SegMoE:
         top_k=config.top_k,
         segment_size=config.layer_segment(layer),
         shared_expert=config.shared_expert,
+        expert_scope=config.expert_scope,
+        pooling=config.pooling,
+        renormalize={"auto": None, "on": True, "off": False}[config.renormalize],
         dropout=config.hidden_dropout,
         router_dropout=config.router_dropout,
         aux_loss_weight=config.aux_loss_weight,
@@ -243,8 +253,7 @@ def active_flops_per_token(config: ForecasterConfig) -> float:
     """Count the FLOPs of one forward pass per patch: two for each multiply-add of a product.
 
     Norms, activations and softmaxes are left out. An expert that does not serve a patch costs
-    nothing; the padding of the last segment costs in the router and the segment-wide shared
-    expert.
+    nothing; the padding of the last segment costs where its steps are taken side by side.
 
     Args:
         config: of the model.
@@ -268,11 +277,17 @@ def _ffn_products(config: ForecasterConfig, segment: int) -> int:
     if config.ffn == "dense":
         return 2 * steps * width * config.dense_width
     num_segments = math.ceil(steps / segment)
-    products = num_segments * segment * width * config.num_experts  # router
-    products += 2 * steps * config.top_k * width * config.d_ff  # routed experts
-    if config.shared_expert == "token":
-        products += 2 * steps * width * config.d_ff + steps * width
-    elif config.shared_expert == "segment":
-        wide = segment * width
-        products += num_segments * (2 * wide * segment * config.d_ff + wide)
+    wide, projected = segment * width, config.expert_scope == "projected"
+    concat = config.pooling == "concat" and not projected
+    products = num_segments * (wide if concat else width) * config.num_experts  # router
+    if projected:
+        products += 2 * num_segments * wide * width
+    # A row of an expert: a step, the steps of a segment side by side, or their projection.
+    each = segment if config.expert_scope == "segment" else 1
+    rows = steps if config.expert_scope == "token" else num_segments
+    products += 2 * rows * config.top_k * each**2 * width * config.d_ff
+    if config.shared_expert is not None:
+        each = segment if config.shared_expert == "segment" and not projected else 1
+        rows = steps if config.shared_expert == "token" and not projected else num_segments
+        products += rows * (2 * each**2 * width * config.d_ff + each * width)
     return products

@@ -38,6 +38,8 @@ class TrainOptions:
         clip: largest norm of the gradient.
         train_fraction: share of the train windows seen in an epoch, drawn anew each time;
             neighbours differ in one step only, so a quarter is enough between two validations.
+        val_stride: validate on every val_stride-th window.
+        test_stride: score on every test_stride-th window; published scores take all.
         seed: of initialisation, order and dropout.
         device: "cpu" or "cuda".
     """
@@ -50,11 +52,13 @@ class TrainOptions:
     loss: str = "huber"
     clip: float = 1.0
     train_fraction: float = 0.25
+    val_stride: int = 1
+    test_stride: int = 1
     seed: int = 0
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "patience", "batch_size"):
+        for name in ("epochs", "patience", "batch_size", "val_stride", "test_stride"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.train_fraction <= 1:
@@ -79,6 +83,64 @@ def evaluate(model: nn.Module, windows: Windows, device: str, batch_size: int = 
         score.add(model(past.to(device)), truth.to(device))
     model.train(was_training)
     return score
+
+
+@torch.no_grad()
+def roll_out(model: nn.Module, past: Tensor, horizon: int) -> Tensor:
+    """Forecast further than the model does: its forecasts become its past.
+
+    Args:
+        model: (W, C, L) to (W, C, H), in eval mode.
+        past: (W, C, L).
+        horizon: steps to forecast; the last call's surplus is cut off.
+
+    Returns:
+        (W, C, horizon).
+
+    Source: ``TSFT.forecast`` in evortigosa/segmoe_forecast: a window of constant length.
+    """
+    length, parts, done = past.shape[-1], [], 0
+    while done < horizon:
+        parts.append(model(past))
+        done += parts[-1].shape[-1]
+        past = torch.cat([past, parts[-1]], dim=-1)[..., -length:]
+    return torch.cat(parts, dim=-1)[..., :horizon]
+
+
+@torch.no_grad()
+def evaluate_horizons(
+    model: nn.Module,
+    splits: dict[int, Windows],
+    device: str,
+    batch_size: int = 64,
+) -> dict[int, Score]:
+    """Score a model on every window of several horizons, rolled out once for each start.
+
+    Args:
+        model: its forecasts are rolled out to the longest horizon that a start has.
+        splits: windows of one split by horizon; the n-th windows of all start at the same row.
+        device: "cpu" or "cuda".
+        batch_size: windows.
+
+    Returns:
+        Score by horizon, each of all its windows.
+    """
+    was_training = model.training
+    model.eval()
+    scores = {horizon: Score() for horizon in splits}
+    first = 0
+    # Longer horizons have fewer windows: those that end before the split does.
+    for horizon in sorted(splits, reverse=True):
+        windows = splits[horizon]
+        for start in range(first, len(windows), batch_size):
+            stop = min(start + batch_size, len(windows))
+            past, truth = windows.batch(slice(start, stop))
+            forecast = roll_out(model, past.to(device), horizon)
+            for shorter in (h for h in splits if h <= horizon):
+                scores[shorter].add(forecast[..., :shorter], truth[..., :shorter].to(device))
+        first = max(first, len(windows))
+    model.train(was_training)
+    return scores
 
 
 class Trainer:

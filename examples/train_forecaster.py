@@ -45,7 +45,14 @@ from forecaster_report import (
     write_json,
 )
 from forecaster_sources import DataUnavailableError
-from forecaster_training import LOSSES, DivergedError, Trainer, TrainOptions, evaluate
+from forecaster_training import (
+    LOSSES,
+    DivergedError,
+    Trainer,
+    TrainOptions,
+    evaluate,
+    evaluate_horizons,
+)
 
 from segmoe_kernels import segment_schedule
 
@@ -73,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data", default="ETTh1", help="data set, csv file or 'multiscale'")
     add("--data-dir", type=Path, help="folder with the csv files, plain or gzipped")
     add("--out", type=Path, help="folder for results; default runs/<data>_<ffn>_h<H>_s<seed>")
+    add("--roll-out", type=int, nargs="+", default=(), help="score these horizons as well")
     add("--resume", action="store_true", help="go on from the checkpoint in the folder")
     add("--threads", type=int, default=2, help="CPU threads")
     add("--no-plots", action="store_true", help="write no pictures")
@@ -82,6 +90,9 @@ def build_parser() -> argparse.ArgumentParser:
         "positions": ("rope", "learned"),
         "instance_norm": ("mean", "last"),
         "shared_expert": ("token", "segment", "none"),
+        "expert_scope": ("token", "segment", "projected"),
+        "pooling": ("concat", "mean", "max", "first", "last"),
+        "renormalize": ("auto", "on", "off"),
         "loss": tuple(LOSSES),
         "device": ("cpu", "cuda"),
     }
@@ -123,12 +134,15 @@ def settings_from(args: argparse.Namespace) -> tuple[ForecasterConfig, TrainOpti
 
 
 def make_windows(
-    series: Series, config: ForecasterConfig, dtype: torch.dtype
+    series: Series,
+    config: ForecasterConfig,
+    dtype: torch.dtype,
+    strides: tuple[int, int, int] = (1, 1, 1),
 ) -> dict[str, Windows]:
     """Windows of the three splits."""
     return {
-        split: Windows(series, split, config.look_back, config.horizon, dtype)
-        for split in ("train", "val", "test")
+        split: Windows(series, split, config.look_back, config.horizon, dtype, stride)
+        for split, stride in zip(("train", "val", "test"), strides, strict=True)
     }
 
 
@@ -152,6 +166,7 @@ def train_one(
     options: TrainOptions,
     out: Path,
     *,
+    horizons: Sequence[int] = (),
     resume: bool = False,
     quiet: bool = False,
 ) -> tuple[Forecaster, dict[str, Any]]:
@@ -162,13 +177,15 @@ def train_one(
         config: of the model.
         options: of the training.
         out: folder of the checkpoint.
+        horizons: score the test windows of these, too, by rolling the forecast out.
         resume: go on from the checkpoint if there is one.
         quiet: show no progress.
 
     Returns:
         The model of the best validation epoch, and its record for the result file.
     """
-    windows = make_windows(series, config, torch.float32)
+    strides = (1, options.val_stride, options.test_stride)
+    windows = make_windows(series, config, torch.float32, strides)
     torch.manual_seed(options.seed)
     model = Forecaster(config).to(options.device)
     checkpoint = out / "checkpoint.pt"
@@ -179,6 +196,7 @@ def train_one(
         print(f"{config.ffn}: going on after epoch {len(trainer.history)}")
     trainer.fit(progress=not quiet)
     test = evaluate(model, windows["test"], options.device)
+    rolled_out = score_horizons(model, series, horizons, options)
     best = trainer.history[trainer.best_epoch]
     record = {
         "model": config.ffn,
@@ -202,11 +220,25 @@ def train_one(
             "windows": len(windows["test"]),
             "values": test.count,
         },
+        "horizons": rolled_out,
         "config": dataclasses.asdict(config),
         "options": dataclasses.asdict(options),
         "history": trainer.history,
     }
     return model, record
+
+
+def score_horizons(
+    model: Forecaster, series: Series, horizons: Sequence[int], options: TrainOptions
+) -> dict[str, dict[str, float]]:
+    """Test scores by horizon, each of all of its windows."""
+    look_back, stride = model.config.look_back, options.test_stride
+    splits = {h: Windows(series, "test", look_back, h, stride=stride) for h in horizons}
+    scores = evaluate_horizons(model, splits, options.device)
+    return {
+        str(h): {"mse": score.mse, "mae": score.mae, "windows": len(splits[h])}
+        for h, score in scores.items()
+    }
 
 
 def write_plots(model: Forecaster, series: Series, out: Path) -> None:
@@ -246,7 +278,13 @@ def run(args: argparse.Namespace, command: str) -> list[dict[str, Any]]:
         if not args.quiet:
             print(f"{series.name}, horizon {config.horizon}: training the {kind} model")
         model, record = train_one(
-            series, config, options, folder, resume=args.resume, quiet=args.quiet
+            series,
+            config,
+            options,
+            folder,
+            horizons=args.roll_out,
+            resume=args.resume,
+            quiet=args.quiet,
         )
         records.append(record)
         write_csv(folder / "history.csv", record["history"])

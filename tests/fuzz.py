@@ -51,6 +51,8 @@ def examples(draw):
     hidden = (1, 5, 16, 24, 40) if dtype == "float64" else (5, 16, 24, 40)
     width = (1, 3, 8, 16, 20, 33) if dtype == "float64" else (8, 16, 20, 33)
     smooth = ("gelu", "gelu_tanh", "silu")
+    # A gate that large inputs close scales all gradients of its expert by one number, as well.
+    scales = (1.0, 1.0, 1e-3) + ((30.0,) if dtype == "float64" or not shared else ())
     return {
         "batch": draw(st.integers(0, 3)),
         "steps": draw(st.sampled_from((0, 1, 2, 3, 7, 16, 33))),
@@ -74,7 +76,7 @@ def examples(draw):
         "layout": draw(st.sampled_from(LAYOUTS)),
         "routing": draw(st.sampled_from(ROUTINGS)),
         "masked": draw(st.sampled_from((None, 0.3, 1.0))),
-        "scale": draw(st.sampled_from((1.0, 1.0, 1e-3, 30.0))),
+        "scale": draw(st.sampled_from(scales)),
         "frozen": draw(st.sampled_from((None, "experts", "router", "x"))),
         "seed": draw(st.integers(0, 2**16)),
     }

@@ -1,0 +1,146 @@
+"""What the studies run: every run's data, model and training, by name.
+
+A study compares variants of one small model. All of them are sized for two CPU cores; what was
+reduced against the official recipe stands in `REDUCED`. With ``scale="full"`` the same studies have
+the official sizes, for a GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from forecaster_model import ForecasterConfig
+from forecaster_training import TrainOptions
+
+HORIZONS = (96, 192, 336, 720)
+SEEDS = (0, 1, 2)
+REDUCED = (
+    "Against the official recipe (width 128, expert width 256, 4 layers of 4 heads, 20 epochs of "
+    "all windows): width 16, expert width 32, 2 heads, at most 8 epochs of about 14,000 "
+    "sequences, validation on every 4th window or fewer, test windows of the long series thinned "
+    "out as given. Look-back 512, patches of 8 and the 32-step roll-out are the official ones."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """How much of a data set a run sees on a small machine.
+
+    Attributes:
+        train_fraction: of the train windows in an epoch: about 14,000 sequences.
+        val_stride: validation on every val_stride-th window.
+        test_stride: likewise for the score.
+    """
+
+    train_fraction: float
+    val_stride: int
+    test_stride: int
+
+
+# Windows times channels differ by a factor of fifty between the data sets.
+BUDGETS = {
+    "ETTh1": Budget(0.25, 4, 1),
+    "ETTh2": Budget(0.25, 4, 1),
+    "ETTm1": Budget(0.06, 16, 4),
+    "ETTm2": Budget(0.06, 16, 4),
+    "Weather": Budget(0.018, 24, 12),
+    "exchange_rate": Budget(0.35, 2, 1),
+    "multiscale": Budget(0.6, 2, 2),
+}
+DATA = ("ETTh1", "ETTh2", "ETTm1", "ETTm2", "Weather", "exchange_rate")
+FULL_BATCH = {"Weather": 256}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One row of a study.
+
+    Attributes:
+        data: data set.
+        variant: what differs, as the tables call it.
+        config: of the model; its horizon is one call of the roll-out.
+        options: of the training.
+        horizons: scored on the test windows.
+    """
+
+    data: str
+    variant: str
+    config: ForecasterConfig
+    options: TrainOptions
+    horizons: tuple[int, ...] = HORIZONS
+
+    @property
+    def name(self) -> str:
+        """File name of the result, without its ending."""
+        return f"{self.data}_{self.variant}_s{self.options.seed}".replace(" ", "-")
+
+
+def base(data: str, scale: str, seed: int, device: str) -> tuple[ForecasterConfig, TrainOptions]:
+    """Model and training that the variants of a study share."""
+    if scale == "full":
+        config = ForecasterConfig(
+            horizon=32,
+            d_model=128,
+            d_ff=256,
+            num_heads=4,
+            segment_sizes=(3, 5, 5, 5),
+            router_dropout=0.2,
+        )
+        options = TrainOptions(
+            epochs=20,
+            batch_size=FULL_BATCH.get(data, 128),
+            learning_rate=3.2e-4,
+            weight_decay=0.1,
+            train_fraction=1.0,
+            seed=seed,
+            device=device,
+        )
+        return config, options
+    config = ForecasterConfig(horizon=32)
+    budget = dataclasses.asdict(BUDGETS[data])
+    return config, TrainOptions(patience=3, seed=seed, device=device, **budget)
+
+
+def baselines(scale: str, device: str) -> Iterator[Run]:
+    """Dense, token-wise and segment-wise on every data set, seed by seed.
+
+    The experts, the router's kind and the shared expert (one step wide) are the same; the dense
+    FFN is as wide as the experts that serve a patch, so active FLOPs agree.
+    """
+    for seed in SEEDS:
+        for data in DATA:
+            for kind in ("dense", "token", "segment"):
+                config, options = base(data, scale, seed, device)
+                yield Run(data, kind, dataclasses.replace(config, ffn=kind), options)
+
+
+# Name of the variant and what it changes; "5-5-4-4" is what all others start from.
+ABLATIONS: dict[str, dict[str, object]] = {
+    "5-5-4-4": {},
+    **{f"P={size}": {"segment_sizes": (size,) * 4} for size in range(1, 9)},
+    "2-4-6-8": {"segment_sizes": (2, 4, 6, 8)},
+    "8-6-4-2": {"segment_sizes": (8, 6, 4, 2)},
+    "experts segment-wide": {"expert_scope": "segment"},
+    "experts projected": {"expert_scope": "projected"},
+    "pooling mean": {"pooling": "mean"},
+    "pooling max": {"pooling": "max"},
+    "pooling first": {"pooling": "first"},
+    "pooling last": {"pooling": "last"},
+    "shared segment-wide": {"shared_expert": "segment"},
+    "no shared expert": {"shared_expert": None},
+    "renormalised": {"renormalize": "on"},
+}
+
+
+def ablations(scale: str, device: str) -> Iterator[Run]:
+    """One change at a time, on two real series and on one whose scales are known."""
+    for seed in SEEDS:
+        for data in ("ETTh1", "Weather", "multiscale"):
+            for variant, change in ABLATIONS.items():
+                config, options = base(data, scale, seed, device)
+                changed = dataclasses.replace(config, **change)  # type: ignore[arg-type]
+                yield Run(data, variant, changed, options, horizons=(96,))
+
+
+STUDIES = {"baselines": baselines, "ablations": ablations}

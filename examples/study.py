@@ -1,0 +1,124 @@
+"""Run a study, one model after the other, and write its table and plots.
+
+    python examples/study.py baselines
+    python examples/study.py baselines --only ETTh1_segment
+    python examples/study.py ablations --report
+
+Runs that have a result under ``examples/results/<study>/`` are left out, and one that was
+interrupted goes on from its last epoch: the same command finishes what it began. Sizes are for two
+CPU cores; ``--scale full --device cuda`` runs the official recipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from forecaster_data import load_series
+from forecaster_report import versions, write_json
+from forecaster_sources import DataUnavailableError
+from forecaster_training import DivergedError
+from studies import REDUCED, STUDIES, Run
+from study_report import write_report
+from train_forecaster import train_one
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("study", choices=sorted(STUDIES))
+    add("--only", default="", help="runs whose name this regular expression is found in")
+    add("--scale", choices=("small", "full"), default="small", help="sizes; full needs a GPU")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--data-dir", type=Path, help="folder with the csv files, plain or gzipped")
+    add("--results", type=Path, help="folder for results; default examples/results")
+    add("--threads", type=int, default=2, help="CPU threads")
+    add("--report", action="store_true", help="only write table and plots of what is there")
+    add("--quiet", action="store_true", help="a line for each run only")
+    options = parser.parse_args(argv)
+    try:
+        re.compile(options.only)
+    except re.error as error:
+        parser.error(f"--only must be a regular expression ({error}), got {options.only!r}")
+    return options
+
+
+def run_one(run: Run, path: Path, options: argparse.Namespace) -> None:
+    """Train and score one model; its result file appears when all is done."""
+    series = load_series(run.data, options.data_dir)
+    checkpoints = Path("runs") / options.study / options.scale / run.name
+    _, record = train_one(
+        series,
+        run.config,
+        run.options,
+        checkpoints,
+        horizons=run.horizons,
+        resume=True,
+        quiet=options.quiet,
+    )
+    command = ["python", "examples/study.py", options.study, "--only", f"^{re.escape(run.name)}$"]
+    if options.scale != "small":
+        command += ["--scale", options.scale, "--device", options.device]
+    write_json(
+        path,
+        {
+            "command": shlex.join(command),
+            "versions": versions(),
+            "threads": options.threads,
+            "data": run.data,
+            "variant": run.variant,
+            "reduced": REDUCED if options.scale == "small" else "",
+            **record,
+        },
+    )
+    (checkpoints / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def run_all(options: argparse.Namespace, folder: Path) -> None:
+    """Every run of the study that has no result yet."""
+    runs = list(STUDIES[options.study](options.scale, options.device))
+    wanted = [run for run in runs if re.search(options.only, run.name)]
+    if not wanted:
+        names = ", ".join(run.name for run in runs[:4])
+        raise ValueError(f"--only matches none of {len(runs)} runs such as {names}")
+    for number, run in enumerate(wanted, 1):
+        path = folder / f"{run.name}.json"
+        if path.is_file():
+            continue
+        start = time.monotonic()
+        print(f"[{number}/{len(wanted)}] {run.name}", end="", flush=True)
+        print("" if not options.quiet else " ...", end="" if options.quiet else "\n", flush=True)
+        run_one(run, path, options)
+        print(f" {time.monotonic() - start:.0f} s", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    options = parse(argv)
+    torch.set_num_threads(options.threads)
+    name = options.study if options.scale == "small" else f"{options.study}_full"
+    folder = (options.results or RESULTS) / name
+    try:
+        if not options.report:
+            run_all(options, folder)
+        write_report(options.study, folder)
+    except (DataUnavailableError, DivergedError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

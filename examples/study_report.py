@@ -1,0 +1,169 @@
+"""Tables and plots of a study, from the result files of its runs alone."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from forecaster_report import write_csv
+from matplotlib.figure import Figure
+
+Record = Mapping[str, Any]
+
+
+def read_results(folder: Path) -> list[Record]:
+    """Every result file of a folder, in the order of data, variant and seed."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*_s*.json")]
+    return sorted(records, key=lambda r: (r["data"], r["variant"], r["options"]["seed"]))
+
+
+def summarise(records: Iterable[Record]) -> list[dict[str, Any]]:
+    """A row for each data set, horizon and variant: mean and spread over the seeds.
+
+    The spread is the sample standard deviation; absent for a single seed.
+    """
+    groups: dict[tuple[str, int, str], list[Record]] = {}
+    for record in records:
+        for horizon in record["horizons"]:
+            key = (record["data"], int(horizon), record["variant"])
+            groups.setdefault(key, []).append(record)
+    rows = []
+    for (data, horizon, variant), runs in sorted(groups.items()):
+        scores = [run["horizons"][str(horizon)] for run in runs]
+        row: dict[str, Any] = {"data": data, "horizon": horizon, "variant": variant}
+        for error in ("mse", "mae"):
+            values = [score[error] for score in scores]
+            row[error] = statistics.mean(values)
+            if len(values) > 1:
+                row[f"{error}_spread"] = statistics.stdev(values)
+        row |= {
+            "seeds": len(runs),
+            "windows": scores[0]["windows"],
+            "parameters": runs[0]["parameters"],
+            "active_flops_per_token": runs[0]["active_flops_per_token"],
+        }
+        rows.append(row)
+    return rows
+
+
+def cell(row: Mapping[str, Any], error: str = "mse") -> str:
+    """Mean and spread as text."""
+    spread = row.get(f"{error}_spread")
+    return f"{row[error]:.4f}" + (f" ± {spread:.4f}" if spread is not None else "")
+
+
+def ordered(names: Iterable[str], first: Sequence[str]) -> list[str]:
+    """Names in the order of ``first``, then the others as they come."""
+    names = list(dict.fromkeys(names))
+    return [n for n in first if n in names] + [n for n in names if n not in first]
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> list[str]:
+    """Lines of a table: data sets and horizons down, variants across."""
+    lines = [
+        "| data | horizon | " + " | ".join(f"{name} MSE" for name in variants) + " | best |",
+        "|---|---:|" + "---:|" * len(variants) + "---|",
+    ]
+    places = list(dict.fromkeys((row["data"], row["horizon"]) for row in rows))
+    for data, horizon in places:
+        here = {
+            row["variant"]: row for row in rows if (row["data"], row["horizon"]) == (data, horizon)
+        }
+        best = min(here.values(), key=lambda row: row["mse"])["variant"]
+        cells = [cell(here[name]) if name in here else "-" for name in variants]
+        lines.append(f"| {data} | {horizon} | " + " | ".join(cells) + f" | {best} |")
+    return lines
+
+
+def plot_relative(
+    rows: Sequence[Mapping[str, Any]], variants: Sequence[str], against: str, path: Path
+) -> None:
+    """Draw the error of each variant over that of one of them, a panel for each data set.
+
+    Bars are means over horizons of the ratio; whiskers the spread over seeds of the same.
+    """
+    data_sets = list(dict.fromkeys(row["data"] for row in rows))
+    figure = Figure(
+        figsize=(2.2 + 2.1 * len(data_sets), 1.2 + 0.26 * len(variants)), layout="constrained"
+    )
+    axes = figure.subplots(1, len(data_sets), sharey=True, squeeze=False)[0]
+    places = np.arange(len(variants))
+    for axis, data in zip(axes, data_sets, strict=True):
+        here = {(row["variant"], row["horizon"]): row for row in rows if row["data"] == data}
+        horizons = sorted({horizon for _, horizon in here})
+        for place, name in zip(places, variants, strict=True):
+            both = [h for h in horizons if (name, h) in here and (against, h) in here]
+            if not both:
+                continue
+            base = [here[against, h]["mse"] for h in both]
+            ratios = [here[name, h]["mse"] / b for h, b in zip(both, base, strict=True)]
+            spreads = [
+                here[name, h].get("mse_spread", 0.0) / b for h, b in zip(both, base, strict=True)
+            ]
+            value, spread = 100 * (np.mean(ratios) - 1), 100 * np.mean(spreads)
+            axis.errorbar(value, place, xerr=spread, fmt="o", markersize=4, color="#33658a")
+        axis.axvline(0, color="0.6", linewidth=0.8)
+        axis.set_title(data, fontsize=9)
+        axis.set_xlabel("% of MSE", fontsize=8)
+        axis.tick_params(labelsize=8)
+    axes[0].set_yticks(places, variants)
+    axes[0].invert_yaxis()
+    figure.suptitle(f"test MSE against {against}", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def write_report(study: str, folder: Path) -> None:
+    """Write ``<study>.md``, ``.csv`` and ``.png`` beside the folder of results.
+
+    Raises:
+        ValueError: if the folder has no result.
+    """
+    records = read_results(folder)
+    if not records:
+        raise ValueError(f"{folder} has no result yet: run the study first")
+    rows = summarise(records)
+    first = ["dense", "token", "segment"] if study == "baselines" else ["5-5-4-4"]
+    variants = ordered((row["variant"] for row in rows), first)
+    against = variants[0]
+    seeds = sorted({record["options"]["seed"] for record in records})
+    reduced = records[0]["reduced"]
+    lines = [
+        f"# {study.capitalize()}",
+        "",
+        f"{len(records)} runs, seeds {', '.join(map(str, seeds))}; mean ± standard deviation over "
+        "seeds of the test MSE on scaled values. Written by",
+        f"`python examples/study.py {study} --report` from the files in `{folder.name}/`, each of "
+        "which has its command, settings and versions.",
+        "",
+    ]
+    lines += [reduced, ""] if reduced else []
+    if study == "baselines":
+        lines += markdown(rows, variants)
+    else:
+        lines += transposed(rows, variants)
+    write_csv(folder.with_suffix(".csv"), rows)
+    text = "\n".join(lines) + "\n"
+    folder.with_suffix(".md").write_text(text, encoding="utf-8")
+    plot_relative(rows, variants, against, folder.with_suffix(".png"))
+    print(text)
+
+
+def transposed(rows: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> list[str]:
+    """Lines of a table: variants down, data sets across."""
+    places = list(dict.fromkeys((row["data"], row["horizon"]) for row in rows))
+    lines = [
+        "| variant | " + " | ".join(f"{data}, H {horizon}" for data, horizon in places) + " |",
+        "|---|" + "---:|" * len(places),
+    ]
+    found = {(row["variant"], row["data"], row["horizon"]): row for row in rows}
+    for name in variants:
+        cells = [
+            cell(found[name, data, horizon]) if (name, data, horizon) in found else "-"
+            for data, horizon in places
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines

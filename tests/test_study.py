@@ -1,0 +1,201 @@
+"""The studies: roll-out and scores by horizon, FLOPs of every variant, resuming, the report."""
+
+import csv
+import dataclasses
+import importlib
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+data = importlib.import_module("forecaster_data")
+model = importlib.import_module("forecaster_model")
+training = importlib.import_module("forecaster_training")
+studies = importlib.import_module("studies")
+study = importlib.import_module("study")
+report = importlib.import_module("study_report")
+
+
+class Next(nn.Module):
+    """Forecasts 3 steps: twice the last value, then the mean of the past, then its first value."""
+
+    def forward(self, past):
+        """(W, C, L) to (W, C, 3)."""
+        return torch.stack([2 * past[..., -1], past.mean(-1), past[..., 0]], dim=-1)
+
+
+def test_roll_out_feeds_forecasts_back():
+    past = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
+    # First call: 8, 2.5, 1. The window is then 4, 8, 2.5, 1: second call 2, 3.875, 4.
+    found = training.roll_out(Next(), past, 5)
+    assert found.tolist() == [[[8.0, 2.5, 1.0, 2.0, 3.875]]]
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+def test_scores_by_horizon_are_those_of_each_horizon_alone(stride):
+    series = data.make_series("x", data.multiscale(400, 2))
+    splits = {h: data.Windows(series, "test", 16, h, stride=stride) for h in (2, 3, 8, 20)}
+    assert len(splits[2]) > len(splits[20])
+    found = training.evaluate_horizons(Next(), splits, "cpu", batch_size=7)
+    for horizon, windows in splits.items():
+        past, truth = windows.batch(slice(None))
+        forecast = training.roll_out(Next(), past, horizon)
+        assert found[horizon].count == truth.numel()
+        error = (forecast - truth).double()
+        assert found[horizon].mse == pytest.approx(error.square().mean().item(), rel=1e-6)
+        assert found[horizon].mae == pytest.approx(error.abs().mean().item(), rel=1e-6)
+
+
+def test_stride_takes_every_third_window():
+    series = data.make_series("x", data.multiscale(400, 2))
+    every, third = (data.Windows(series, "val", 16, 4, stride=stride) for stride in (1, 3))
+    assert len(third) == -(-len(every) // 3)
+    for part in (0, 1):
+        assert torch.equal(third.batch(slice(None))[part], every.batch(slice(None, None, 3))[part])
+
+
+@pytest.mark.parametrize("variant", ["dense", "token", *studies.ABLATIONS])
+def test_active_flops_of_every_variant_are_what_pytorch_counts(variant):
+    changes = studies.ABLATIONS.get(variant, {"ffn": variant})
+    # 64 patches: no segment size but 1, 2, 4 and 8 divides them.
+    config = dataclasses.replace(model.ForecasterConfig(horizon=32), **changes)
+    forecaster = model.Forecaster(config).eval()
+    past = torch.randn(1, 1, config.look_back)
+    forecaster(past)  # loads the operators, which the counter has to find
+    # The counter does not know the CPU's fused attention.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        forecaster(past)
+    counted = counter.get_total_flops() / config.num_patches
+    assert model.active_flops_per_token(config) == pytest.approx(counted, rel=1e-12)
+
+
+def test_every_run_has_its_own_name_and_the_seeds_go_first():
+    for name, runs in studies.STUDIES.items():
+        for scale in ("small", "full"):
+            found = list(runs(scale, "cpu"))
+            assert len({run.name for run in found}) == len(found), name
+            assert [run.options.seed for run in found] == sorted(run.options.seed for run in found)
+
+
+def test_baselines_differ_in_the_kind_alone_and_need_the_same_flops():
+    runs = [run for run in studies.baselines("small", "cpu") if run.name.startswith("ETTh1")]
+    assert {run.variant for run in runs} == {"dense", "token", "segment"}
+    same = {dataclasses.replace(run.config, ffn="dense") for run in runs}
+    assert len(same) == 1
+    flops = [model.active_flops_per_token(run.config) for run in runs]
+    assert max(flops) < 1.1 * min(flops)
+
+
+@pytest.fixture
+def small_study(monkeypatch, tmp_path):
+    """A study of two tiny runs on a generated series, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def runs(_scale, device):
+        config = model.ForecasterConfig(
+            look_back=32, horizon=4, d_model=8, d_ff=8, num_layers=1, segment_sizes=(3,)
+        )
+        options = training.TrainOptions(
+            epochs=3, train_fraction=0.02, test_stride=50, device=device
+        )
+        for kind in ("dense", "segment"):
+            changed = dataclasses.replace(config, ffn=kind)
+            yield studies.Run("multiscale", kind, changed, options, horizons=(4, 9))
+
+    monkeypatch.setitem(study.STUDIES, "baselines", runs)
+    return ["baselines", "--quiet", "--threads=1", f"--results={tmp_path}"]
+
+
+def read(folder):
+    return {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+SCORES = ("horizons", "validation", "best_epoch", "parameters")
+
+
+def test_an_interrupted_study_goes_on_and_ends_as_one_that_was_not(
+    small_study, monkeypatch, tmp_path, capsys
+):
+    assert study.main(small_study) == 0
+    expected = read(tmp_path / "baselines")
+    assert len(expected) == 2
+    for path in (tmp_path / "baselines").glob("*.json"):
+        path.unlink()
+
+    # Stopped in the second run, after its second epoch was saved.
+    save, saved = training.Trainer.save, []
+
+    def stop(trainer, path):
+        save(trainer, path)
+        saved.append(path)
+        if len(saved) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.Trainer, "save", stop)
+    assert study.main(small_study) == 130
+    assert [*read(tmp_path / "baselines")] == ["multiscale_dense_s0.json"]
+    assert study.main(small_study) == 0
+    found = read(tmp_path / "baselines")
+    assert len(saved) == 3 + 3  # nothing was trained twice
+    for name, record in expected.items():
+        for key in SCORES:
+            assert found[name][key] == record[key]
+    assert "going on after epoch 2" in capsys.readouterr().out
+
+
+def test_a_run_is_repeated_by_its_command(small_study, tmp_path):
+    assert study.main(small_study) == 0
+    path = tmp_path / "baselines" / "multiscale_segment_s0.json"
+    record = json.loads(path.read_text())
+    path.unlink()
+    assert record["command"].startswith("python examples/study.py baselines --only ")
+    only = re.search(r"--only '?([^' ]+)'?$", record["command"])[1]
+    assert study.main([*small_study, "--only", only]) == 0
+    again = json.loads(path.read_text())
+    assert {key: again[key] for key in SCORES} == {key: record[key] for key in SCORES}
+    assert record["horizons"]["9"]["windows"] < record["horizons"]["4"]["windows"] + 1
+
+
+def test_report_of_hand_made_results(tmp_path, capsys):
+    folder = tmp_path / "baselines"
+    folder.mkdir()
+    scores = {"dense": [0.4, 0.5, 0.6], "segment": [0.45, 0.45, 0.45]}
+    for variant, values in scores.items():
+        for seed, mse in enumerate(values):
+            record = {
+                "data": "ETTh1",
+                "variant": variant,
+                "options": {"seed": seed},
+                "horizons": {"96": {"mse": mse, "mae": mse / 2, "windows": 7}},
+                "parameters": 10,
+                "active_flops_per_token": 20.0,
+                "reduced": "",
+            }
+            (folder / f"ETTh1_{variant}_s{seed}.json").write_text(json.dumps(record))
+    report.write_report("baselines", folder)
+    shown = capsys.readouterr().out
+    assert "| ETTh1 | 96 | 0.5000 ± 0.1000 | 0.4500 ± 0.0000 | segment |" in shown
+    assert "6 runs, seeds 0, 1, 2" in shown
+    with folder.with_suffix(".csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["variant"] for row in rows] == ["dense", "segment"]
+    assert float(rows[0]["mse_spread"]) == pytest.approx(statistics.stdev(scores["dense"]))
+    assert folder.with_suffix(".png").stat().st_size > 5000
+
+
+def test_commands_that_cannot_work_say_so(small_study, capsys):
+    assert study.main([*small_study, "--only", "nothing"]) == 2
+    assert "matches none of 2 runs" in capsys.readouterr().err
+    assert study.main([*small_study, "--report"]) == 2
+    assert "has no result yet" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        study.main([*small_study, "--only", "("])
+    assert "regular expression" in capsys.readouterr().err
