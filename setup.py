@@ -27,6 +27,7 @@ setup(
     extras_require={
         # torch and triton are pinned to the pair that torch itself ships together.
         "dev": [
+            "build>=1",
             "torch==2.13.0",
             "triton==3.7.1; platform_system == 'Linux'",
             "hypothesis>=6.100",
