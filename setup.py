@@ -41,6 +41,8 @@ setup(
             "tqdm>=4.66",
             "transformers>=5",
         ],
+        "plots": ["matplotlib>=3.8"],
+        "tensorboard": ["tensorboard>=2.16"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

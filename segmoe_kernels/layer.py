@@ -84,6 +84,9 @@ class SegMoE(nn.Module):
     Source: arXiv 2601.21641; evortigosa/segmoe_forecast, model/MoE.py, class ``MoESegment``.
     """
 
+    # Called as (layer, routing, segments of one sequence) after each pass; copies have none.
+    _observers: tuple[Any, ...] = ()
+
     def __init__(
         self,
         d_model: int,
@@ -286,6 +289,8 @@ class SegMoE(nn.Module):
             padding_mask=padding_mask,
             backend=self.backend,
         )
+        for observe in self._observers:
+            observe(self, routing, -(-x.shape[-2] // self.segment_size))
         return self._inject_losses(y, routing), routing
 
     def _run(self, *tensors: Any, **options: Any) -> tuple[Tensor, Routing]:
@@ -328,8 +333,9 @@ class SegMoE(nn.Module):
         return inject_loss(y, loss) if torch.is_grad_enabled() else y
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copied scaler would go on with the scale of the moment.
-        return {**super().__getstate__(), "loss_scaler": None}  # type: ignore[no-untyped-call]
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        # A copied scaler would go on with the scale of the moment, an observer watch two layers.
+        return {**state, "loss_scaler": None, "_observers": ()}
 
     def extra_repr(self) -> str:
         """The options, for ``repr``."""

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from segmoe_kernels import SegMoE
+from segmoe_kernels import SegMoE, collect_routing_stats
 from segmoe_kernels.parallel import expert_parameter_names, gather_experts, shard_experts
 
 D, HIDDEN = 4, 6
@@ -232,6 +232,28 @@ def compiled_as_eager(rank, world):
     layer = shard_experts(make())
     x = batches(world, [1, 2], masked=False)[rank][0]
     close(torch.compile(layer, backend="eager")(x), layer(x), "y")
+
+
+def statistics_of_all_ranks(rank, world):
+    """Counters are summed when read, once; of sharded layers as of plain ones."""
+    model = nn.Sequential(make(aux_loss_weight=0.1), shard_experts(make(router_temperature=0.1)))
+    stats = collect_routing_stats(model, all_reduce=True)
+    inputs = batches(world, [1, 2], masked=False, steps=6)
+    for _ in range(2):
+        model(inputs[rank][0])
+        stats.end_step()
+    found = stats.compute()
+    steps = [entry["layers"][1]["num_tokens"] for entry in stats.step_history]
+    stats.close()
+    alone = nn.Sequential(make(aux_loss_weight=0.1), make(router_temperature=0.1))
+    with collect_routing_stats(alone) as expected:
+        for x, _, _ in inputs * 2:
+            alone(x)
+        theirs = expected.compute()
+    for i, own in found["layers"].items():
+        for key, value in own.items():
+            close(torch.as_tensor(value), torch.as_tensor(theirs["layers"][i][key]), key)
+    return {"steps": steps, "epoch": found["layers"][0]["num_tokens"]}
 
 
 def stuck(rank, _world):

@@ -11,7 +11,7 @@ PACKAGE = Path(segmoe_kernels.__file__).parent
 
 # The package itself is "", subpackages have dots. A new file or arrow has to be written down here.
 ARROWS = {
-    "": {"convert", "dialects", "layer", "losses", "parallel", "routing", "swap"},
+    "": {"convert", "dialects", "layer", "losses", "parallel", "routing", "stats", "swap"},
     "__main__": {"", "_triton.tiles", "functional", "layer", "testing"},
     "adapters": {"layer", "validation"},
     "composed_ffn": {"grouped_mm", "routing"},
@@ -38,6 +38,9 @@ ARROWS = {
         "validation",
     },
     "routing": set(),
+    "stats": {"layer", "routing", "validation"},
+    "stats_plots": {"routing", "validation"},
+    "stats_writers": {"validation"},
     "swap": {"adapters", "convert", "dense_ffn", "layer", "validation"},
     "testing": {"layer", "reference", "routing"},
     "validation": {"routing"},

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import bad_calls
 import bad_options
+import bad_stats
 import bad_swaps
 import pytest
 import torch
@@ -17,13 +18,15 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 import segmoe_kernels
 from segmoe_kernels import SegMoE, functional
 
-ROWS = [*bad_calls.ROWS, *bad_options.ROWS, *bad_swaps.ROWS]
+ROWS = [*bad_calls.ROWS, *bad_options.ROWS, *bad_swaps.ROWS, *bad_stats.ROWS]
 PACKAGE = Path(segmoe_kernels.__file__).parent
 CHECKED = ["validation", "layer", "functional", "losses", "convert", "testing"]
 CHECKED += ["adapters", "dialects", "huggingface", "parallel", "swap"]
-# Messages about the machine; tested in test_functional.py, test_huggingface.py, parallel_jobs.py.
+CHECKED += ["stats", "stats_plots", "stats_writers"]
+# Messages about the machine; tested in test_functional.py, test_huggingface.py, parallel_jobs.py,
+# test_stats*.py.
 ELSEWHERE = {"resolve_backend", "register_experts", "_check_group", "__reduce__"}
-ELSEWHERE |= {"_check_equal"}
+ELSEWHERE |= {"_check_equal", "_check_initialized", "_figure", "_summary_writer"}
 
 
 @pytest.mark.parametrize(
@@ -46,7 +49,7 @@ REAL_ONLY = {"forward_sparse", "forward_nested", "forward_jagged", "forward_quan
 @pytest.fixture(scope="module")
 def fake_rows():
     """The mode that fake tensors live in, and the rows anew, made of them: name -> row."""
-    names = ("bad_calls", "bad_options", "bad_swaps")
+    names = ("bad_calls", "bad_options", "bad_swaps", "bad_stats")
     real = {name: sys.modules.pop(name) for name in names}
     mode = FakeTensorMode()
     try:
@@ -80,7 +83,9 @@ def test_every_public_function_has_bad_calls():
     public = ["SegMoE", "SegMoE.forward", "load_official", "segment_schedule", "to_official"]
     public += ["load_balancing_loss", "router_z_loss", *functional.__all__]
     public += ["replace_ffn", "upcycle", "convert_state_dict", "experts_forward"]
-    public += ["set_loss_scaler", "shard_experts"]
+    public += ["set_loss_scaler", "shard_experts", "collect_routing_stats", "plot_expert_load"]
+    public += ["RoutingCollector.load_state_dict", "plot_expert_usage", "plot_segment_timeline"]
+    public += ["CSVWriter.write", "flatten_stats"]
     public.remove("resolve_backend")  # named by who calls it
     assert {name: counts[name] for name in public if counts[name] < 2} == {}
 
