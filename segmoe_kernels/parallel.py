@@ -132,7 +132,8 @@ def shard_experts(layer: SegMoE, group: Any = None, *, average_gradients: bool =
     check.check_flag(name, "average_gradients", average_gradients)
     if layer.experts is None:
         check.fail_value(name, "layer", "have experts", "num_experts=0")
-    own = _Group(_check_group(name, group))
+    check.check_group(name, group)
+    own = _Group(group)
     _check_equal(layer, own)
     source = 0 if group is None else dist.get_global_rank(group, 0)
     result = copy.deepcopy(layer)
@@ -204,15 +205,6 @@ def expert_parameter_names(model: nn.Module) -> list[str]:
         if isinstance(module, _ShardedSegMoE) and module.experts is not None
         for name, _ in module.experts.named_parameters()
     ]
-
-
-def _check_group(function: str, group: Any) -> Any:
-    if not dist.is_available() or not dist.is_initialized():
-        message = "needs torch.distributed: call torch.distributed.init_process_group first."
-        raise RuntimeError(f"segmoe_kernels.{function} {message}")
-    if dist.get_rank(group) < 0:
-        raise RuntimeError(f"segmoe_kernels.{function}: this rank is not in the group.")
-    return group
 
 
 def _check_equal(layer: SegMoE, own: _Group) -> None:

@@ -356,24 +356,18 @@ def collect_routing_stats(
     Raises:
         TypeError: for an argument of the wrong type.
         ValueError: if model has no layer with experts, or every is below 1.
-        RuntimeError: if ``torch.distributed`` is not initialised where ranks are to be summed.
+        RuntimeError: where ranks are to be summed, if ``torch.distributed`` is not initialised, or
+            this rank not in the group.
     """
     name = "collect_routing_stats"
-    if not isinstance(model, nn.Module):
-        check.fail_type(name, "model", "be a torch.nn.Module", type(model).__name__)
+    check.check_module(name, "model", model)
     check.check_integer(name, "every", every, 1)
     check.check_flag(name, "all_reduce", all_reduce)
     if group is not None and not all_reduce:
         check.fail_value(name, "group", "be None without all_reduce=True", group)
     if all_reduce:
-        _check_initialized(name)
+        check.check_group(name, group)
     if not _layers_of(model):
         rule = "have a SegMoE with experts inside"
         check.fail_value(name, "model", rule, type(model).__name__)
     return RoutingCollector(model, every, all_reduce, group)
-
-
-def _check_initialized(function: str) -> None:
-    if not dist.is_available() or not dist.is_initialized():
-        message = "needs torch.distributed: call torch.distributed.init_process_group first."
-        raise RuntimeError(f"segmoe_kernels.{function} {message}")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from segmoe_kernels.routing import FFNWeights
@@ -80,6 +81,15 @@ def check_module(function: str, argument: str, value: Any) -> None:
     """Refuse what is not a module."""
     if not isinstance(value, nn.Module):
         fail_type(function, argument, "be a torch.nn.Module", type(value).__name__)
+
+
+def check_group(function: str, group: Any) -> None:
+    """Refuse a process group that this rank is not in; None is the group of all ranks."""
+    if not dist.is_available() or not dist.is_initialized():
+        message = "needs torch.distributed: call torch.distributed.init_process_group first."
+        raise RuntimeError(f"segmoe_kernels.{function} {message}")
+    if dist.get_rank(group) < 0:
+        raise RuntimeError(f"segmoe_kernels.{function}: this rank is not in the group.")
 
 
 def check_tensor(function: str, argument: str, value: Any) -> None:

@@ -25,8 +25,8 @@ CHECKED += ["adapters", "dialects", "huggingface", "parallel", "swap"]
 CHECKED += ["stats", "stats_plots", "stats_writers"]
 # Messages about the machine; tested in test_functional.py, test_huggingface.py, parallel_jobs.py,
 # test_stats*.py.
-ELSEWHERE = {"resolve_backend", "register_experts", "_check_group", "__reduce__"}
-ELSEWHERE |= {"_check_equal", "_check_initialized", "_figure", "_summary_writer"}
+ELSEWHERE = {"resolve_backend", "register_experts", "check_group", "__reduce__"}
+ELSEWHERE |= {"_check_equal", "_figure", "_summary_writer"}
 
 
 @pytest.mark.parametrize(
