@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Test processes: one for each core of a small machine.
 JOBS ?= 2
 
-.PHONY: demo test fuzz accuracy mutants matrix sanitize lint bench gpu clean
+.PHONY: demo test fuzz accuracy mutants matrix sanitize lint docs bench gpu clean
 
 $(READY): setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,10 @@ lint: $(READY)  ## style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+docs: $(READY)  ## pages and API reference; begin at build/docs/index.html
+	$(RUN) -m docs.pictures
+	$(RUN) -m docs.build
 
 bench: $(READY)  ## traffic and launches of every plan, and CPU timing of the reference
 	$(RUN) -m benchmarks.traffic

@@ -34,6 +34,7 @@ setup(
             "matplotlib>=3.8",
             "mypy==2.4.1",
             "pandas>=2.2",
+            "pdoc>=15",
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-xdist>=3.6",

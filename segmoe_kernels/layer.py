@@ -224,7 +224,7 @@ class SegMoE(nn.Module):
         return loss
 
     def reset_parameters(self) -> None:
-        """Initialise every parameter anew (after ``to_empty`` on a meta-device module too)."""
+        """Initialise every parameter anew (a meta-device module needs it once it has memory)."""
         for module in (self.router, self.experts, self.shared_expert):
             if module is not None:
                 module.reset_parameters()

@@ -20,6 +20,8 @@ from segmoe_kernels.grouped_ffn import grouped_ffn
 from segmoe_kernels.grouped_mm import grouped_linear
 from segmoe_kernels.routing import FFNWeights, Permutation, RouterOutput, Routing
 
+__all__ = ["combine", "expert_ffn", "grouped_gemm", "permute", "route", "seg_moe"]
+
 
 def valid_steps(x: Tensor, segment_size: int, padding_mask: Tensor | None = None) -> Tensor:
     """(B, J, P) bool: True where a segment has a real step."""

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+__all__ = ["FFNWeights", "Permutation", "RouterOutput", "Routing"]
+
 
 class FFNWeights(NamedTuple):
     """Parameters of one FFN, or of E of them stacked in front; the last dimension contracts.
