@@ -117,7 +117,9 @@ def build(example, device="cpu"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
         weight = layer.router.weight
         if example["routing"] == "one expert":
-            weight[0] *= 20
+            # A logit of large products may be a small difference of them, which eager may have
+            # right by chance; float64 has a tolerance for it.
+            weight[0] *= 20 if dtype == torch.float64 else 4
         elif example["routing"] == "ties":
             weight.zero_()  # equal rows would give equal logits only up to their rounding
         elif example["routing"] == "sharp":
