@@ -39,6 +39,7 @@ setup(
             "pytest-benchmark>=5",
             "pytest-xdist>=3.6",
             "ruff==0.17.6",
+            "tensorboard>=2.16",
             "tqdm>=4.66",
             "transformers>=5",
         ],
