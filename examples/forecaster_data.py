@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from forecaster_sources import DATASETS, find_or_download, read_values
+from stress_series import STRESS
 from torch import Tensor
 
 FloatArray = npt.NDArray[np.float64]
@@ -139,7 +140,7 @@ def load_series(name: str, data_dir: Path | None = None) -> Series:
     """Load, generate or fetch a series and scale it.
 
     Args:
-        name: a key of `DATASETS`, "multiscale", or the path of a csv file.
+        name: a key of `DATASETS` or of `STRESS`, "multiscale", or the path of a csv file.
         data_dir: where to look first.
 
     Returns:
@@ -151,11 +152,13 @@ def load_series(name: str, data_dir: Path | None = None) -> Series:
     """
     if name == "multiscale":
         return make_series(name, multiscale())
+    if name in STRESS:
+        return make_series(name, STRESS[name]())
     if name in DATASETS:
         return make_series(name, read_values(find_or_download(name, data_dir)))
     path = Path(name)
     if not path.is_file():
-        known = ", ".join([*DATASETS, "multiscale"])
+        known = ", ".join([*DATASETS, "multiscale", *STRESS])
         raise ValueError(f"--data must be one of {known}, or a csv file, got {name!r}")
     return make_series(path.name, read_values(path))
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from forecaster_model import ForecasterConfig
 from forecaster_training import TrainOptions
+from stress_series import STRESS
 
 HORIZONS = (96, 192, 336, 720)
 SEEDS = (0, 1, 2)
@@ -47,6 +48,7 @@ BUDGETS = {
     "Weather": Budget(0.018, 24, 12),
     "exchange_rate": Budget(0.35, 2, 1),
     "multiscale": Budget(0.6, 2, 2),
+    **dict.fromkeys(STRESS, Budget(0.7, 2, 1)),
 }
 DATA = ("ETTh1", "ETTh2", "ETTm1", "ETTm2", "Weather", "exchange_rate")
 FULL_BATCH = {"Weather": 256}
@@ -143,4 +145,27 @@ def ablations(scale: str, device: str) -> Iterator[Run]:
                 yield Run(data, variant, changed, options, horizons=(96,))
 
 
-STUDIES = {"baselines": baselines, "ablations": ablations}
+STRESSED: dict[str, dict[str, object]] = {
+    "dense": {"ffn": "dense"},
+    "token": {"ffn": "token"},
+    "P=2": {"segment_sizes": (2,) * 4},
+    "P=5": {"segment_sizes": (5,) * 4},
+    "P=8": {"segment_sizes": (8,) * 4},
+    # 59 patches, a prime: no segment size but 1 divides it.
+    "P=5 of 59": {"segment_sizes": (5,) * 4, "look_back": 472},
+    "P=8 of 59": {"segment_sizes": (8,) * 4, "look_back": 472},
+    "dense of 59": {"ffn": "dense", "look_back": 472},
+}
+
+
+def failures(scale: str, device: str) -> Iterator[Run]:
+    """Series that break what segment routing relies on, forecast without a roll-out."""
+    for seed in SEEDS:
+        for data in STRESS:
+            for variant, change in STRESSED.items():
+                config, options = base(data, scale, seed, device)
+                changed = dataclasses.replace(config, **change)  # type: ignore[arg-type]
+                yield Run(data, variant, changed, options, horizons=(32,))
+
+
+STUDIES = {"baselines": baselines, "ablations": ablations, "failures": failures}

@@ -126,7 +126,7 @@ def write_report(study: str, folder: Path) -> None:
     if not records:
         raise ValueError(f"{folder} has no result yet: run the study first")
     rows = summarise(records)
-    first = ["dense", "token", "segment"] if study == "baselines" else ["5-5-4-4"]
+    first = ["5-5-4-4"] if study == "ablations" else ["dense", "token", "segment"]
     variants = ordered((row["variant"] for row in rows), first)
     against = variants[0]
     seeds = sorted({record["options"]["seed"] for record in records})

@@ -9,6 +9,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ training = importlib.import_module("forecaster_training")
 studies = importlib.import_module("studies")
 study = importlib.import_module("study")
 report = importlib.import_module("study_report")
+stress = importlib.import_module("stress_series")
 
 
 class Next(nn.Module):
@@ -62,9 +64,12 @@ def test_stride_takes_every_third_window():
         assert torch.equal(third.batch(slice(None))[part], every.batch(slice(None, None, 3))[part])
 
 
-@pytest.mark.parametrize("variant", ["dense", "token", *studies.ABLATIONS])
+VARIANTS = {**studies.ABLATIONS, **studies.STRESSED}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_active_flops_of_every_variant_are_what_pytorch_counts(variant):
-    changes = studies.ABLATIONS.get(variant, {"ffn": variant})
+    changes = VARIANTS[variant]
     # 64 patches: no segment size but 1, 2, 4 and 8 divides them.
     config = dataclasses.replace(model.ForecasterConfig(horizon=32), **changes)
     forecaster = model.Forecaster(config).eval()
@@ -199,3 +204,23 @@ def test_commands_that_cannot_work_say_so(small_study, capsys):
     with pytest.raises(SystemExit):
         study.main([*small_study, "--only", "("])
     assert "regular expression" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", stress.STRESS)
+def test_stress_series_are_finite_repeat_and_differ_by_seed(name):
+    make = stress.STRESS[name]
+    values = make()
+    assert values.shape == (stress.ROWS, stress.CHANNELS)
+    assert np.isfinite(values).all()
+    assert np.array_equal(values, make())
+    assert not np.array_equal(values, make(seed=1))
+    assert data.load_series(name).name == name
+
+
+def test_phase_locked_repeats_after_40_steps_and_drift_does_not():
+    """Zeros of the first half of a cycle: every form of it is positive there, but the sawtooth."""
+    for make, locked in ((stress.phase_locked, True), (stress.phase_drift, False)):
+        values = make()[:4000, 0].reshape(100, 40)
+        # The mean cycle: all forms agree on the sign of its halves only where phases do.
+        swing = values.mean(0).max() - values.mean(0).min()
+        assert (swing > 1.0) == locked
