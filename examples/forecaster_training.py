@@ -153,6 +153,7 @@ class Trainer:
         options: see `TrainOptions`.
         checkpoint: file written after every epoch, or None.
         identity: what must agree between a checkpoint and the run that resumes it.
+        after_step: called after every step.
     """
 
     def __init__(
@@ -163,7 +164,9 @@ class Trainer:
         options: TrainOptions,
         checkpoint: Path | None = None,
         identity: dict[str, Any] | None = None,
+        after_step: Callable[[], None] | None = None,
     ) -> None:
+        self.after_step = after_step
         self.model, self.train_windows, self.val_windows = model, train, val
         self.options, self.checkpoint = options, checkpoint
         self.identity = {"options": dataclasses.asdict(options), **(identity or {})}
@@ -227,6 +230,8 @@ class Trainer:
         bar = tqdm(batches, desc=f"epoch {epoch + 1}", disable=not progress, leave=False)
         for ids in bar:
             total += self._step(ids) * len(ids)
+            if self.after_step is not None:
+                self.after_step()
         train_s = time.perf_counter() - begin
         val = evaluate(self.model, self.val_windows, self.options.device)
         result = {

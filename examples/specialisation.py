@@ -1,0 +1,231 @@
+"""Which expert takes what: hours of the day, levels, volatility, channels.
+
+    python examples/specialisation.py --data ETTh1
+
+Trains one segment-wise model as the studies do, follows the load of its experts over training, then
+routes test windows and asks what an expert tells about its segments: the share of the uncertainty
+about the hour, the level, the volatility or the channel that knowing the expert takes away (mutual
+information over the entropy of the quantity), beside the same for shuffled experts. Writes numbers
+and plots into ``examples/results/specialisation``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from forecaster_data import Series, Windows, load_series
+from forecaster_model import Forecaster
+from forecaster_report import versions, write_json
+from forecaster_sources import DataUnavailableError
+from forecaster_training import DivergedError, Trainer
+from matplotlib.figure import Figure
+from studies import BUDGETS, base
+
+from segmoe_kernels import collect_routing_stats
+from segmoe_kernels.stats import RoutingCollector
+from segmoe_kernels.stats_plots import plot_expert_load
+
+RESULTS = Path(__file__).resolve().parent / "results" / "specialisation"
+DAY = {"ETTh1": 24, "ETTh2": 24, "ETTm1": 96, "ETTm2": 96, "Weather": 144, "multiscale": 24}
+BINS = 8
+IntArray = npt.NDArray[np.int64]
+
+
+class Segments(NamedTuple):
+    """What is known of routed segments, one number each."""
+
+    expert: IntArray
+    hour: IntArray  # of the segment's middle, a day cut into BINS parts
+    level: IntArray  # quantile of the mean of its values
+    volatility: IntArray  # quantile of their standard deviation
+    channel: IntArray
+    switches: float  # share of neighbours with another expert
+
+
+def information(expert: IntArray, quantity: IntArray) -> float:
+    """Share of the quantity's entropy that the expert takes away, 0 to 1."""
+    table = np.zeros((expert.max() + 1, quantity.max() + 1))
+    np.add.at(table, (expert, quantity), 1)
+    joint = table / table.sum()
+    one, other = joint.sum(1, keepdims=True), joint.sum(0, keepdims=True)
+    present = joint > 0
+    mutual = (joint[present] * np.log(joint[present] / (one * other)[present])).sum()
+    entropy = -(other[other > 0] * np.log(other[other > 0])).sum()
+    return float(mutual / entropy) if entropy > 0 else 0.0
+
+
+def quantiles(values: npt.NDArray[np.float64]) -> IntArray:
+    """Numbers of equally filled bins."""
+    edges = np.quantile(values, np.linspace(0, 1, BINS + 1)[1:-1])
+    return np.searchsorted(edges, values, side="right")
+
+
+def describe(
+    model: Forecaster, series: Series, layer: int, day: int, stride: int, batch: int = 32
+) -> Segments:
+    """Route test windows, and look at the values of each segment of a layer."""
+    windows = Windows(series, "test", model.config.look_back, 1, stride=stride)
+    first = max(0, series.splits.test[0] - model.config.look_back)
+    steps = model.config.layer_segment(layer) * model.config.patch
+    experts, hours, means, spreads, channels, switched = [], [], [], [], [], []
+    for start in range(0, len(windows), batch):
+        ids = np.arange(start, min(start + batch, len(windows)))
+        past, _ = windows.batch(slice(start, start + batch))  # (W, C, L)
+        chosen = model.routing(past)[layer].topk_ids[:, 0].numpy()
+        count, width, _ = past.shape
+        chosen = chosen.reshape(count, width, -1).astype(np.int64)
+        # Whole segments only: the last one may be short.
+        whole = model.config.look_back // steps
+        pieces = past[..., : whole * steps].unflatten(-1, (whole, steps)).numpy()
+        begin = first + ids[:, None, None] * stride + np.arange(whole) * steps + steps // 2
+        shape = (count, width, whole)
+        experts.append(chosen[..., :whole].reshape(-1))
+        hours.append(np.broadcast_to(begin % day * BINS // day, shape).reshape(-1))
+        means.append(pieces.mean(-1).reshape(-1))
+        spreads.append(pieces.std(-1).reshape(-1))
+        channels.append(np.broadcast_to(np.arange(width)[:, None], shape).reshape(-1))
+        switched.append((chosen[..., 1:] != chosen[..., :-1]).reshape(-1))
+    return Segments(
+        np.concatenate(experts),
+        np.concatenate(hours),
+        quantiles(np.concatenate(means)),
+        quantiles(np.concatenate(spreads)),
+        np.concatenate(channels),
+        float(np.concatenate(switched).mean()),
+    )
+
+
+def summarise(segments: Segments, layer: int, size: int, num_experts: int) -> dict[str, Any]:
+    """The numbers of one layer."""
+    load = np.bincount(segments.expert, minlength=num_experts) / len(segments.expert)
+    shuffled = np.random.default_rng(0).permutation(segments.expert)
+    row: dict[str, Any] = {
+        "layer": layer,
+        "segment_size": size,
+        "segments": len(segments.expert),
+        "load": load.tolist(),
+        "switch_rate": segments.switches,
+        # What two segments drawn at random would give.
+        "switch_rate_of_chance": float(1 - (load**2).sum()),
+    }
+    for name in ("hour", "level", "volatility", "channel"):
+        quantity = getattr(segments, name)
+        row[name] = information(segments.expert, quantity)
+        row[f"{name}_shuffled"] = information(shuffled, quantity)
+    return row
+
+
+def plot_shares(found: list[Segments], num_experts: int, path: Path) -> None:
+    """Draw for each layer how each hour, level and volatility is shared out among the experts."""
+    figure = Figure(figsize=(9, 1 + 1.6 * len(found)), layout="constrained")
+    axes = figure.subplots(len(found), 3, sharey=True, squeeze=False)
+    mesh = None
+    for layer, (row, segments) in enumerate(zip(axes, found, strict=True)):
+        for axis, name in zip(row, ("hour", "level", "volatility"), strict=True):
+            table = np.zeros((num_experts, BINS))
+            np.add.at(table, (segments.expert, getattr(segments, name)), 1)
+            shares = table / np.maximum(table.sum(0, keepdims=True), 1)
+            mesh = axis.imshow(shares, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+            axis.set_yticks(range(num_experts))
+            if layer == 0:
+                axis.set_title({"hour": "eighth of a day"}.get(name, f"{name}, low to high"))
+        row[0].set_ylabel(f"layer {layer}\nexpert")
+    figure.colorbar(mesh, ax=list(axes.flat), label="share of the segments")
+    figure.savefig(path, dpi=130)
+
+
+def follow(stats: RoutingCollector, steps_per_epoch: int) -> Callable[[], None]:
+    """What to do after each step, for eight entries an epoch."""
+    done, every = itertools.count(1), max(1, steps_per_epoch // 8)
+
+    def after_step() -> None:
+        step = next(done)
+        if step % steps_per_epoch == 1:
+            stats.reset()  # what validation added
+        elif step % every == 0:
+            stats.end_step()
+
+    return after_step
+
+
+def run(options: argparse.Namespace, command: str) -> None:
+    """Train, look, write."""
+    torch.set_num_threads(options.threads)
+    series = load_series(options.data, options.data_dir)
+    config, training = base(options.data, "small", options.seed, "cpu")
+    windows = {
+        split: Windows(series, split, config.look_back, config.horizon, stride=stride)
+        for split, stride in (("train", 1), ("val", training.val_stride))
+    }
+    torch.manual_seed(training.seed)
+    model = Forecaster(config)
+    trainer = Trainer(model, windows["train"], windows["val"], training)
+    with collect_routing_stats(model) as stats:
+        trainer.after_step = follow(stats, trainer.steps_per_epoch)
+        trainer.fit(progress=not options.quiet)
+    model.eval()
+    day = options.day or DAY.get(options.data, 24)
+    found = [
+        describe(model, series, layer, day, options.stride) for layer in range(config.num_layers)
+    ]
+    rows = [
+        summarise(segments, layer, config.layer_segment(layer), config.num_experts)
+        for layer, segments in enumerate(found)
+    ]
+    out = options.results or RESULTS
+    name = f"{series.name}_s{options.seed}"
+    content = {"command": command, "versions": versions(), "data": series.name, "layers": rows}
+    loads = [
+        [entry["layers"][i]["hard_fraction"].tolist() for i in entry["layers"]]
+        for entry in stats.step_history
+    ]
+    switches = [
+        [entry["layers"][i]["switch_rate"] for i in entry["layers"]] for entry in stats.step_history
+    ]
+    content |= {"load_over_training": loads, "switch_rate_over_training": switches}
+    write_json(out / f"{name}.json", content)
+    plot_shares(found, config.num_experts, out / f"{name}_shares.png")
+    plot_expert_load(stats.step_history).savefig(out / f"{name}_load.png", dpi=130)
+    print(f"{series.name}: share of the entropy that the expert takes away (shuffled experts)")
+    for row in rows:
+        cells = [
+            f"{key} {row[key]:.3f} ({row[f'{key}_shuffled']:.3f})"
+            for key in ("hour", "level", "volatility", "channel")
+        ]
+        rate = f"switches {row['switch_rate']:.2f} (chance {row['switch_rate_of_chance']:.2f})"
+        print(f"layer {row['layer']}, P={row['segment_size']}: {', '.join(cells)}, {rate}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--data", default="ETTh1", choices=sorted(BUDGETS))
+    add("--data-dir", type=Path, help="folder with the csv files, plain or gzipped")
+    add("--results", type=Path, help="folder for results; default examples/results/specialisation")
+    add("--day", type=int, help="steps of a day; default: the data set's")
+    add("--stride", type=int, default=64, help="rows between the windows that are looked at")
+    add("--seed", type=int, default=0)
+    add("--threads", type=int, default=2, help="CPU threads")
+    add("--quiet", action="store_true", help="no progress bars and epoch lines")
+    try:
+        command = shlex.join(["python", "examples/specialisation.py", *argv])
+        run(parser.parse_args(argv), command)
+    except (DataUnavailableError, DivergedError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

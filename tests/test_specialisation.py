@@ -1,0 +1,86 @@
+"""What experts take: information measured on made-up choices, and a run from end to end."""
+
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+special = importlib.import_module("specialisation")
+data = importlib.import_module("forecaster_data")
+model = importlib.import_module("forecaster_model")
+training = importlib.import_module("forecaster_training")
+studies = importlib.import_module("studies")
+
+
+def test_information_of_hand_made_choices():
+    hour = np.arange(4000) % 8
+    assert special.information(hour % 4, hour) == pytest.approx(math.log(4) / math.log(8))
+    assert special.information(hour, hour) == pytest.approx(1.0)
+    assert special.information(np.zeros(4000, dtype=int), hour) == 0.0
+    assert special.information(hour, np.zeros(4000, dtype=int)) == 0.0
+    chance = np.random.default_rng(0).integers(0, 4, 4000)
+    assert special.information(chance, hour) < 0.01
+
+
+def test_quantiles_fill_bins_equally():
+    values = np.random.default_rng(0).standard_normal(8000)
+    counts = np.bincount(special.quantiles(values), minlength=special.BINS)
+    assert counts.max() - counts.min() <= 1
+    assert (np.diff(special.quantiles(np.sort(values))) >= 0).all()
+
+
+class ByHour:
+    """Stands for a model: its expert is the quarter of a day in which a segment's middle lies."""
+
+    config = model.ForecasterConfig(look_back=96, patch=8, num_layers=1, segment_sizes=(1,))
+
+    def routing(self, past):
+        """The last channel holds the row number."""
+        rows = past[:, -1:].expand_as(past).unflatten(-1, (-1, 8))[..., 4].reshape(-1, 1)
+        ids = (rows.round().long() % 24 // 6).int()
+        return [type("Routing", (), {"topk_ids": ids})()]
+
+
+def test_segments_are_described_by_the_rows_they_come_from():
+    values = data.multiscale(2400, 2)
+    values[:, -1] = np.arange(2400)
+    splits = data.make_splits("x", 2400)
+    series = data.Series("x", values, splits, np.zeros(2), np.ones(2))
+    found = special.describe(ByHour(), series, 0, day=24, stride=37)
+    # Hours in eighths decide the quarter that the stand-in routes by.
+    assert special.information(found.expert, found.hour) == pytest.approx(
+        math.log(4) / math.log(8), abs=0.02
+    )
+    assert (found.hour // 2 == found.expert).all()
+    assert set(found.channel) == {0, 1}
+    # 8 steps a segment, 6 steps an expert: every neighbour has another one, or none does.
+    row = special.summarise(found, 0, 1, 4)
+    assert row["hour"] > 10 * row["hour_shuffled"]
+    assert sum(row["load"]) == pytest.approx(1)
+
+
+def test_a_run_writes_its_numbers_and_plots(tmp_path, monkeypatch, capsys):
+    def tiny(_data, _scale, seed, device):
+        config = model.ForecasterConfig(
+            look_back=64, horizon=8, d_model=8, d_ff=8, num_layers=2, segment_sizes=(3, 2)
+        )
+        options = training.TrainOptions(epochs=2, train_fraction=0.03, seed=seed, device=device)
+        return config, options
+
+    monkeypatch.setattr(special, "base", tiny)
+    argv = ["--data=multiscale", "--quiet", "--threads=1", f"--results={tmp_path}"]
+    assert special.main(argv) == 0
+    said = capsys.readouterr().out
+    assert "layer 1, P=2" in said
+    content = json.loads((tmp_path / "multiscale_s0.json").read_text())
+    assert [row["segment_size"] for row in content["layers"]] == [3, 2]
+    assert all(sum(row["load"]) == pytest.approx(1) for row in content["layers"])
+    entries = len(content["load_over_training"])
+    assert entries == len(content["switch_rate_over_training"]) >= 8
+    for name in ("shares", "load"):
+        assert (tmp_path / f"multiscale_s0_{name}.png").stat().st_size > 5000
