@@ -1,0 +1,61 @@
+"""The cost of whole models: FLOPs, parameters and bytes kept, held to what they are by hand."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+cost = importlib.import_module("cost")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cost")
+    argv = ["--configs=tiny", "--windows=1", "--channels=2", "--repeats=1", "--threads=1"]
+    assert cost.main([*argv, f"--results={folder}"]) == 0
+    assert (folder / "cost.png").stat().st_size > 5000
+    found = json.loads((folder / "cost.json").read_text())["rows"]
+    return {row["kind"]: row for row in found}
+
+
+def test_parameters_are_those_of_the_configuration(rows):
+    # Width 64, hidden 128: an FFN is 2 * 64 * 128, a shared one P * P times that.
+    ffn, layers = 2 * 64 * 128, 4
+    segment = sum(p * p * ffn + p * 64 for p in (3, 5, 5, 5))
+    experts = layers * 4 * ffn + sum(4 * 64 * p for p in (3, 5, 5, 5))
+    token = layers * (5 * ffn + 4 * 64 + 64)
+    dense = layers * 2 * ffn
+    base = rows["dense"]["parameters"] - dense
+    assert rows["token-wise"]["parameters"] == base + token
+    assert rows["segment-wise"]["parameters"] == base + segment + experts
+    assert rows["official loop"]["parameters"] == rows["segment-wise"]["parameters"]
+
+
+def test_shared_expert_is_most_of_the_work_where_it_is_segment_wide(rows):
+    whole, none = rows["segment-wise"], rows["dense"]
+    assert none["shared_share"] == 0
+    assert whole["shared_share"] > 0.6
+    assert (
+        whole["mflop_per_patch"] > 1.9 * rows["segment-wise, shared token-wide"]["mflop_per_patch"]
+    )
+
+
+def test_bytes_kept_are_counted_once_and_without_parameters():
+    weight = torch.nn.Linear(4, 8, bias=False)
+    x = torch.randn(10, 4, requires_grad=True)
+    # x and the result before the activation; the weight is not counted.
+    size, _ = cost.kept([weight], lambda: torch.relu(weight(x)) + torch.sigmoid(x).sum())
+    assert size == 4 * (10 * 4 + 10 * 8 + 10 * 4)
+
+
+def test_the_official_loop_keeps_more_than_the_layer(rows):
+    ours, loop = (rows[kind]["ffn_mib"] for kind in ("segment-wise", "official loop"))
+    assert ours < loop
+    for row in rows.values():
+        assert row["ffn_mib"] < row["model_mib"]
+        assert row["ffn_bytes_per_patch_and_layer"] > 4 * 64  # at least its input
+        assert min(row["train_ms"], row["infer_ms"]) > 0
