@@ -22,7 +22,16 @@ MODULES = (
     *(
         f"segmoe_kernels.{name}"
         for name in (
-            *("adapters", "convert", "dialects", "functional", "huggingface", "layer", "losses"),
+            *(
+                "adapters",
+                "advise",
+                "convert",
+                "dialects",
+                "functional",
+                "huggingface",
+                "layer",
+                "losses",
+            ),
             *("modules", "parallel", "reference", "routing", "stats", "stats_plots"),
             *("stats_writers", "swap", "testing"),
         )

@@ -1,8 +1,10 @@
-"""``python -m segmoe_kernels doctor``: what is installed, which backend would run, and a check."""
+"""Commands: ``doctor`` says what is installed and checks it, ``advise`` proposes segment sizes."""
 
 import argparse
+import dataclasses
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import sys
@@ -122,6 +124,39 @@ def doctor() -> int:
     return int(failed)
 
 
+def advise_command(options: argparse.Namespace) -> int:
+    """Print which segment sizes a file's series calls for, and why.
+
+    Returns:
+        0, or 2 for a file that can't be used.
+    """
+    from segmoe_kernels.advise import advise, plot_advice, read_series
+
+    try:
+        values = read_series(options.file)
+        advice = advise(
+            values,
+            patch=options.patch,
+            num_layers=options.layers,
+            look_back=options.look_back,
+            max_size=options.max_size,
+        )
+        if options.plot is not None:
+            figure = plot_advice(values, advice, patch=options.patch, look_back=options.look_back)
+            figure.savefig(options.plot, dpi=130)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(dataclasses.asdict(advice)))
+        return 0
+    print(f"{len(values)} steps, {values.shape[1]} channels, patches of {options.patch}")
+    for sentence in advice.reasons:
+        print(f"* {sentence}")
+    print(f"segment sizes: {','.join(map(str, advice.schedule))}")
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -129,14 +164,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line; None takes the process's.
 
     Returns:
-        Exit code: 0, or 1 if a check failed. An unknown command exits with 2.
+        Exit code: 0, 1 if a check failed, 2 for a file that can't be used. An unknown command
+        exits with 2.
     """
     parser = argparse.ArgumentParser(prog="python -m segmoe_kernels")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     text = "print versions, devices and the backend that would run, and check it"
     commands.add_parser("doctor", help=text, description=f"{text.capitalize()}.")
-    parser.parse_args(arguments)
-    return doctor()
+    text = "propose segment sizes for a series, from its autocorrelation and spectrum"
+    add = commands.add_parser(
+        "advise",
+        help=text,
+        description=f"{text.capitalize()}.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    ).add_argument
+    add("file", help="csv, plain or gzipped: a row for each step, a column for each channel")
+    add("--patch", type=int, default=1, help="steps in a patch of the model")
+    add("--layers", type=int, default=4, help="how many sizes to propose")
+    add("--look-back", type=int, default=512, help="steps that the model sees")
+    add("--max-size", type=int, default=8, help="longest segment to consider, in patches")
+    add("--plot", help="file for a picture; needs matplotlib")
+    add("--json", action="store_true", help="print all of it as JSON")
+    options = parser.parse_args(arguments)
+    return doctor() if options.command == "doctor" else advise_command(options)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ PACKAGE = Path(segmoe_kernels.__file__).parent
 # The package itself is "", subpackages have dots. A new file or arrow has to be written down here.
 ARROWS = {
     "": {"convert", "dialects", "layer", "losses", "parallel", "routing", "stats", "swap"},
-    "__main__": {"", "_triton.tiles", "functional", "layer", "testing"},
+    "__main__": {"", "_triton.tiles", "advise", "functional", "layer", "testing"},
     "adapters": {"layer", "validation"},
+    "advise": {"validation"},
     "composed_ffn": {"grouped_mm", "routing"},
     "convert": {"layer", "validation"},
     "dense_ffn": set(),

@@ -7,6 +7,7 @@ import sys
 import traceback
 from pathlib import Path
 
+import bad_advise
 import bad_calls
 import bad_options
 import bad_stats
@@ -19,14 +20,15 @@ import segmoe_kernels
 from segmoe_kernels import SegMoE, functional
 
 ROWS = [*bad_calls.ROWS, *bad_options.ROWS, *bad_swaps.ROWS, *bad_stats.ROWS]
+ROWS += bad_advise.ROWS
 PACKAGE = Path(segmoe_kernels.__file__).parent
 CHECKED = ["validation", "layer", "functional", "losses", "convert", "testing"]
 CHECKED += ["adapters", "dialects", "huggingface", "parallel", "swap"]
-CHECKED += ["stats", "stats_plots", "stats_writers"]
+CHECKED += ["advise", "stats", "stats_plots", "stats_writers"]
 # Messages about the machine; tested in test_functional.py, test_huggingface.py, parallel_jobs.py,
-# test_stats*.py.
+# test_stats*.py, test_advise.py.
 ELSEWHERE = {"resolve_backend", "register_experts", "check_group", "__reduce__"}
-ELSEWHERE |= {"_check_equal", "_figure", "_summary_writer"}
+ELSEWHERE |= {"_check_equal", "_figure", "_summary_writer", "plot_advice"}
 
 
 @pytest.mark.parametrize(
@@ -49,7 +51,7 @@ REAL_ONLY = {"forward_sparse", "forward_nested", "forward_jagged", "forward_quan
 @pytest.fixture(scope="module")
 def fake_rows():
     """The mode that fake tensors live in, and the rows anew, made of them: name -> row."""
-    names = ("bad_calls", "bad_options", "bad_swaps", "bad_stats")
+    names = ("bad_calls", "bad_options", "bad_swaps", "bad_stats", "bad_advise")
     real = {name: sys.modules.pop(name) for name in names}
     mode = FakeTensorMode()
     try:

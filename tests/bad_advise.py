@@ -1,0 +1,39 @@
+"""Wrong calls of the segment-size advisor; rows as in `bad_calls`."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from bad_calls import caller
+
+from segmoe_kernels.advise import advise, read_series
+
+SERIES = np.sin(np.arange(400.0))[:, None]
+ask = caller(advise, values=SERIES)
+
+
+def read(text):
+    def call():
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "series.csv")
+            path.write_text(text)
+            read_series(path)
+
+    return call
+
+
+ROWS = [
+    ("advise_patch", ask(patch=0), ValueError, ["patch", "at least 1, got 0"]),
+    ("advise_layers", ask(num_layers=2.0), TypeError, ["num_layers", "be an int", "2.0"]),
+    ("advise_max_size", ask(max_size=0), ValueError, ["max_size", "at least 1"]),
+    ("advise_look_back", ask(look_back=4), ValueError, ["look_back", "at least 8, got 4"]),
+    ("advise_list", ask(values=[1.0, 2.0]), ValueError, ["values", "(N, C)", "got list"]),
+    ("advise_flat", ask(values=SERIES[:, 0]), ValueError, ["values", "(N, C)", "(400,)"]),
+    ("advise_nan", ask(values=SERIES * np.nan), ValueError, ["values", "finite", "NaN"]),
+    ("advise_short", ask(patch=16), ValueError, ["at least 576 steps", "9 patches", "got 400"]),
+    ("series_empty", read(""), ValueError, ["path", "columns of numbers", "series.csv"]),
+    ("series_words", read("a,b\nc,d\n"), ValueError, ["path", "columns of numbers"]),
+    ("series_ragged", read("1,2\n3\n"), ValueError, ["path", "2 columns", "1 in row 2"]),
+    ("series_hole", read('x\n1\n""\n'), ValueError, ["a number everywhere", "''", "row 2"]),
+    ("series_infinite", read("1\ninf\n"), ValueError, ["a number everywhere", "'inf'", "row 2"]),
+]

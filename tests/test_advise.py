@@ -1,0 +1,193 @@
+"""The segment-size advisor: its estimates against plain formulas, and advice where it is known."""
+
+import gzip
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from segmoe_kernels import __main__ as command
+from segmoe_kernels.advise import (
+    advise,
+    autocorrelation,
+    features,
+    find_periods,
+    plot_advice,
+    read_series,
+    size_scores,
+    spectrum,
+)
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def test_autocorrelation_is_the_plain_formula():
+    values = noise(300, 3).cumsum(0)
+    found = autocorrelation(values, 20)
+    for lag in range(21):
+        each = []
+        for column in (values - values.mean(0)).T:
+            each.append((column[lag:] * column[: len(column) - lag]).sum() / (column**2).sum())
+        assert found[lag] == pytest.approx(np.mean(each), rel=1e-9)
+
+
+def test_constant_channels_count_in_nothing():
+    values = noise(300, 1).cumsum(0)
+    with_constant = np.concatenate([values, np.full((300, 1), 7.0)], axis=1)
+    np.testing.assert_allclose(autocorrelation(with_constant, 9), autocorrelation(values, 9))
+    assert not autocorrelation(np.full((300, 2), 7.0), 9).any()
+    assert advise(np.full((300, 2), 7.0)).schedule == [1, 1, 1, 1]
+
+
+def test_spectrum_is_shared_out_and_peaks_at_the_cycle():
+    values = np.sin(2 * np.pi * np.arange(4000) / 16)[:, None] + 0.1 * noise(4000, 1)
+    power = spectrum(values, 256)
+    assert power.sum() == pytest.approx(1.0, rel=1e-6)
+    assert power.argmax() == 256 // 16
+
+
+@pytest.mark.parametrize("steps", [7, 24, 100])
+def test_a_cycle_is_found_without_its_multiples(steps):
+    values = np.sin(2 * np.pi * np.arange(6000) / steps)[:, None] + 0.5 * noise(6000, 2)
+    periods = find_periods(values, 400)
+    assert [period.steps for period in periods] == [steps]
+    assert periods[0].correlation > 0.6
+    assert periods[0].power > 0.3
+
+
+def test_two_cycles_are_found():
+    time = np.arange(8000)
+    values = np.sin(2 * np.pi * time / 24) + 1.5 * np.sin(2 * np.pi * time / 160)
+    found = {period.steps for period in find_periods(values[:, None] + 0.2 * noise(8000, 1), 400)}
+    assert any(abs(steps - 160) <= 2 for steps in found)
+    assert not find_periods(noise(8000, 2), 400)
+    assert not find_periods(noise(8000, 1).cumsum(0), 400)  # wanders, but has no cycle
+
+
+def test_features_of_a_hand_worked_patch():
+    values = np.array([[1.0], [2.0], [4.0], [5.0], [0.0], [0.0], [0.0], [0.0], [9.0]])
+    mean, spread, slope, rough = features(values, 4)[0]
+    assert (mean, spread) == (3.0, pytest.approx(np.std([1, 2, 4, 5])))
+    assert slope == pytest.approx(-1.5 * 1 - 0.5 * 2 + 0.5 * 4 + 1.5 * 5)
+    assert rough == pytest.approx((1 + 2 + 1) / 3)
+    assert features(values, 4).shape == (2, 4)  # the ninth step fills no patch
+
+
+@pytest.mark.parametrize("share", [0.3, 0.8])
+def test_scores_are_what_a_simulation_of_states_and_noise_gives(share):
+    """States that fade by 0.8 a patch, seen with noise: the share of one that the mean tells."""
+    decay, count = 0.8, 400_000
+    steps, state = noise(count) * np.sqrt(1 - decay**2), np.empty(count)
+    state[0] = 0.0
+    for i in range(1, count):
+        state[i] = decay * state[i - 1] + steps[i]
+    seen = np.sqrt(share) * state + np.sqrt(1 - share) * noise(count, seed=1)
+    correlation = share * decay ** np.arange(10.0)
+    correlation[0] = 1.0
+    scores = size_scores(correlation, 8)
+    for size in (1, 2, 5, 8):
+        whole = count // size * size
+        mean = seen[:whole].reshape(-1, size).mean(1)
+        told = [
+            np.corrcoef(mean, state[:whole].reshape(-1, size)[:, i])[0, 1] ** 2 for i in range(size)
+        ]
+        # The formula knows the state at lag 0 by a line, which lies a little below the curve.
+        assert scores[size - 1] == pytest.approx(share * np.mean(told), rel=0.12)
+
+
+def regimes(patches, patch, seed=0):
+    """Calm and rough stretches of so many patches each."""
+    generator = np.random.default_rng(seed)
+    state = np.repeat(generator.integers(0, 2, 6000 // patches), patches * patch)
+    return (generator.standard_normal(len(state)) * np.where(state, 1.0, 0.4))[:, None]
+
+
+def test_longer_states_call_for_longer_segments():
+    best = [advise(regimes(patches, 8), patch=8).best for patches in (1, 3, 12, 48)]
+    assert best == sorted(best)
+    assert best[0] <= 2
+    assert best[-1] >= 5
+
+
+def test_noise_calls_for_no_segments_and_says_so():
+    advice = advise(noise(8000, 3), patch=8, num_layers=3)
+    assert advice.schedule == [1, 1, 1]
+    assert "next to nothing to route by" in advice.reasons[-1]
+    assert advice.periods == []
+
+
+def test_schedule_has_sizes_near_the_best_longest_first():
+    advice = advise(regimes(12, 8), patch=8, num_layers=6)
+    assert len(advice.schedule) == 6
+    assert advice.schedule == sorted(advice.schedule, reverse=True)
+    top = max(advice.scores)
+    assert all(advice.scores[size - 1] >= 0.99 * top for size in advice.schedule)
+    assert advice.scores[advice.best - 1] == top
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A file with a date, two channels with cycles, and a header."""
+    values = np.sin(2 * np.pi * np.arange(2000) / 24)[:, None] + 0.3 * noise(2000, 2)
+    lines = [f"2020-01-01 {i},{a:.17g},{b:.17g}" for i, (a, b) in enumerate(values)]
+    path = tmp_path / "series.csv"
+    path.write_text("\n".join(["date,one,two", *lines]) + "\n")
+    return path, values
+
+
+def test_series_are_read_plain_and_zipped(file, tmp_path):
+    path, values = file
+    np.testing.assert_array_equal(read_series(path), values)
+    zipped = tmp_path / "series.csv.gz"
+    zipped.write_bytes(gzip.compress(path.read_bytes()))
+    np.testing.assert_array_equal(read_series(zipped), values)
+    path.write_text("1,2\n3,4\n")
+    assert read_series(path).tolist() == [[1.0, 2.0], [3.0, 4.0]]
+
+
+def test_command_prints_draws_and_refuses(file, tmp_path, capsys):
+    path, values = file
+    picture = tmp_path / "advice.png"
+    argv = ["advise", str(path), "--patch", "4", "--layers", "3", "--plot", str(picture)]
+    assert command.main(argv) == 0
+    said = capsys.readouterr().out
+    assert "2000 steps, 2 channels, patches of 4" in said
+    assert "Cycles of 24 steps" in said
+    expected = advise(values, patch=4, num_layers=3)
+    assert f"segment sizes: {','.join(map(str, expected.schedule))}" in said
+    assert picture.stat().st_size > 5000
+    assert command.main([*argv, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["scores"] == pytest.approx(expected.scores)
+    assert command.main(["advise", str(tmp_path / "none.csv")]) == 2
+    assert command.main(["advise", str(path), "--patch", "0"]) == 2
+    assert "expected patch to be at least 1" in capsys.readouterr().err
+
+
+def test_picture_shows_the_scores_and_the_cycles(file):
+    _, values = file
+    advice = advise(values, patch=4)
+    left, middle, right = plot_advice(values, advice, patch=4).axes
+    assert [bar.get_height() for bar in right.patches] == pytest.approx(advice.scores)
+    for axis in (left, middle):
+        marks = [line.get_xdata()[0] for line in axis.lines[1:]]
+        assert marks == [period.steps for period in advice.periods]
+
+
+def test_picture_says_what_to_install(file, monkeypatch):
+    _, values = file
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install segmoe-kernels\[plots\]"):
+        plot_advice(values, advise(values))
+
+
+def test_advice_as_a_command(file):
+    done = subprocess.run(
+        [sys.executable, "-m", "segmoe_kernels", "advise", str(file[0])],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "segment sizes: " in done.stdout
