@@ -118,9 +118,13 @@ def baselines(scale: str, device: str) -> Iterator[Run]:
 
 
 # Name of the variant and what it changes; "5-5-4-4" is what all others start from.
+SIZES: dict[str, dict[str, object]] = {
+    f"P={size}": {"segment_sizes": (size,) * 4} for size in range(1, 9)
+}
+ABLATED = ("ETTh1", "Weather", "multiscale")
 ABLATIONS: dict[str, dict[str, object]] = {
     "5-5-4-4": {},
-    **{f"P={size}": {"segment_sizes": (size,) * 4} for size in range(1, 9)},
+    **SIZES,
     "2-4-6-8": {"segment_sizes": (2, 4, 6, 8)},
     "8-6-4-2": {"segment_sizes": (8, 6, 4, 2)},
     "experts segment-wide": {"expert_scope": "segment"},
@@ -138,8 +142,20 @@ ABLATIONS: dict[str, dict[str, object]] = {
 def ablations(scale: str, device: str) -> Iterator[Run]:
     """One change at a time, on two real series and on one whose scales are known."""
     for seed in SEEDS:
-        for data in ("ETTh1", "Weather", "multiscale"):
+        for data in ABLATED:
             for variant, change in ABLATIONS.items():
+                config, options = base(data, scale, seed, device)
+                changed = dataclasses.replace(config, **change)  # type: ignore[arg-type]
+                yield Run(data, variant, changed, options, horizons=(96,))
+
+
+def sizes(scale: str, device: str) -> Iterator[Run]:
+    """Uniform segment sizes on the data sets that the ablations leave out."""
+    for seed in SEEDS:
+        for data in DATA:
+            if data in ABLATED:
+                continue
+            for variant, change in SIZES.items():
                 config, options = base(data, scale, seed, device)
                 changed = dataclasses.replace(config, **change)  # type: ignore[arg-type]
                 yield Run(data, variant, changed, options, horizons=(96,))
@@ -168,4 +184,9 @@ def failures(scale: str, device: str) -> Iterator[Run]:
                 yield Run(data, variant, changed, options, horizons=(32,))
 
 
-STUDIES = {"baselines": baselines, "ablations": ablations, "failures": failures}
+STUDIES = {
+    "baselines": baselines,
+    "ablations": ablations,
+    "sizes": sizes,
+    "failures": failures,
+}

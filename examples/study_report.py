@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from forecaster_data import load_series
+from forecaster_model import ForecasterConfig
 from forecaster_report import write_csv
 from matplotlib.figure import Figure
+
+from segmoe_kernels.advise import advise
 
 Record = Mapping[str, Any]
 
@@ -116,7 +120,50 @@ def plot_relative(
     figure.savefig(path, dpi=150)
 
 
-def write_report(study: str, folder: Path) -> None:
+def judged_advice(rows: Sequence[Mapping[str, Any]], data_dir: Path | None) -> list[str]:
+    """Lines of a table: what the advisor would have taken, and 4 for all, against the best size.
+
+    The advisor sees the rows that models train on. Only data sets with all sizes count.
+    """
+    lines, hits, count = [], {"advice": 0, "default": 0}, 0
+    for data in dict.fromkeys(row["data"] for row in rows):
+        errors = {
+            int(row["variant"][2:]): row["mse"]
+            for row in rows
+            if row["data"] == data and row["variant"].startswith("P=")
+        }
+        if set(errors) != set(range(1, 9)):
+            continue
+        series = load_series(data, data_dir)
+        values = series.values[slice(*series.splits.train)]
+        chosen = {"advice": advise(values, patch=ForecasterConfig.patch).best, "default": 4}
+        best = min(errors, key=lambda size: errors[size])
+        over = {name: errors[size] / errors[best] - 1 for name, size in chosen.items()}
+        count += 1
+        for name, excess in over.items():
+            hits[name] += excess <= 0.01
+        lines.append(
+            f"| {data} | {best} | {chosen['advice']} | {over['advice']:+.1%} "
+            f"| {over['default']:+.1%} | {max(errors.values()) / errors[best] - 1:+.1%} |"
+        )
+    if not lines:
+        return []
+    head = [
+        "",
+        "What `python -m segmoe_kernels advise` calls best for the training rows, in all layers, "
+        "against the best size in hindsight (of the mean over seeds):",
+        "",
+        "| data | best P | advised P | MSE over the best | P = 4 over the best | worst P |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    total = (
+        f"Within 1 % of the best: advice {hits['advice']} of {count}, "
+        f"P = 4 {hits['default']} of {count}."
+    )
+    return [*head, *lines, "", total]
+
+
+def write_report(study: str, folder: Path, data_dir: Path | None = None) -> None:
     """Write ``<study>.md``, ``.csv`` and ``.png`` beside the folder of results.
 
     Raises:
@@ -126,7 +173,7 @@ def write_report(study: str, folder: Path) -> None:
     if not records:
         raise ValueError(f"{folder} has no result yet: run the study first")
     rows = summarise(records)
-    first = ["5-5-4-4"] if study == "ablations" else ["dense", "token", "segment"]
+    first = ["5-5-4-4", "P=4"] if study in {"ablations", "sizes"} else ["dense", "token", "segment"]
     variants = ordered((row["variant"] for row in rows), first)
     against = variants[0]
     seeds = sorted({record["options"]["seed"] for record in records})
@@ -145,6 +192,8 @@ def write_report(study: str, folder: Path) -> None:
         lines += markdown(rows, variants)
     else:
         lines += transposed(rows, variants)
+    if study in {"ablations", "sizes"}:
+        lines += judged_advice(rows, data_dir)
     write_csv(folder.with_suffix(".csv"), rows)
     text = "\n".join(lines) + "\n"
     folder.with_suffix(".md").write_text(text, encoding="utf-8")

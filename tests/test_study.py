@@ -196,6 +196,27 @@ def test_report_of_hand_made_results(tmp_path, capsys):
     assert folder.with_suffix(".png").stat().st_size > 5000
 
 
+def test_advice_is_judged_against_the_best_size(tmp_path, capsys):
+    """On noise the advisor says 1; made-up errors have their best at 6, and 4 within 1 % of it."""
+    folder = tmp_path / "sizes"
+    folder.mkdir()
+    for size in range(1, 9):
+        record = {
+            "data": "white-noise",
+            "variant": f"P={size}",
+            "options": {"seed": 0},
+            "horizons": {"96": {"mse": {6: 1.0, 4: 1.005}.get(size, 1.2), "mae": 1, "windows": 7}},
+            "parameters": 10,
+            "active_flops_per_token": 20.0,
+            "reduced": "",
+        }
+        (folder / f"white-noise_{size}_s0.json").write_text(json.dumps(record))
+    report.write_report("sizes", folder)
+    shown = capsys.readouterr().out
+    assert "| white-noise | 6 | 1 | +20.0% | +0.5% | +20.0% |" in shown
+    assert "Within 1 % of the best: advice 0 of 1, P = 4 1 of 1." in shown
+
+
 def test_commands_that_cannot_work_say_so(small_study, capsys):
     assert study.main([*small_study, "--only", "nothing"]) == 2
     assert "matches none of 2 runs" in capsys.readouterr().err
