@@ -62,6 +62,21 @@ def program_order():
     return program_order
 
 
+@pytest.fixture
+def rows_alike(monkeypatch):
+    """Products of the interpreter in which every row is summed in one order, wherever it is.
+
+    BLAS may sum the last rows of a block in another order than the first; tensor cores don't.
+    """
+    import numpy as np
+
+    def matmul(a, b, dtype=None):
+        return np.einsum("...mk,...kn->...mn", a.astype(dtype), b.astype(dtype))
+
+    if INTERPRETER:
+        monkeypatch.setattr(np, "matmul", matmul)
+
+
 @pytest.fixture(autouse=True)
 def _poisoned():
     """Fill what ``torch.empty`` returns with NaN; refuse operators that aren't deterministic."""

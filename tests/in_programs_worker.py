@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -82,7 +83,8 @@ def train(stop, flag, arguments):
 
     def wait():
         flag.touch()
-        signal.pause()
+        while True:  # signal.pause() would sleep on after a signal just before it
+            time.sleep(0.05)
 
     step, save = training.Trainer._step, torch.save
     taken, saved = [], []

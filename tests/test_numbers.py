@@ -29,7 +29,7 @@ def check_close(layer, inputs, tolerance=1e-11):
 @pytest.mark.parametrize(("plan", "scope"), SCOPES, indirect=["plan"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.usefixtures("plan")
+@pytest.mark.usefixtures("plan", "rows_alike")
 def test_what_is_not_finite_stays_in_its_segment_and_is_not_hidden(scope, value, dtype, device):
     """Every other step has the same bits as without it; the parameters' gradients show it."""
     layer = make_layer(dtype, device, expert_scope=scope, top_k=2, segment_size=3)
@@ -51,7 +51,7 @@ def test_what_is_not_finite_stays_in_its_segment_and_is_not_hidden(scope, value,
     assert ((ids >= 0) & (ids < layer.num_experts)).all()
 
 
-@pytest.mark.usefixtures("plan")
+@pytest.mark.usefixtures("plan", "rows_alike")
 def test_infinite_upstream_gradients_stay_in_their_segment(device):
     layer = make_layer(torch.float32, device, top_k=1, segment_size=3, shared_expert=None)
     x, dy, _ = make_inputs(2, 12, 8, device=device)

@@ -317,7 +317,7 @@ def test_second_derivatives_are_refused(device):
         dx.square().sum().backward()
 
 
-@pytest.mark.usefixtures("plan")
+@pytest.mark.usefixtures("plan", "rows_alike")
 def test_nan_stays_in_its_segment(device):
     layer = make_layer(torch.float32, device, top_k=2, segment_size=3)
     x, dy, _ = make_inputs(2, 12, 8, device=device)
