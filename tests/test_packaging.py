@@ -7,7 +7,6 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
-import textwrap
 import venv
 import zipfile
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 import segmoe_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "segmoe_kernels"
 # What a checkout may hold beside the project's own files.
 LEFT_OUT = shutil.ignore_patterns(
     ".*", "build", "dist", "runs", "peers", "data", "results", "__pycache__", "*.egg-info"
@@ -41,27 +41,27 @@ def run(*command, cwd):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """``(wheel, sdist)``, the wheel built from the sdist as an index would have it."""
-    place = tmp_path_factory.mktemp("built")
+    return build(tmp_path_factory.mktemp("built"), "*.whl", "*.tar.gz")
+
+
+def build(place, *results, options=()):
+    """Build a copy of the tree without its leftovers, offline, with the setuptools that is here."""
     shutil.copytree(ROOT, place / "tree", ignore=LEFT_OUT)
-    done = subprocess.run(
-        [sys.executable, "-m", "build", "--outdir", str(place), str(place / "tree")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    (wheel,), (sdist,) = place.glob("*.whl"), place.glob("*.tar.gz")
-    return wheel, sdist
+    command = (sys.executable, "-m", "build", "--no-isolation", *options, "--outdir", place, "tree")
+    run(*command, cwd=place)
+    found = [path for pattern in results for path in place.glob(pattern)]
+    assert len(found) == len(results)
+    return found
 
 
 @pytest.fixture(scope="module")
 def environment(built, tmp_path_factory):
     """Python of an empty environment with the wheel; it sees this one's packages, but not ours."""
     place = tmp_path_factory.mktemp("environment")
-    venv.create(place, with_pip=True)
+    venv.create(place, with_pip=False)
     python = place / "bin" / "python"
-    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", built[0], cwd=place)
+    pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check")
+    run(*pip, "install", "--quiet", "--no-deps", "--no-index", built[0], cwd=place)
     packages = run(
         python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=place
     )
@@ -72,14 +72,34 @@ def environment(built, tmp_path_factory):
     return python
 
 
+def package_files():
+    """What the package is made of, by the tree."""
+    names = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
+    return names | {"segmoe_kernels/py.typed"}
+
+
+def checksums(wheel):
+    """Name and checksum of all that is in a wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        return {entry.filename: entry.CRC for entry in archive.infolist()}
+
+
 def test_wheel_holds_the_package_and_nothing_else(built):
-    with zipfile.ZipFile(built[0]) as archive:
-        names = {name for name in archive.namelist() if ".dist-info/" not in name}
-        metadata = {name for name in archive.namelist() if ".dist-info/" in name}
-    package = ROOT / "segmoe_kernels"
-    expected = {path.relative_to(ROOT).as_posix() for path in package.rglob("*.py")}
-    assert names == expected | {"segmoe_kernels/py.typed"}
-    assert any(name.endswith("LICENSE") for name in metadata)
+    names = set(checksums(built[0]))
+    inside = {name for name in names if ".dist-info/" not in name}
+    assert inside == package_files()
+    about = {name.partition(".dist-info/")[2] for name in names - inside}
+    assert about == {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE", "top_level.txt"}
+
+
+def test_sdist_holds_what_builds_the_same_wheel_and_nothing_else(built, tmp_path):
+    with tarfile.open(built[1]) as archive:
+        names = {m.name.partition("/")[2] for m in archive.getmembers() if m.isfile()}
+    written = {name for name in names if ".egg-info/" in name} | {"PKG-INFO", "setup.cfg"}
+    own = {"LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"}
+    assert names == package_files() | own | written
+    (direct,) = build(tmp_path, "*.whl", options=["--wheel"])
+    assert checksums(direct) == checksums(built[0])
 
 
 def test_metadata_says_what_is_needed_and_shows_the_readme(built):
@@ -89,19 +109,18 @@ def test_metadata_says_what_is_needed_and_shows_the_readme(built):
     assert message["Name"] == "segmoe-kernels"
     assert message["Version"] == segmoe_kernels.__version__
     assert message["Requires-Python"] == ">=3.10"
-    needed = {r for r in message.get_all("Requires-Dist") if "extra ==" not in r}
-    plain = {re.split(r"[>=;]", requirement)[0].strip() for requirement in needed}
-    assert plain == {"einops", "numpy", "torch", "triton"}
+    assert message["License"] == "Apache-2.0"
+    needed = message.get_all("Requires-Dist")
+    assert {r.replace('"', "'") for r in needed if "extra ==" not in r} == {
+        "einops>=0.8",
+        "numpy>=1.26",
+        "torch>=2.9",
+        "triton>=3.5; platform_system == 'Linux'",
+    }
+    assert set(message.get_all("Provides-Extra")) == {"dev", "plots", "tensorboard"}
     assert message["Description-Content-Type"] == "text/markdown"
-    assert message.get_payload().startswith("# segmoe_kernels")
-
-
-def test_sdist_has_what_its_own_tests_need(built):
-    with tarfile.open(built[1]) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
-    assert "segmoe_kernels/stages/block_kernels.py" in names
-    assert "segmoe_kernels/py.typed" in names
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert message.get_payload(decode=True).decode("utf-8").strip() == readme.strip()
 
 
 def test_quickstart_and_doctor_run_from_the_wheel(environment, tmp_path):
@@ -109,17 +128,35 @@ def test_quickstart_and_doctor_run_from_the_wheel(environment, tmp_path):
     assert "(8, 64, 64) -> (8, 64, 64)" in run(environment, "quickstart.py", cwd=tmp_path)
     said = run(environment, "-m", "segmoe_kernels", "doctor", cwd=tmp_path)
     assert re.search(rf"^segmoe_kernels +{re.escape(segmoe_kernels.__version__)}$", said, re.M)
-    assert "ok" in said.splitlines()[-1].lower() or "agree" in said
+    checks = [line for line in said.splitlines() if line.startswith("check")]
+    assert len(checks) == 3
+    assert all(" ok, forward and gradients" in line for line in checks)
 
 
 USER = """
 import torch
 from torch import nn
 
-from segmoe_kernels import FFNWeights, SegMoE, load_balancing_loss, replace_ffn, shard_experts
-from segmoe_kernels import functional
+from segmoe_kernels import (
+    FFNWeights,
+    Routing,
+    SegMoE,
+    collect_routing_stats,
+    convert_state_dict,
+    functional,
+    load_balancing_loss,
+    load_official,
+    replace_ffn,
+    router_z_loss,
+    segment_schedule,
+    set_loss_scaler,
+    shard_experts,
+    upcycle,
+)
 from segmoe_kernels.adapters import WithRouterLogits
 from segmoe_kernels.huggingface import register_experts
+from segmoe_kernels.losses import inject_loss
+from segmoe_kernels.parallel import expert_parameter_names, gather_experts
 
 
 class Block(nn.Module):
@@ -130,30 +167,58 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y, routing = self.ffn.forward_with_routing(x)
         reveal_type(y)
-        reveal_type(routing.topk_ids)
-        reveal_type(load_balancing_loss(routing))
-        return y
+        reveal_type(routing)
+        return inject_loss(y, load_balancing_loss(routing) + router_z_loss([routing]))
 
 
 def loss(x: torch.Tensor, router: torch.Tensor, experts: FFNWeights) -> torch.Tensor:
-    y, _ = functional.seg_moe(x, router, experts, segment_size=5, top_k=2)
+    y, routing = functional.seg_moe(x, router, experts, segment_size=5, top_k=2)
+    reveal_type(routing.topk_ids)
+    reveal_type(load_balancing_loss(routing, reduction="per_layer"))
     return y.square().mean()
 
 
 model = Block()
 reveal_type(replace_ffn(model, segment_sizes=[4], num_experts=4))
-reveal_type(shard_experts(model.ffn))
+reveal_type(shard_experts(model.ffn, average_gradients=True))
+reveal_type(gather_experts(model.ffn))
+reveal_type(expert_parameter_names(model))
+reveal_type(upcycle(nn.Linear(2, 2), 4))
+reveal_type(segment_schedule("5,4", 2))
 reveal_type(WithRouterLogits(model.ffn))
-register_experts()
+reveal_type(model.ffn.aux_loss)
+with collect_routing_stats(model, every=10) as stats:
+    reveal_type(stats)
+set_loss_scaler(model, torch.amp.GradScaler())
+register_experts("segmoe")
+# What mypy has to find:
 SegMoE("64", 128, num_experts=4)
 SegMoE(64, 128, num_expert=4)
 functional.seg_moe(torch.ones(2, 3, 4), None, segment_size=5)
 replace_ffn(model, segment_sizes=4)
+shard_experts(model)
+load_balancing_loss(0.5)
+register_experts(name=1)
+y: int = model.ffn.aux_loss
 """
+
+# What mypy says of the last lines of it, one after another.
+ERRORS = """
+Argument 1 to "SegMoE" has incompatible type "str"; expected "int"  [arg-type]
+Unexpected keyword argument "num_expert" for "SegMoE"; did you mean "num_experts"?  [call-arg]
+Missing positional argument "experts" in call to "seg_moe"  [call-arg]
+Argument 2 to "seg_moe" has incompatible type "None"; expected "Tensor"  [arg-type]
+Missing named argument "num_experts" for "replace_ffn"  [call-arg]
+Argument 1 to "shard_experts" has incompatible type "Block"; expected "SegMoE"  [arg-type]
+Argument 1 to "load_balancing_loss" has incompatible type "float"; expected "Routing | Sequence[Routing]"  [arg-type]
+Argument "name" to "register_experts" has incompatible type "int"; expected "str"  [arg-type]
+Incompatible types in assignment (expression has type "Tensor", variable has type "int")  [assignment]
+"""  # noqa: E501
 
 
 def test_mypy_knows_the_types_of_what_a_user_writes(environment, tmp_path):
-    (tmp_path / "user.py").write_text(textwrap.dedent(USER).lstrip(), encoding="utf-8")
+    user = USER.lstrip()
+    (tmp_path / "user.py").write_text(user, encoding="utf-8")
     done = subprocess.run(
         [
             *(sys.executable, "-m", "mypy", "--strict", "--no-color-output", "--no-error-summary"),
@@ -161,15 +226,17 @@ def test_mypy_knows_the_types_of_what_a_user_writes(environment, tmp_path):
         ],
         cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
-    lines = [line.removeprefix("user.py:") for line in done.stdout.splitlines()]
-    revealed = [re.search(r'Revealed type is "(.+)"', s)[1] for s in lines if "Revealed" in s]
-    tensor = "torch._tensor.Tensor"
+    said = re.findall(r"^user\.py:(\d+): (error|note): (.+)$", done.stdout, re.M)
+    revealed = [re.search(r'"(.+)"', text)[1] for _, _, text in said if "Revealed type" in text]
+    tensor, layer = "torch._tensor.Tensor", "segmoe_kernels.layer.SegMoE"
     assert revealed == [
-        *(tensor, tensor, tensor, "list[str]"),
-        "segmoe_kernels.layer.SegMoE",
-        "segmoe_kernels.adapters.WithRouterLogits",
+        *(tensor, "segmoe_kernels.routing.Routing", tensor, tensor),
+        *("list[str]", layer, layer, "list[str]", layer, "list[int]"),
+        *("segmoe_kernels.adapters.WithRouterLogits", tensor),
+        "segmoe_kernels.stats.RoutingCollector",
     ]
-    errors = [line for line in lines if "error:" in line]
-    kinds = [re.search(r"\[([a-z-]+)\]$", line)[1] for line in errors]
-    expected = ["arg-type", "call-arg", "call-arg", "arg-type", "call-arg"]
-    assert kinds == expected, errors
+    errors = [(int(line), text) for line, kind, text in said if kind == "error"]
+    assert [text for _, text in errors] == ERRORS.strip().splitlines(), done.stdout
+    # One of the calls is wrong in two ways.
+    wrong = user.splitlines().index("# What mypy has to find:") + 2
+    assert [line - wrong for line, _ in errors] == [0, 1, 2, 2, 3, 4, 5, 6, 7]
