@@ -5,6 +5,8 @@
 Writes into ``build/docs`` unless told otherwise; begin at its ``index.html``.
 """
 
+import importlib
+import inspect
 import re
 import shutil
 import sys
@@ -16,25 +18,15 @@ from pdoc.render_helpers import to_html
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-# What users import; the rest of the package is how it works inside.
+PACKAGE = ROOT / "segmoe_kernels"
+# Modules with an ``__all__`` that only other modules of the package import.
+INSIDE = {"dense_ffn", "dtensor", "flops"}
 MODULES = (
     "segmoe_kernels",
     *(
-        f"segmoe_kernels.{name}"
-        for name in (
-            *(
-                "adapters",
-                "advise",
-                "convert",
-                "dialects",
-                "functional",
-                "huggingface",
-                "layer",
-                "losses",
-            ),
-            *("modules", "parallel", "reference", "routing", "stats", "stats_plots"),
-            *("stats_writers", "swap", "testing"),
-        )
+        f"segmoe_kernels.{path.stem}"
+        for path in sorted(PACKAGE.glob("[!_]*.py"))
+        if path.stem not in INSIDE and "\n__all__ = [" in path.read_text(encoding="utf-8")
     ),
 )
 LINK = re.compile(r"(!?\[[^\]]*\])\(([^)\s]+)\)")
@@ -48,7 +40,8 @@ PAGE = """<!doctype html>
 <style>
 body {{ font: 16px/1.55 system-ui, sans-serif; color: #222; margin: 0 auto; max-width: 52rem;
   padding: 1rem 1.5rem 4rem; }}
-nav {{ font-size: .9rem; border-bottom: 1px solid #ddd; padding: .5rem 0; }}
+nav {{ font-size: .9rem; padding: .3rem 0; }}
+nav:last-of-type {{ border-bottom: 1px solid #ddd; }}
 nav a {{ margin-right: .8rem; }}
 a {{ color: #33658a; }}
 img {{ max-width: 100%; display: block; margin: 1rem 0; }}
@@ -59,7 +52,7 @@ th, td {{ border-bottom: 1px solid #ddd; padding: .25rem .8rem .25rem 0; text-al
 </style>
 </head>
 <body>
-<nav>{links}</nav>
+{links}
 {body}
 </body>
 </html>
@@ -77,6 +70,18 @@ def pages() -> dict[str, Path]:
         "notes": ROOT / "benchmarks" / "NOTES.md",
         **{path.stem: path for path in sorted((ROOT / "tests" / "reports").glob("*.md"))},
     }
+
+
+def modules_page() -> str:
+    """A page of all public modules and their names, as Markdown."""
+    lines = ["# API reference", "", "| module | what | names |", "|---|---|---|"]
+    for name in MODULES:
+        module = importlib.import_module(name)
+        target = f"api/{name.replace('.', '/')}.html"
+        what = (inspect.getdoc(module) or "").partition("\n\n")[0].replace("\n", " ")
+        names = ", ".join(f"[{public}]({target}#{public})" for public in module.__all__)
+        lines.append(f"| [{name}]({target}) | {what} | {names} |")
+    return "\n".join(lines)
 
 
 def link(target: str, source: Path, out: Path) -> str:
@@ -100,22 +105,43 @@ def render(name: str, source: Path, out: Path) -> str:
     parts = CODE.split(text)
     for number in range(0, len(parts), 2):  # not inside code
         parts[number] = LINK.sub(lambda m: f"{m[1]}({link(m[2], source, out)})", parts[number])
-    text = "".join(parts)
+    return frame(name, "".join(parts))
+
+
+def frame(name: str, text: str) -> str:
+    """Markdown as a page with links to all others: the concepts, then what lies elsewhere."""
     title = re.search(r"^# (.+)$", text, re.MULTILINE)
-    targets = {other: f"{other}.html" for other in ("index", *pages())}
-    targets["api"] = "api/segmoe_kernels.html"
-    links = " ".join(f'<a href="{target}">{other}</a>' for other, target in targets.items())
+    concepts = [path.stem for path in sorted(DOCS.glob("*.md")) if path.stem != "index"]
+    others = [other for other in pages() if other not in {"index", *concepts}]
+    links = "\n".join(
+        "<nav>" + " ".join(f'<a href="{other}.html">{other}</a>' for other in row) + "</nav>"
+        for row in (["index", "api", *concepts], others)
+    )
     return PAGE.format(title=title[1] if title else name, links=links, body=to_html(text))
+
+
+def without_double_colons(text: str) -> str:
+    """Mend what pdoc leaves of the ``::`` that begins a block of code in a docstring."""
+    return re.sub(r"<p>::</p>\s*(?=<pre)|(?<=:):(?=</p>\s*<pre)", "", text)
 
 
 def main() -> None:
     """Build the site anew."""
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build" / "docs"
     shutil.rmtree(out, ignore_errors=True)
-    pdoc.render.configure(docformat="google", show_source=False, footer_text="segmoe_kernels")
+    pdoc.render.configure(
+        docformat="google",
+        show_source=False,
+        footer_text="segmoe_kernels",
+        template_directory=DOCS / "templates",
+    )
     pdoc.pdoc(*MODULES, output_directory=out / "api")
+    for path in (out / "api").rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(without_double_colons(text), encoding="utf-8")
     for name, source in pages().items():
         (out / f"{name}.html").write_text(render(name, source, out), encoding="utf-8")
+    (out / "api.html").write_text(frame("api", modules_page()), encoding="utf-8")
     print(f"{out / 'index.html'}")
 
 

@@ -40,6 +40,7 @@ DIALECTS = {
     ),
     "mixtral_stacked": _Dialect("mlp", "fused", _FUSED, _GATES),
 }
+"""What `convert_state_dict` reads and writes, by name."""
 
 
 def convert_state_dict(

@@ -17,7 +17,15 @@ def _xavier_uniform_(weight: Tensor) -> None:
 
 
 class SegmentRouter(nn.Module):
-    """Holds ``weight (E, W)`` and, for causal models, ``start (W,)``; W is the pooled width."""
+    """Holds ``weight (E, W)`` and, for causal models, ``start (W,)``; W is the pooled width.
+
+    Args:
+        width: W.
+        num_experts: E.
+        causal: whether there is a start vector.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
 
     def __init__(
         self,
@@ -47,7 +55,17 @@ class SegmentRouter(nn.Module):
 
 
 class Experts(nn.Module):
-    """E FFNs stacked: ``up_proj (E, F, D)``, ``down_proj (E, D, F)``, optional gate and biases."""
+    """E FFNs stacked: ``up_proj (E, F, D)``, ``down_proj (E, D, F)``, optional gate and biases.
+
+    Args:
+        num_experts: E.
+        d_model: D, width of a row.
+        d_ff: F, width of the hidden layer.
+        gated: whether there is a gate.
+        bias: whether there are biases.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
 
     def __init__(
         self,
@@ -104,7 +122,16 @@ class Experts(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """One FFN held as `nn.Linear` modules: the shared expert, or the whole layer at E = 0."""
+    """One FFN held as `nn.Linear` modules: the shared expert, or the whole layer at E = 0.
+
+    Args:
+        d_model: width of a row.
+        d_ff: width of the hidden layer.
+        gated: whether there is a gate.
+        bias: whether there are biases.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
 
     def __init__(
         self,

@@ -19,14 +19,22 @@ class FFNWeights(NamedTuple):
 
     A plain FFN is ``down(act(up(x)))``, a gated one ``down(act(gate(x)) * up(x))``.
     Outer strides are free, so a fused ``gate_up_proj (E, 2F, D)`` is passed as two views.
+
+    Attributes:
+        up_proj: (E, F, D) or (F, D).
+        down_proj: (E, D, F) or (D, F).
+        gate_proj: shape of up_proj, or None.
+        up_proj_bias: (E, F) or (F,), or None.
+        gate_proj_bias: shape of up_proj_bias, or None.
+        down_proj_bias: (E, D) or (D,), or None.
     """
 
-    up_proj: Tensor  # (E, F, D) or (F, D)
-    down_proj: Tensor  # (E, D, F) or (D, F)
-    gate_proj: Tensor | None = None  # shape of up_proj
-    up_proj_bias: Tensor | None = None  # (E, F) or (F,)
-    gate_proj_bias: Tensor | None = None  # shape of up_proj_bias
-    down_proj_bias: Tensor | None = None  # (E, D) or (D,)
+    up_proj: Tensor
+    down_proj: Tensor
+    gate_proj: Tensor | None = None
+    up_proj_bias: Tensor | None = None
+    gate_proj_bias: Tensor | None = None
+    down_proj_bias: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> "FFNWeights":
         """The same weights in another dtype."""

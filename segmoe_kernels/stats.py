@@ -165,27 +165,27 @@ class RoutingCollector(AbstractContextManager["RoutingCollector"]):
     with ``N`` routed segments, ``c_e`` choices of expert e and ``p_se`` the probability of e in
     segment s (after router dropout, as the losses see it):
 
-    ======================  =====================================================================
-    ``token_counts``        (E,) int64: ``c_e``; sums to ``N * top_k``
-    ``hard_fraction``       (E,) float64: ``c_e / sum_e c_e``
-    ``prob_mass``           (E,) float64: ``m_e = sum_s p_se``
-    ``soft_fraction``       (E,) float64: ``m_e / sum_e m_e``
-    ``entropy``             ``-sum_s sum_e p_se log p_se / N``, natural logarithm
-    ``entropy_norm``        entropy by ``log E``: 1 where all are equally likely (0 at ``E = 1``)
-    ``dead_experts``        how many have ``c_e = 0``
-    ``cv_hard``             standard deviation of hard_fraction over its mean (of E, not E - 1)
-    ``cv_soft``             likewise of soft_fraction
-    ``load_max_over_mean``  ``max_e c_e / mean_e c_e``; minus 1 it is MaxVio
-    ``switch_rate``         share of pairs of adjacent routed segments of one sequence whose first
-                            choices differ
-    ``drop_rate``           0: nothing is dropped
-    ``aux_loss``            weighted load-balancing loss, the mean over calls, in evaluation too
-    ``z_loss``              likewise the router z-loss; 0 where the layer has no weight for it
-    ``num_tokens``          ``N``
-    ======================  =====================================================================
+    | key | value |
+    |---|---|
+    | ``token_counts`` | (E,) int64: ``c_e``; sums to ``N * top_k`` |
+    | ``hard_fraction`` | (E,) float64: ``c_e / sum_e c_e`` |
+    | ``prob_mass`` | (E,) float64: ``m_e = sum_s p_se`` |
+    | ``soft_fraction`` | (E,) float64: ``m_e / sum_e m_e`` |
+    | ``entropy`` | ``-sum_s sum_e p_se log p_se / N``, natural logarithm |
+    | ``entropy_norm`` | entropy by ``log E``: 1 where all are equally likely (0 at ``E = 1``) |
+    | ``dead_experts`` | how many have ``c_e = 0`` |
+    | ``cv_hard`` | standard deviation of hard_fraction over its mean (of E, not E - 1) |
+    | ``cv_soft`` | likewise of soft_fraction |
+    | ``load_max_over_mean`` | ``max_e c_e / mean_e c_e``; minus 1 it is MaxVio |
+    | ``switch_rate`` | share of pairs next to each other whose first choices differ |
+    | ``drop_rate`` | 0: nothing is dropped |
+    | ``aux_loss`` | weighted load-balancing loss, the mean over calls, in evaluation too |
+    | ``z_loss`` | likewise the router z-loss; 0 where the layer has no weight for it |
+    | ``num_tokens`` | ``N`` |
 
-    Segments without a real step count in nothing. Where nothing was routed, everything is 0 but
-    ``dead_experts``. An entry has these for each layer and for all together::
+    Pairs are of routed segments of one sequence. Segments without a real step count in nothing.
+    Where nothing was routed, everything is 0 but ``dead_experts``. An entry has these for each
+    layer and for all together::
 
         {"step": 200, "epoch": 0, "global": {"entropy": 1.2, ...}, "layers": {0: {...}, 1: {...}}}
 

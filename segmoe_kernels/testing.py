@@ -40,11 +40,17 @@ MAX_FACTOR = 3.0
 
 
 class Inputs(NamedTuple):
-    """What one call of the layer and its backward take; unpacks into `run_layer`."""
+    """What one call of the layer and its backward take; unpacks into `run_layer`.
 
-    x: Tensor  # (..., T, D)
-    dy: Tensor  # (..., T, D), the upstream gradient
-    padding_mask: Tensor | None = None  # (..., T) bool, True = real
+    Attributes:
+        x: (..., T, D).
+        dy: (..., T, D), the upstream gradient.
+        padding_mask: (..., T) bool, True = real, or None.
+    """
+
+    x: Tensor
+    dy: Tensor
+    padding_mask: Tensor | None = None
 
 
 def make_inputs(

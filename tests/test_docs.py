@@ -1,5 +1,6 @@
 """The documentation: links, pictures and snippets of its pages, and the site of `make docs`."""
 
+import dataclasses
 import importlib
 import inspect
 import re
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+
+import segmoe_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -24,6 +27,20 @@ SNIPPETS = {
         re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.DOTALL | re.M)
     )
 }
+
+
+def test_no_python_of_a_page_is_left_out():
+    fences = [
+        (name, line.strip())
+        for name, path in PAGES.items()
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if "```py" in line.lower()
+    ]
+    assert len(fences) == len(SNIPPETS)
+    assert {fence for _, fence in fences} == {"```python"}
+    assert {name for name, _ in fences} >= {"readme", *(p.stem for p in DOCS.glob("*.md"))} - {
+        "index"
+    }
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -41,7 +58,29 @@ def test_each_concept_has_a_picture_and_a_snippet_and_the_index_names_it():
             text = path.read_text(encoding="utf-8")
             assert "](pictures/" in text, path
             assert "```python" in text, path
+            assert re.search(r"Sources?\b.*:", text), path
             assert f"]({path.name})" in index
+            assert f"](docs/{path.name})" in PAGES["readme"].read_text(encoding="utf-8")
+
+
+def test_pictures_are_those_that_pages_show():
+    shown = [
+        target
+        for path in DOCS.glob("*.md")
+        for mark, target in build.LINK.findall(path.read_text(encoding="utf-8"))
+        if mark.startswith("!")
+    ]
+    assert sorted(shown) == sorted(f"pictures/{p.name}" for p in (DOCS / "pictures").iterdir())
+    for path in (DOCS / "pictures").iterdir():
+        assert path.stat().st_size < 100_000, path
+        assert "<dc:date>" not in path.read_text(encoding="utf-8"), path
+
+
+def test_the_change_log_begins_with_this_version():
+    text = PAGES["changes"].read_text(encoding="utf-8")
+    assert re.findall(r"^## \[(.+?)\]", text, re.M)[0] == segmoe_kernels.__version__
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    assert set(re.findall(r"^### (.+)$", text, re.M)) <= kinds
 
 
 # What README's snippets are given: a model, and what a reader would have around it.
@@ -99,15 +138,16 @@ def test_pictures_are_those_that_the_script_draws(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     drawn = {path.name for path in tmp_path.iterdir()}
     assert drawn == {path.name for path in (DOCS / "pictures").iterdir()}
-    # Those without training: their numbers are the same on every machine.
-    for name in ("permutation", "experts", "shared", "plans", "precision", "parallel"):
+    for name in drawn:
         found, kept = (
-            re.sub(
-                r"<metadata>.*?</metadata>", "", (folder / f"{name}.svg").read_text(), flags=re.S
-            )
+            re.sub(r"<metadata>.*?</metadata>", "", (folder / name).read_text(), flags=re.S)
             for folder in (tmp_path, DOCS / "pictures")
         )
-        assert paths_of(found) == paths_of(kept), name
+        found, kept = paths_of(found), paths_of(kept)
+        if name in {"segments.svg", "losses.svg"}:
+            # These train, and processors round differently.
+            found, kept = len(found), len(kept)
+        assert found == kept, name
 
 
 def paths_of(svg):
@@ -151,51 +191,104 @@ def test_every_link_of_the_site_leads_somewhere(site):
         parsed[path] = Links()
         parsed[path].feed(path.read_text(encoding="utf-8"))
     assert len(parsed) > 25
-    broken = []
+    broken, leads = [], {}
     for path, links in parsed.items():
         for target in links.targets:
             if re.match(r"[a-z]+:|//", target):
                 continue
             file, _, anchor = target.partition("#")
             place = (path.parent / file).resolve() if file else path
+            leads.setdefault(path, set()).add(place)
             there = place.exists()
             if there and anchor and place in parsed:
                 there = anchor in parsed[place].anchors
             if not there:
                 broken.append((path.name, target))
     assert not broken
+    reached, new = set(), {site / "index.html"}
+    while new:
+        reached |= new
+        new = {place for path in new for place in leads.get(path, ()) if place in parsed} - reached
+    # Nobody asks for the page that only forwards.
+    assert set(parsed) - reached == {site / "api" / "index.html"}
 
 
-def test_reference_has_every_public_name_with_its_arguments(site):
+def test_reference_has_the_public_names_with_their_arguments_and_no_others(site):
+    pages = {p.relative_to(site / "api").with_suffix("") for p in site.glob("api/*/**/*.html")}
+    assert {".".join(p.parts) for p in pages} == set(build.MODULES) - {"segmoe_kernels"}
+    overview = (site / "api.html").read_text(encoding="utf-8")
     for module_name in build.MODULES:
         module = importlib.import_module(module_name)
         page = site / "api" / (module_name.replace(".", "/") + ".html")
         text = page.read_text(encoding="utf-8")
-        for name in module.__all__:
-            assert f'id="{name}"' in text, (module_name, name)
-            thing = getattr(module, name)
-            if inspect.isfunction(thing) or inspect.isclass(thing):
-                assert inspect.getdoc(thing), (module_name, name)
-    layer = (site / "api" / "segmoe_kernels" / "layer.html").read_text(encoding="utf-8")
-    assert "<strong>segment_size" in layer
-    assert "<h6" in layer  # headings of the sections of a docstring: arguments, errors
+        parts = dict(re.findall(r'<section id="(\w+)">(.*?)</section>', text, re.DOTALL))
+        assert set(parts) == set(module.__all__), module_name
+        assert "::</p>" not in text
+        for name, part in parts.items():
+            assert f'href="api/{page.relative_to(site / "api").as_posix()}#{name}"' in overview
+            arguments = arguments_of(getattr(module, name))
+            assert "Arguments:</h6>" in part or not arguments, (module_name, name)
+            for argument in arguments:
+                assert re.search(rf">{argument}</span>", part), (name, argument)
+                assert f"<strong>{argument}:</strong>" in part, (name, argument)
+    # What has its definition elsewhere in the package stands there.
+    assert "See <code>" in (site / "api/segmoe_kernels/reference.html").read_text(encoding="utf-8")
 
 
-def test_public_functions_say_what_they_take_and_give():
+def test_every_module_with_public_names_is_in_the_reference():
+    with_names = {
+        f"segmoe_kernels.{path.stem}"
+        for path in (ROOT / "segmoe_kernels").glob("*.py")
+        if re.search(r"^__all__\b", path.read_text(encoding="utf-8"), re.M)
+    }
+    listed = {name.replace("segmoe_kernels.__init__", "segmoe_kernels") for name in with_names}
+    assert listed - set(build.MODULES) == {f"segmoe_kernels.{name}" for name in build.INSIDE}
+
+
+def arguments_of(thing):
+    """Arguments that a public function or class has to explain, by their order."""
+    text = inspect.getdoc(thing) or ""
+    if not callable(thing) or "See `functional." in text or " makes one." in text:
+        return []
+    if inspect.isclass(thing) and (
+        dataclasses.is_dataclass(thing) or "__init__" not in vars(thing)
+    ):
+        return []
+    return [*inspect.signature(thing).parameters]
+
+
+def test_public_names_say_what_they_take_and_give():
     missing = []
     for module_name in build.MODULES:
         module = importlib.import_module(module_name)
         for name in module.__all__:
-            thing = getattr(module, name)
-            if not inspect.isfunction(thing) or thing.__module__ != module_name:
+            thing, place = getattr(module, name), f"{module_name}.{name}"
+            if not callable(thing):
                 continue
             text = inspect.getdoc(thing) or ""
-            if f"See `functional.{name}`" in text:
-                continue
-            if inspect.signature(thing).parameters and "Args:" not in text:
-                missing.append(f"{module_name}.{name}: Args")
-            returns = inspect.signature(thing).return_annotation
-            nothing = returns in {None, "None"} or "Iterator[None]" in str(returns)
-            if not nothing and "Returns:" not in text:
-                missing.append(f"{module_name}.{name}: Returns")
+            section = re.search(r"^Args:\n((?:    .*\n|\n)*)", f"{text}\n", re.M)
+            explained = re.findall(r"^    \**(\w+):", section[1], re.M) if section else []
+            if not text or explained != arguments_of(thing):
+                missing.append(f"{place}: Args")
+            if inspect.isclass(thing):
+                fields = (
+                    getattr(thing, "__annotations__", {}) if "__init__" not in vars(thing) else {}
+                )
+                fields = [f for f in fields if not f.startswith("_") and f != "seg_moe"]
+                if dataclasses.is_dataclass(thing):
+                    fields = [field.name for field in dataclasses.fields(thing)]
+                missing += [
+                    f"{place}.{f}" for f in fields if not re.search(rf"^    {f}:", text, re.M)
+                ]
+                methods = {key: m for key, m in vars(thing).items() if not key.startswith("_")}
+                missing += [
+                    f"{place}.{key}"
+                    for key, m in methods.items()
+                    if (inspect.isfunction(m) or isinstance(m, property)) and not inspect.getdoc(m)
+                ]
+            elif "See `functional." not in text:
+                returns = inspect.signature(thing).return_annotation
+                nothing = returns in {None, "None"} or "Iterator[None]" in str(returns)
+                if not nothing and "Returns:" not in text:
+                    missing.append(f"{place}: Returns")
     assert not missing
