@@ -80,6 +80,8 @@ def train(stop, flag, arguments):
     training = importlib.import_module("forecaster_training")
     script = importlib.import_module("train_forecaster")
     signal.alarm(SECONDS)  # nobody is left behind, whatever becomes of the test
+    # A shell starts what runs in its background with this signal ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def wait():
         flag.touch()
