@@ -6,7 +6,7 @@
 
 Runs that have a result under ``examples/results/<study>/`` are left out, and one that was
 interrupted goes on from its last epoch: the same command finishes what it began. Sizes are for two
-CPU cores; ``--scale full --device cuda`` runs the official recipe.
+CPU cores; ``--scale full --device cuda`` has the official ones.
 """
 
 from __future__ import annotations

@@ -77,7 +77,9 @@ def markdown(rows: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> list
         here = {
             row["variant"]: row for row in rows if (row["data"], row["horizon"]) == (data, horizon)
         }
-        best = min(here.values(), key=lambda row: row["mse"])["variant"]
+        # Among some of them there is no best one yet.
+        whole = len(here) == len(variants)
+        best = min(here.values(), key=lambda row: row["mse"])["variant"] if whole else "-"
         cells = [cell(here[name]) if name in here else "-" for name in variants]
         lines.append(f"| {data} | {horizon} | " + " | ".join(cells) + f" | {best} |")
     return lines
@@ -178,12 +180,13 @@ def write_report(study: str, folder: Path, data_dir: Path | None = None) -> None
     against = variants[0]
     seeds = sorted({record["options"]["seed"] for record in records})
     reduced = records[0]["reduced"]
+    flags = "--report" if reduced else "--scale full --report"
     lines = [
         f"# {study.capitalize()}",
         "",
         f"{len(records)} runs, seeds {', '.join(map(str, seeds))}; mean ± standard deviation over "
         "seeds of the test MSE on scaled values. Written by",
-        f"`python examples/study.py {study} --report` from the files in `{folder.name}/`, each of "
+        f"`python examples/study.py {study} {flags}` from the files in `{folder.name}/`, each of "
         "which has its command, settings and versions.",
         "",
     ]

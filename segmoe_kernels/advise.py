@@ -83,8 +83,8 @@ def read_series(path: str | Path) -> Array:
     """Read a CSV file, plain or gzipped: a row for each step, a column for each channel.
 
     Args:
-        path: of the file. A first row without numbers is a header; a column whose first value is no
-            number, such as a date, is left out.
+        path: of the file. A first row with words, or with text above numbers, is a header; a column
+            whose first value is no number, such as a date, is left out.
 
     Returns:
         (N, C) float64.
@@ -98,9 +98,11 @@ def read_series(path: str | Path) -> Array:
     if name.suffix == ".gz":
         content = gzip.decompress(content)
     rows = [row for row in csv.reader(content.decode("utf-8").splitlines()) if row]
-    if rows and not any(_is_number(cell) for cell in rows[0]):
+    if _has_header(rows):
         rows = rows[1:]
-    columns = [i for i, cell in enumerate(rows[0]) if _is_number(cell)] if rows else []
+    # A column that begins with a missing value is refused below, not left out.
+    first = rows[0] if rows else []
+    columns = [i for i, cell in enumerate(first) if _is_number(cell) or not cell.strip()]
     if not columns:
         check.fail_value("read_series", "path", "be a file with columns of numbers", str(path))
     values = np.empty((len(rows), len(columns)))
@@ -114,6 +116,17 @@ def read_series(path: str | Path) -> Array:
                 check.fail_value("read_series", "path", "have a number everywhere", got)
             values[number, place] = float(row[column])
     return values
+
+
+def _has_header(rows: list[list[str]]) -> bool:
+    """Whether the first row names columns; names may be numbers, such as those of ECL's meters."""
+    for place, cell in enumerate(rows[0] if rows else []):
+        if cell.strip() and not _is_number(cell):
+            word = not any(character.isdigit() for character in cell)
+            above = len(rows) > 1 and place < len(rows[1]) and _is_number(rows[1][place])
+            if word or above:
+                return True
+    return False
 
 
 def _is_number(text: str) -> bool:

@@ -35,5 +35,6 @@ ROWS = [
     ("series_words", read("a,b\nc,d\n"), ValueError, ["path", "columns of numbers"]),
     ("series_ragged", read("1,2\n3\n"), ValueError, ["path", "2 columns", "1 in row 2"]),
     ("series_hole", read('x\n1\n""\n'), ValueError, ["a number everywhere", "''", "row 2"]),
+    ("series_hole_first", read(",2\n1,2\n"), ValueError, ["a number everywhere", "'' in row 1"]),
     ("series_infinite", read("1\ninf\n"), ValueError, ["a number everywhere", "'inf'", "row 2"]),
 ]

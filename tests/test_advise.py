@@ -145,8 +145,9 @@ def test_series_are_read_plain_and_zipped(file, tmp_path):
     zipped = tmp_path / "series.csv.gz"
     zipped.write_bytes(gzip.compress(path.read_bytes()))
     np.testing.assert_array_equal(read_series(zipped), values)
-    path.write_text("1,2\n3,4\n")
-    assert read_series(path).tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    for header in ("", "date,0,1\n", "c0,c1,c2\n"):
+        path.write_text(f"{header}2016-07-01 02:00,1,2\n2016-07-01 03:00,3,4\n")
+        assert read_series(path).tolist() == [[1.0, 2.0], [3.0, 4.0]]
 
 
 def test_command_prints_draws_and_refuses(file, tmp_path, capsys):

@@ -129,13 +129,17 @@ def test_a_snippet_runs(name, tmp_path, monkeypatch):
     exec(compile(SNIPPETS[name], name, "exec"), names)
 
 
-def test_pictures_are_those_that_the_script_draws(tmp_path):
+def run_module(name, argument):
     done = subprocess.run(
-        [sys.executable, "-m", "docs.pictures", str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True,
-        timeout=300, check=False,
+        [sys.executable, "-m", name, argument],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+def test_pictures_are_those_that_the_script_draws(tmp_path):
+    run_module("docs.pictures", str(tmp_path))
     drawn = {path.name for path in tmp_path.iterdir()}
     assert drawn == {path.name for path in (DOCS / "pictures").iterdir()}
     for name in drawn:
@@ -175,12 +179,7 @@ class Links(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     out = tmp_path_factory.mktemp("site")
-    done = subprocess.run(
-        [sys.executable, "-m", "docs.build", str(out)],
-        cwd=ROOT, capture_output=True, text=True,
-        timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run_module("docs.build", str(out))
     assert "Warn" not in done.stderr, done.stderr[-2000:]
     return out
 

@@ -428,3 +428,13 @@ def test_swap_example_upcycles_the_trained_models(capsys, tmp_path):
     for dense, experts in (rows[:2], rows[2:]):
         assert experts[1] == pytest.approx(dense[2], rel=0.02)
         assert experts[2] < experts[1]
+
+
+@pytest.mark.parametrize("wrong", ["--segment-sizes=5,4,3", "--top-k=9"])
+def test_swap_example_says_what_does_not_fit(capsys, tmp_path, wrong):
+    pytest.importorskip("transformers")
+    path = tmp_path / "series.csv"
+    path.write_text(csv_text(data.multiscale(3000, 2)), encoding="utf-8")
+    swap_script = importlib.import_module("swap_into_transformer")
+    assert swap_script.main(["--data", str(path), "--steps=1", wrong]) == 2
+    assert capsys.readouterr().err.startswith("error: segmoe_kernels.")

@@ -182,13 +182,14 @@ def test_report_of_hand_made_results(tmp_path, capsys):
                 "horizons": {"96": {"mse": mse, "mae": mse / 2, "windows": 7}},
                 "parameters": 10,
                 "active_flops_per_token": 20.0,
-                "reduced": "",
+                "reduced": "small",
             }
             (folder / f"ETTh1_{variant}_s{seed}.json").write_text(json.dumps(record))
     report.write_report("baselines", folder)
     shown = capsys.readouterr().out
     assert "| ETTh1 | 96 | 0.5000 ± 0.1000 | 0.4500 ± 0.0000 | segment |" in shown
     assert "6 runs, seeds 0, 1, 2" in shown
+    assert "baselines --report` from" in shown
     with folder.with_suffix(".csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert [row["variant"] for row in rows] == ["dense", "segment"]
