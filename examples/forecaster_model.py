@@ -136,23 +136,36 @@ class Attention(nn.Module):
         width = config.d_model // config.num_heads
         angles = rotary_angles(config.num_patches, width)
         self.rope = config.positions == "rope"
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        # Wide enough for queries and keys at once: (T, 2 * D).
+        self.register_buffer("cos", angles.cos().repeat(1, 4 * self.num_heads), persistent=False)
+        self.register_buffer("sin", angles.sin().repeat(1, 4 * self.num_heads), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply attention: (B, T, D) -> (B, T, D)."""
         batch, steps, width = x.shape
-        heads = self.qkv(x).view(batch, steps, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        query, key, value = heads.unbind(0)  # each (B, heads, T, D / heads)
         if self.rope:
-            query, key = self._rotate(query), self._rotate(key)
-        y = functional.scaled_dot_product_attention(query, key, value)
+            # Turning a projection's halves is turning the rows of its weights: one product more,
+            # and what follows runs over whole rows instead of pieces as short as half a head.
+            weight, bias = self.qkv.weight, self.qkv.bias
+            turned = self._turn(weight[: 2 * width]), self._turn(bias[: 2 * width, None])[:, 0]
+            projected = functional.linear(
+                x, torch.cat([weight, turned[0]]), torch.cat([bias, turned[1]])
+            )
+            both, value, across = projected.split([2 * width, width, 2 * width], dim=-1)
+            query, key = (both * self.cos + across * self.sin).chunk(2, dim=-1)
+        else:
+            query, key, value = self.qkv(x).chunk(3, dim=-1)
+        y = functional.scaled_dot_product_attention(*map(self._heads, (query, key, value)))
         return self.out(y.transpose(1, 2).reshape(batch, steps, width))
 
-    def _rotate(self, x: Tensor) -> Tensor:
-        left, right = x.chunk(2, dim=-1)
-        rotated = (left * self.cos - right * self.sin, left * self.sin + right * self.cos)
-        return torch.cat(rotated, dim=-1)
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, heads, T, D / heads)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def _turn(self, rows: Tensor) -> Tensor:
+        """(2 * D, n): in each head of queries and keys, (left, right) -> (-right, left)."""
+        left, right = rows.view(2 * self.num_heads, 2, -1, rows.shape[-1]).unbind(1)
+        return torch.stack([-right, left], dim=1).view_as(rows)
 
 
 def rotary_angles(num_steps: int, width: int) -> Tensor:
@@ -252,7 +265,8 @@ def count_parameters(model: nn.Module) -> int:
 def active_flops_per_token(config: ForecasterConfig) -> float:
     """Count the FLOPs of one forward pass per patch: two for each multiply-add of a product.
 
-    Norms, activations and softmaxes are left out. An expert that does not serve a patch costs
+    Norms, activations and softmaxes are left out, and so is the turning of queries and keys by
+    their positions, whichever way it is computed. An expert that does not serve a patch costs
     nothing; the padding of the last segment costs where its steps are taken side by side.
 
     Args:

@@ -23,6 +23,10 @@ REDUCED = (
     "sequences, validation on every 4th window or fewer, test windows of the long series thinned "
     "out as given. Look-back 512, patches of 8 and the 32-step roll-out are the official ones."
 )
+REDUCED_FURTHER = (
+    f"{REDUCED} With many variants the runs are shorter still: 2 layers, 4 epochs, half of the "
+    "test windows."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +48,9 @@ class Budget:
 BUDGETS = {
     "ETTh1": Budget(0.25, 4, 1),
     "ETTh2": Budget(0.25, 4, 1),
-    "ETTm1": Budget(0.06, 16, 4),
-    "ETTm2": Budget(0.06, 16, 4),
-    "Weather": Budget(0.018, 24, 12),
+    "ETTm1": Budget(0.06, 16, 8),
+    "ETTm2": Budget(0.06, 16, 8),
+    "Weather": Budget(0.018, 24, 24),
     "exchange_rate": Budget(0.35, 2, 1),
     "multiscale": Budget(0.6, 2, 2),
     **dict.fromkeys(STRESS, Budget(0.7, 2, 1)),
@@ -118,16 +122,25 @@ def baselines(scale: str, device: str) -> Iterator[Run]:
                 yield Run(data, kind, dataclasses.replace(config, ffn=kind), options)
 
 
-# Name of the variant and what it changes.
-SIZES: dict[str, dict[str, object]] = {
-    f"P={size}": {"segment_sizes": (size,) * 4} for size in range(1, 9)
-}
+def short(data: str, scale: str, seed: int, device: str) -> tuple[ForecasterConfig, TrainOptions]:
+    """Model and training of the studies that have many variants."""
+    config, options = base(data, scale, seed, device)
+    if scale == "full":
+        return config, options
+    config = dataclasses.replace(config, num_layers=2, segment_sizes=(5, 4))
+    stride = 2 * options.test_stride
+    return config, dataclasses.replace(options, epochs=4, test_stride=stride)
+
+
+# Name of the variant and what it changes. A number stands for the segment size of all layers, a
+# list for those from the first layer to the last, spread over as many as there are.
+SIZES: dict[str, dict[str, object]] = {f"P={size}": {"segment_sizes": size} for size in range(1, 9)}
 ABLATED = ("ETTh1", "Weather", "multiscale")
 ABLATIONS: dict[str, dict[str, object]] = {
-    "5-5-4-4": {"segment_sizes": (5, 5, 4, 4)},
+    "default": {},
     **SIZES,
-    "2-4-6-8": {"segment_sizes": (2, 4, 6, 8)},
-    "8-6-4-2": {"segment_sizes": (8, 6, 4, 2)},
+    "fine to coarse": {"segment_sizes": (2, 4, 6, 8)},
+    "coarse to fine": {"segment_sizes": (8, 6, 4, 2)},
     "experts segment-wide": {"expert_scope": "segment"},
     "experts projected": {"expert_scope": "projected"},
     "pooling mean": {"pooling": "mean"},
@@ -140,20 +153,32 @@ ABLATIONS: dict[str, dict[str, object]] = {
 }
 
 
+def change(config: ForecasterConfig, changes: Mapping[str, object]) -> ForecasterConfig:
+    """Apply the changes of a variant to a model of any depth."""
+    changes = dict(changes)
+    sizes, layers = changes.get("segment_sizes"), config.num_layers
+    if isinstance(sizes, int):
+        changes["segment_sizes"] = (sizes,) * layers
+    elif isinstance(sizes, tuple):
+        # The first and the last stay what they are.
+        places = (round(i * (len(sizes) - 1) / max(1, layers - 1)) for i in range(layers))
+        changes["segment_sizes"] = tuple(sizes[place] for place in places)
+    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+
+
 def changed(
     data_sets: Iterable[str],
-    changes: Mapping[str, Mapping[str, object]],
+    variants: Mapping[str, Mapping[str, object]],
     horizon: int,
     scale: str,
     device: str,
 ) -> Iterator[Run]:
-    """Every change on every data set, seed by seed."""
+    """Every variant on every data set, seed by seed."""
     for seed in SEEDS:
         for data in data_sets:
-            for variant, change in changes.items():
-                config, options = base(data, scale, seed, device)
-                config = dataclasses.replace(config, **change)  # type: ignore[arg-type]
-                yield Run(data, variant, config, options, horizons=(horizon,))
+            for variant, changes in variants.items():
+                config, options = short(data, scale, seed, device)
+                yield Run(data, variant, change(config, changes), options, horizons=(horizon,))
 
 
 def ablations(scale: str, device: str) -> Iterator[Run]:
@@ -170,12 +195,12 @@ def sizes(scale: str, device: str) -> Iterator[Run]:
 STRESSED: dict[str, dict[str, object]] = {
     "dense": {"ffn": "dense"},
     "token": {"ffn": "token"},
-    "P=2": {"segment_sizes": (2,) * 4},
-    "P=5": {"segment_sizes": (5,) * 4},
-    "P=8": {"segment_sizes": (8,) * 4},
+    "P=2": {"segment_sizes": 2},
+    "P=5": {"segment_sizes": 5},
+    "P=8": {"segment_sizes": 8},
     # 59 patches, a prime: no segment size but 1 divides it.
-    "P=5 of 59": {"segment_sizes": (5,) * 4, "look_back": 472},
-    "P=8 of 59": {"segment_sizes": (8,) * 4, "look_back": 472},
+    "P=5 of 59": {"segment_sizes": 5, "look_back": 472},
+    "P=8 of 59": {"segment_sizes": 8, "look_back": 472},
     "dense of 59": {"ffn": "dense", "look_back": 472},
 }
 

@@ -24,7 +24,7 @@ from forecaster_data import load_series
 from forecaster_report import versions, write_json
 from forecaster_sources import DataUnavailableError
 from forecaster_training import DivergedError
-from studies import REDUCED, STUDIES, Run
+from studies import REDUCED, REDUCED_FURTHER, STUDIES, Run
 from study_report import write_report
 from train_forecaster import train_one
 
@@ -68,6 +68,9 @@ def run_one(run: Run, path: Path, options: argparse.Namespace) -> None:
     command = ["python", "examples/study.py", options.study, "--only", f"^{re.escape(run.name)}$"]
     if options.scale != "small":
         command += ["--scale", options.scale, "--device", options.device]
+    reduced = REDUCED if options.study == "baselines" else REDUCED_FURTHER
+    if options.scale == "full":
+        reduced = ""
     write_json(
         path,
         {
@@ -76,7 +79,7 @@ def run_one(run: Run, path: Path, options: argparse.Namespace) -> None:
             "threads": options.threads,
             "data": run.data,
             "variant": run.variant,
-            "reduced": REDUCED if options.scale == "small" else "",
+            "reduced": reduced,
             **record,
         },
     )

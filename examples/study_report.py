@@ -175,7 +175,7 @@ def write_report(study: str, folder: Path, data_dir: Path | None = None) -> None
     if not records:
         raise ValueError(f"{folder} has no result yet: run the study first")
     rows = summarise(records)
-    first = ["5-5-4-4", "P=4"] if study in {"ablations", "sizes"} else ["dense", "token", "segment"]
+    first = ["default", "P=4"] if study in {"ablations", "sizes"} else ["dense", "token", "segment"]
     variants = ordered((row["variant"] for row in rows), first)
     against = variants[0]
     seeds = sorted({record["options"]["seed"] for record in records})

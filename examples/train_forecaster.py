@@ -14,7 +14,7 @@ import dataclasses
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,6 @@ from forecaster_training import (
     DivergedError,
     Trainer,
     TrainOptions,
-    evaluate,
     evaluate_horizons,
 )
 
@@ -195,8 +194,8 @@ def train_one(
         trainer.restore(checkpoint)
         print(f"{config.ffn}: going on after epoch {len(trainer.history)}")
     trainer.fit(progress=not quiet)
-    test = evaluate(model, windows["test"], options.device)
-    rolled_out = score_horizons(model, series, horizons, options)
+    scores = score_horizons(model, series, {config.horizon, *horizons}, options)
+    test = scores[config.horizon]
     best = trainer.history[trainer.best_epoch]
     record = {
         "model": config.ffn,
@@ -204,8 +203,8 @@ def train_one(
         "active_flops_per_token": active_flops_per_token(config),
         "step_ms": trainer.step_ms,
         "val_mse": best["val_mse"],
-        "test_mse": test.mse,
-        "test_mae": test.mae,
+        "test_mse": test["mse"],
+        "test_mae": test["mae"],
         "seconds": sum(epoch["epoch_s"] for epoch in trainer.history),
         "best_epoch": trainer.best_epoch,
         "train_windows": len(windows["train"]),
@@ -214,13 +213,8 @@ def train_one(
             "mae": best["val_mae"],
             "windows": len(windows["val"]),
         },
-        "test": {
-            "mse": test.mse,
-            "mae": test.mae,
-            "windows": len(windows["test"]),
-            "values": test.count,
-        },
-        "horizons": rolled_out,
+        "test": test,
+        "horizons": {str(horizon): scores[horizon] for horizon in horizons},
         "config": dataclasses.asdict(config),
         "options": dataclasses.asdict(options),
         "history": trainer.history,
@@ -229,15 +223,20 @@ def train_one(
 
 
 def score_horizons(
-    model: Forecaster, series: Series, horizons: Sequence[int], options: TrainOptions
-) -> dict[str, dict[str, float]]:
-    """Test scores by horizon, each of all of its windows."""
+    model: Forecaster, series: Series, horizons: Iterable[int], options: TrainOptions
+) -> dict[int, dict[str, float]]:
+    """Test scores by horizon, each of all of its windows; every window is rolled out once."""
     look_back, stride = model.config.look_back, options.test_stride
     splits = {h: Windows(series, "test", look_back, h, stride=stride) for h in horizons}
     scores = evaluate_horizons(model, splits, options.device)
     return {
-        str(h): {"mse": score.mse, "mae": score.mae, "windows": len(splits[h])}
-        for h, score in scores.items()
+        horizon: {
+            "mse": score.mse,
+            "mae": score.mae,
+            "windows": len(splits[horizon]),
+            "values": score.count,
+        }
+        for horizon, score in scores.items()
     }
 
 

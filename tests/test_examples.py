@@ -364,16 +364,34 @@ def test_active_flops_of_a_hand_worked_case(options, products):
     assert model.active_flops_per_token(config) == expected
 
 
-def test_rotary_attention_depends_on_distance_only():
+def test_rotary_attention_depends_on_distance_only(monkeypatch):
+    """One patch at every place: scores of two places are those of their distance, as published."""
     torch.manual_seed(0)
     config = model.ForecasterConfig(look_back=64, d_model=8)
     attention = model.Attention(config).double()
-    query, key = torch.randn(8, 4).double(), torch.randn(8, 4).double()
-    same = attention._rotate(query[:1].expand(8, 4)) @ attention._rotate(key[:1].expand(8, 4)).T
-    for distance in range(8):
-        diagonal = torch.diagonal(same, distance)
-        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
-    assert not math.isclose(same[0, 0], same[0, 3])
+    model.nn.init.normal_(attention.qkv.bias)
+    seen = []
+
+    def record(query, key, value):
+        seen.append((query, key))
+        return value
+
+    monkeypatch.setattr(model.functional, "scaled_dot_product_attention", record)
+    x = torch.randn(8, dtype=torch.float64)
+    attention(x.expand(1, 8, 8))
+    (query, key), *_ = seen
+    same = (query @ key.transpose(-1, -2))[0]  # (heads, T, T)
+    for distance in range(-7, 8):
+        diagonal = torch.diagonal(same, distance, dim1=-2, dim2=-1)
+        torch.testing.assert_close(diagonal, diagonal[:, :1].expand_as(diagonal))
+    # Pairs are complex numbers, left + i * right, turned by their angle (equation 15).
+    plain = attention.qkv(x)[:16].view(2, 2, 2, 2)  # query or key, head, half, pair
+    angles = model.rotary_angles(8, 4).double()
+    turned = torch.complex(*plain.unbind(2))[:, :, None] * torch.polar(
+        torch.ones_like(angles), angles
+    )
+    for found, expected in zip((query, key), turned, strict=True):
+        torch.testing.assert_close(found[0], torch.cat([expected.real, expected.imag], -1))
 
 
 def test_forecast_follows_level_and_scale_of_the_window():

@@ -69,17 +69,29 @@ VARIANTS = {**studies.ABLATIONS, **studies.STRESSED}
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_active_flops_of_every_variant_are_what_pytorch_counts(variant):
-    changes = VARIANTS[variant]
     # 64 patches: no segment size but 1, 2, 4 and 8 divides them.
-    config = dataclasses.replace(model.ForecasterConfig(horizon=32), **changes)
+    config = studies.change(model.ForecasterConfig(horizon=32), VARIANTS[variant])
     forecaster = model.Forecaster(config).eval()
     past = torch.randn(1, 1, config.look_back)
     forecaster(past)  # loads the operators, which the counter has to find
     # The counter does not know the CPU's fused attention.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         forecaster(past)
-    counted = counter.get_total_flops() / config.num_patches
+    # Rotary positions are turned by a product of their own, which other ways do not have.
+    turning = config.num_layers * 2 * (2 * config.d_model) * config.d_model
+    counted = counter.get_total_flops() / config.num_patches - turning
     assert model.active_flops_per_token(config) == pytest.approx(counted, rel=1e-12)
+
+
+def test_a_schedule_is_spread_over_the_layers():
+    def sizes(layers, changes):
+        config = model.ForecasterConfig(num_layers=layers, segment_sizes=(1,) * layers)
+        return studies.change(config, {"segment_sizes": changes}).segment_sizes
+
+    assert sizes(4, (2, 4, 6, 8)) == (2, 4, 6, 8)
+    assert sizes(2, (2, 4, 6, 8)) == (2, 8)
+    assert sizes(1, (2, 4, 6, 8)) == (2,)
+    assert sizes(3, 7) == (7, 7, 7)
 
 
 def test_every_run_has_its_own_name_and_the_seeds_go_first():
