@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from forecaster_sources import DATASETS, find_or_download, read_values
+from forecaster_sources import DATASETS, check_shape, find_or_download, read_values
 from stress_series import STRESS
 from torch import Tensor
 
@@ -148,14 +148,17 @@ def load_series(name: str, data_dir: Path | None = None) -> Series:
 
     Raises:
         DataUnavailableError: if the file is nowhere and cannot be downloaded.
-        ValueError: for an unknown name or a file without numbers.
+        ValueError: for an unknown name, a file without numbers, or one that is not the published
+            one by its shape.
     """
     if name == "multiscale":
         return make_series(name, multiscale())
     if name in STRESS:
         return make_series(name, STRESS[name]())
     if name in DATASETS:
-        return make_series(name, read_values(find_or_download(name, data_dir)))
+        values = read_values(find_or_download(name, data_dir))
+        check_shape(name, values)
+        return make_series(name, values)
     path = Path(name)
     if not path.is_file():
         known = ", ".join([*DATASETS, "multiscale", *STRESS])

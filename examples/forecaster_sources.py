@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 _ETT = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small"
 _EXCHANGE = "https://raw.githubusercontent.com/laiguokun/multivariate-time-series-data/master"
+_AUTOFORMER = "the Google Drive folder linked from https://github.com/thuml/Autoformer"
 _CHUNK_BYTES = 1 << 16
 _TIMEOUT_S = 20
 _DOWNLOAD_ERRORS = (OSError, EOFError, zlib.error, http.client.HTTPException)
@@ -34,6 +35,7 @@ class Dataset:
 
     Attributes:
         stem: file name without ``.csv`` or ``.csv.gz``.
+        shape: rows and channels, whatever the packaging.
         sha256: accepted digests of the uncompressed content. A file that the user supplies may be
             another packaging of the same numbers; a download must match.
         url: official address, or None where there is no direct one.
@@ -41,7 +43,8 @@ class Dataset:
     """
 
     stem: str
-    sha256: tuple[str, ...]
+    shape: tuple[int, int]
+    sha256: tuple[str, ...] = ()
     url: str | None = None
     home: str = ""
 
@@ -49,33 +52,42 @@ class Dataset:
 DATASETS = {
     "ETTh1": Dataset(
         "ETTh1",
+        (17420, 7),
         ("f18de3ad269cef59bb07b5438d79bb3042d3be49bdeecf01c1cd6d29695ee066",),
         f"{_ETT}/ETTh1.csv",
     ),
     "ETTh2": Dataset(
         "ETTh2",
+        (17420, 7),
         ("a3dc2c597b9218c7ce1cd55eb77b283fd459a1d09d753063f944967dd6b9218b",),
         f"{_ETT}/ETTh2.csv",
     ),
     "ETTm1": Dataset(
         "ETTm1",
+        (69680, 7),
         ("6ce1759b1a18e3328421d5d75fadcb316c449fcd7cec32820c8dafda71986c9e",),
         f"{_ETT}/ETTm1.csv",
     ),
     "ETTm2": Dataset(
         "ETTm2",
+        (69680, 7),
         ("db973ca252c6410a30d0469b13d696cf919648d0f3fd588c60f03fdbdbadd1fd",),
         f"{_ETT}/ETTm2.csv",
     ),
     "Weather": Dataset(
         "weather",
+        (52696, 21),
         ("9b2b19b13e342d9c9b9c51620d42b4be232df7fba30e7f5c4968b7c79ab138ad",),
-        home="the Google Drive folder linked from https://github.com/thuml/Autoformer",
+        home=_AUTOFORMER,
     ),
+    # Hourly: 321 meters of the UCI electricity load diagrams, 862 road sensors of California.
+    "ECL": Dataset("electricity", (26304, 321), home=_AUTOFORMER),
+    "Traffic": Dataset("traffic", (17544, 862), home=_AUTOFORMER),
     # The upstream file has neither header nor dates; the packaged one has both, and its last two
     # channels are swapped, which no score here depends on.
     "exchange_rate": Dataset(
         "exchange_rate",
+        (7588, 8),
         (
             "0127465b51e3cd3c360f8eb2be30cfd294689a2a55903eb8245aafc396626c7f",
             "d55e7aa2641009814a18ba3279431b13f6d413b0eab195b9ff21988d8cf94e97",
@@ -200,6 +212,22 @@ def _three_ways(name: str, reason: str) -> str:
         f"  2. put {stem}.csv into the cache, {cache_dir()}\n"
         f"  3. {third}"
     )
+
+
+def check_shape(name: str, values: npt.NDArray[np.float64]) -> None:
+    """Refuse a file that is not the whole benchmark, or another one.
+
+    Args:
+        name: key of `DATASETS`.
+        values: (N, C) as read.
+
+    Raises:
+        ValueError: if rows or channels are not those of the published file.
+    """
+    rows, channels = DATASETS[name].shape
+    if values.shape != (rows, channels):
+        got = f"{values.shape[0]} rows of {values.shape[1]}"
+        raise ValueError(f"{name} must have {rows} rows of {channels} channels, got {got}")
 
 
 def read_values(path: Path) -> npt.NDArray[np.float64]:

@@ -37,11 +37,14 @@ class Budget:
         train_fraction: of the train windows in an epoch: about 14,000 sequences.
         val_stride: validation on every val_stride-th window.
         test_stride: likewise for the score.
+        batch_size: windows, each with all its channels: about 224 sequences, where that is more
+            than one window.
     """
 
     train_fraction: float
     val_stride: int
     test_stride: int
+    batch_size: int = 32
 
 
 # Windows times channels differ by a factor of fifty between the data sets.
@@ -50,13 +53,17 @@ BUDGETS = {
     "ETTh2": Budget(0.25, 4, 1),
     "ETTm1": Budget(0.06, 16, 8),
     "ETTm2": Budget(0.06, 16, 8),
-    "Weather": Budget(0.018, 24, 24),
+    "Weather": Budget(0.018, 24, 24, 11),
     "exchange_rate": Budget(0.35, 2, 1),
     "multiscale": Budget(0.6, 2, 2),
     **dict.fromkeys(STRESS, Budget(0.7, 2, 1)),
+    "ECL": Budget(0.0025, 96, 96, 1),
+    "Traffic": Budget(0.0015, 96, 96, 1),
 }
 DATA = ("ETTh1", "ETTh2", "ETTm1", "ETTm2", "Weather", "exchange_rate")
-FULL_BATCH = {"Weather": 256}
+# Files with no direct address: their runs are left out where they are not there.
+IF_PRESENT = ("ECL", "Traffic")
+FULL_BATCH = {"Weather": 256, "ECL": 14, "Traffic": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +123,7 @@ def baselines(scale: str, device: str) -> Iterator[Run]:
     FFN is as wide as the experts that serve a patch, so active FLOPs agree.
     """
     for seed in SEEDS:
-        for data in DATA:
+        for data in (*DATA, *IF_PRESENT):
             for kind in ("dense", "token", "segment"):
                 config, options = base(data, scale, seed, device)
                 yield Run(data, kind, dataclasses.replace(config, ffn=kind), options)

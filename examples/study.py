@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from forecaster_data import load_series
 from forecaster_report import versions, write_json
-from forecaster_sources import DataUnavailableError
+from forecaster_sources import DataUnavailableError, find_or_download
 from forecaster_training import DivergedError
-from studies import REDUCED, REDUCED_FURTHER, STUDIES, Run
+from studies import IF_PRESENT, REDUCED, REDUCED_FURTHER, STUDIES, Run
 from study_report import write_report
 from train_forecaster import train_one
 
@@ -86,6 +86,24 @@ def run_one(run: Run, path: Path, options: argparse.Namespace) -> None:
     (checkpoints / "checkpoint.pt").unlink(missing_ok=True)
 
 
+def absent(runs: Sequence[Run], data_dir: Path | None) -> set[str]:
+    """Data sets that are left out because their files are not there; says how to get them.
+
+    Raises:
+        DataUnavailableError: if nothing is left to run.
+    """
+    missing = set()
+    for name in dict.fromkeys(run.data for run in runs if run.data in IF_PRESENT):
+        try:
+            find_or_download(name, data_dir)
+        except DataUnavailableError as error:
+            if all(run.data == name for run in runs):
+                raise
+            print(f"left out: {error}\n")
+            missing.add(name)
+    return missing
+
+
 def run_all(options: argparse.Namespace, folder: Path) -> None:
     """Every run of the study that has no result yet."""
     runs = list(STUDIES[options.study](options.scale, options.device))
@@ -93,6 +111,8 @@ def run_all(options: argparse.Namespace, folder: Path) -> None:
     if not wanted:
         names = ", ".join(run.name for run in runs[:4])
         raise ValueError(f"--only matches none of {len(runs)} runs such as {names}")
+    missing = absent(wanted, options.data_dir)
+    wanted = [run for run in wanted if run.data not in missing]
     for number, run in enumerate(wanted, 1):
         path = folder / f"{run.name}.json"
         if path.is_file():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from baseline_report import Others, add_means, costs, mean_rows, other_models, verdict
 from forecaster_data import load_series
 from forecaster_model import ForecasterConfig
 from forecaster_report import write_csv
@@ -66,11 +67,14 @@ def ordered(names: Iterable[str], first: Sequence[str]) -> list[str]:
     return [n for n in first if n in names] + [n for n in names if n not in first]
 
 
-def markdown(rows: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> list[str]:
-    """Lines of a table: data sets and horizons down, variants across."""
+def markdown(
+    rows: Sequence[Mapping[str, Any]], variants: Sequence[str], others: Others
+) -> list[str]:
+    """Lines of a table: data sets and horizons down, variants and then other models across."""
+    columns = [*variants, "best", *others]
     lines = [
-        "| data | horizon | " + " | ".join(f"{name} MSE" for name in variants) + " | best |",
-        "|---|---:|" + "---:|" * len(variants) + "---|",
+        "| data | horizon | " + " | ".join(columns) + " |",
+        "|---|---:|" + "---:|" * len(variants) + "---|" + "---:|" * len(others),
     ]
     places = list(dict.fromkeys((row["data"], row["horizon"]) for row in rows))
     for data, horizon in places:
@@ -81,7 +85,9 @@ def markdown(rows: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> list
         whole = len(here) == len(variants)
         best = min(here.values(), key=lambda row: row["mse"])["variant"] if whole else "-"
         cells = [cell(here[name]) if name in here else "-" for name in variants]
-        lines.append(f"| {data} | {horizon} | " + " | ".join(cells) + f" | {best} |")
+        beside = [scores.get((data, horizon)) for scores in others.values()]
+        cells += [best, *("-" if mse is None else f"{mse:.4g}" for mse in beside)]
+        lines.append(f"| {data} | {horizon} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -192,7 +198,7 @@ def write_report(study: str, folder: Path, data_dir: Path | None = None) -> None
     ]
     lines += [reduced, ""] if reduced else []
     if study == "baselines":
-        lines += markdown(rows, variants)
+        lines += describe_baselines(records, rows, variants, folder)
     else:
         lines += transposed(rows, variants)
     if study in {"ablations", "sizes"}:
@@ -202,6 +208,20 @@ def write_report(study: str, folder: Path, data_dir: Path | None = None) -> None
     folder.with_suffix(".md").write_text(text, encoding="utf-8")
     plot_relative(rows, variants, against, folder.with_suffix(".png"))
     print(text)
+
+
+def describe_baselines(
+    records: Sequence[Record], rows: Sequence[Mapping[str, Any]], variants: list[str], folder: Path
+) -> list[str]:
+    """Lines of the tables by horizon, of the means over horizons, of costs, and the verdict."""
+    others = other_models(folder, records[0]["config"]["look_back"])
+    horizons = sorted({int(h) for record in records for h in record["horizons"]})
+    single = {k: v for k, v in others.items() if any(horizon != "mean" for _, horizon in v)}
+    lines = [*markdown(rows, variants, single), "", *verdict(rows, others)]
+    add_means(others, horizons)
+    lines += ["", f"Mean over the horizons {', '.join(map(str, horizons))}:", ""]
+    lines += markdown(mean_rows(records), variants, others)
+    return [*lines, "", "What it costs:", "", *costs(records, variants)]
 
 
 def transposed(rows: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> list[str]:
