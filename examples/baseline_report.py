@@ -1,8 +1,8 @@
 """What the report of the baselines has beyond its table: other models, averages, costs, a verdict.
 
 Rows of `closed_form.py` stand beside the models where their file is there. Published figures are
-those of ``published.csv``, of the same look-back; they come from models many times as large, trained
-on all windows, and from all test windows but those of an incomplete last batch.
+those of ``published.csv``, of the same look-back; they come from models many times as large,
+trained on all windows, and from all test windows but those of an incomplete last batch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from cost import kept
 from forecaster_model import Forecaster, ForecasterConfig
+from studies import HORIZONS
 
 PUBLISHED = Path(__file__).resolve().parent / "published.csv"
 Row = Mapping[str, Any]
@@ -25,12 +26,13 @@ Row = Mapping[str, Any]
 Others = dict[str, dict[tuple[str, int | str], float]]
 
 
-def other_models(folder: Path, look_back: int) -> Others:
+def other_models(folder: Path, look_back: int, horizons: Sequence[int]) -> Others:
     """MSE of models that the study does not train.
 
     Args:
         folder: of the study's results; ``closed_form.json`` lies beside it.
         look_back: that published figures must have.
+        horizons: of the study; published means are of all four.
     """
     found: Others = {}
     path = folder.with_name(folder.name.replace("baselines", "closed_form") + ".json")
@@ -39,8 +41,9 @@ def other_models(folder: Path, look_back: int) -> Others:
             found.setdefault(row["model"], {})[row["data"], row["horizon"]] = row["mse"]
     with PUBLISHED.open(encoding="utf-8", newline="") as stream:
         for row in csv.DictReader(stream):
-            if int(row["look_back"]) == look_back:
-                horizon = row["horizon"] if row["horizon"] == "mean" else int(row["horizon"])
+            horizon: int | str = "mean" if row["horizon"] == "mean" else int(row["horizon"])
+            known = {*horizons, "mean"} if tuple(horizons) == HORIZONS else {*horizons}
+            if int(row["look_back"]) == look_back and horizon in known:
                 name = f"{row['model']}, published"
                 found.setdefault(name, {})[row["data"], horizon] = float(row["mse"])
     return found
@@ -102,8 +105,8 @@ def verdict(rows: Sequence[Row], others: Others) -> list[str]:
         count = compare(rows, "segment", other)
         if total := sum(count.values()):
             lines.append(
-                f"Segment-wise against {other}, {total} rows: better in {count['better']}, worse in "
-                f"{count['worse']}, and closer than two standard errors of the difference in "
+                f"Segment-wise against {other}, {total} rows: better in {count['better']}, worse "
+                f"in {count['worse']}, and closer than two standard errors of the difference in "
                 f"{count['neither']}."
             )
     linear = others.get("linear", {})
@@ -111,8 +114,8 @@ def verdict(rows: Sequence[Row], others: Others) -> list[str]:
     if known:
         beaten = sum(row["mse"] < linear[row["data"], row["horizon"]] for row in known)
         lines.append(
-            f"The linear map in closed form is worse than the mean of a trained model in {beaten} of "
-            f"{len(known)} cells."
+            "The linear map in closed form is worse than the mean of a trained model in "
+            f"{beaten} of {len(known)} cells."
         )
     return lines
 

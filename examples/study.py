@@ -99,7 +99,8 @@ def absent(runs: Sequence[Run], data_dir: Path | None) -> set[str]:
         except DataUnavailableError as error:
             if all(run.data == name for run in runs):
                 raise
-            print(f"left out: {error}\n")
+            reason, _, _ = str(error).partition("\n")
+            print(f"left out: {reason}")
             missing.add(name)
     return missing
 

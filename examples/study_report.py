@@ -214,8 +214,8 @@ def describe_baselines(
     records: Sequence[Record], rows: Sequence[Mapping[str, Any]], variants: list[str], folder: Path
 ) -> list[str]:
     """Lines of the tables by horizon, of the means over horizons, of costs, and the verdict."""
-    others = other_models(folder, records[0]["config"]["look_back"])
     horizons = sorted({int(h) for record in records for h in record["horizons"]})
+    others = other_models(folder, records[0]["config"]["look_back"], horizons)
     single = {k: v for k, v in others.items() if any(horizon != "mean" for _, horizon in v)}
     lines = [*markdown(rows, variants, single), "", *verdict(rows, others)]
     add_means(others, horizons)

@@ -1,5 +1,6 @@
 """The examples: data and splits, downloads, the closed-form rows, training, resuming, FLOPs."""
 
+import dataclasses
 import gzip
 import hashlib
 import importlib
@@ -168,6 +169,45 @@ def test_digest_of_etth1_is_the_real_one():
     assert hashlib.sha256(content).hexdigest() in sources.DATASETS["ETTh1"].sha256
 
 
+@pytest.mark.parametrize(
+    ("name", "file", "rows"),
+    [
+        ("ECL", "electricity_first55rows.csv.gz", 55),
+        ("Traffic", "traffic_first25rows.csv.gz", 25),
+    ],
+)
+def test_the_heads_of_ecl_and_traffic_are_read_and_known_to_be_no_whole_files(
+    no_files, monkeypatch, name, file, rows
+):
+    if REAL_DATA is None or not (REAL_DATA / file).is_file():
+        pytest.skip(f"needs {file}")
+    dataset = sources.DATASETS[name]
+    (no_files / f"{dataset.stem}.csv.gz").write_bytes((REAL_DATA / file).read_bytes())
+    channels = dataset.shape[1]
+    rule = f"{name} must have {dataset.shape[0]} rows of {channels} channels, got {rows} rows of"
+    with pytest.raises(ValueError, match=rule):
+        data.load_series(name, no_files)
+    # As if the published file ended there: from the file to a step of training.
+    whole = dataclasses.replace(dataset, shape=(rows, channels))
+    monkeypatch.setitem(sources.DATASETS, name, whole)
+    series = data.load_series(name, no_files)
+    assert series.values.shape == (rows, channels)
+    assert series.splits.train == (0, int(0.7 * rows))
+    config = model.ForecasterConfig(
+        look_back=8, horizon=2, patch=2, d_model=8, d_ff=8, num_layers=1, segment_sizes=(3,)
+    )
+    options = training.TrainOptions(epochs=1, batch_size=2, train_fraction=0.5)
+    _, record = script.train_one(series, config, options, no_files, quiet=True)
+    assert math.isfinite(record["test_mse"])
+    assert record["test"]["values"] == record["test"]["windows"] * channels * 2
+
+
+def test_a_file_of_another_shape_is_no_benchmark(no_files):
+    (no_files / "ETTh1.csv").write_text(csv_text(np.ones((15000, 6))))
+    with pytest.raises(ValueError, match="17420 rows of 7 channels, got 15000 rows of 6"):
+        data.load_series("ETTh1", no_files)
+
+
 @pytest.mark.parametrize("zipped", [False, True])
 def test_read_values_takes_plain_and_gzipped_csv(tmp_path, zipped):
     values = np.random.default_rng(0).normal(size=(5, 3))
@@ -208,7 +248,7 @@ def test_data_dir_comes_before_environment_and_cache(no_files, monkeypatch):
 def test_download_verifies_then_names_the_file(no_files, monkeypatch):
     content = csv_text(np.ones((4, 2))).encode()
     digest = hashlib.sha256(content).hexdigest()
-    dataset = sources.Dataset("some", (digest,), "https://example.org/some.csv.gz")
+    dataset = sources.Dataset("some", (4, 2), (digest,), "https://example.org/some.csv.gz")
     serve(monkeypatch, gzip.compress(content))
     path = sources.download(dataset, no_files / "cache")
     assert path == no_files / "cache" / "some.csv"

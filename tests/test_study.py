@@ -23,6 +23,8 @@ training = importlib.import_module("forecaster_training")
 studies = importlib.import_module("studies")
 study = importlib.import_module("study")
 report = importlib.import_module("study_report")
+baseline_report = importlib.import_module("baseline_report")
+closed_form = importlib.import_module("closed_form")
 stress = importlib.import_module("stress_series")
 
 
@@ -181,32 +183,126 @@ def test_a_run_is_repeated_by_its_command(small_study, tmp_path):
     assert record["horizons"]["9"]["windows"] < record["horizons"]["4"]["windows"] + 1
 
 
-def test_report_of_hand_made_results(tmp_path, capsys):
-    folder = tmp_path / "baselines"
+def write_baselines(folder, scores):
+    """Result files of a study; ``scores`` has the MSE of each seed by data, variant and horizon."""
     folder.mkdir()
-    scores = {"dense": [0.4, 0.5, 0.6], "segment": [0.45, 0.45, 0.45]}
-    for variant, values in scores.items():
-        for seed, mse in enumerate(values):
+    for (name, variant), horizons in scores.items():
+        config = model.ForecasterConfig(look_back=512, ffn=variant)
+        for seed in range(len(next(iter(horizons.values())))):
             record = {
-                "data": "ETTh1",
+                "data": name,
                 "variant": variant,
                 "options": {"seed": seed},
-                "horizons": {"96": {"mse": mse, "mae": mse / 2, "windows": 7}},
+                "horizons": {
+                    str(h): {"mse": values[seed], "mae": values[seed] / 2, "windows": 7}
+                    for h, values in horizons.items()
+                },
+                "config": dataclasses.asdict(config),
+                "step_ms": 10.0 + seed,
                 "parameters": 10,
                 "active_flops_per_token": 20.0,
                 "reduced": "small",
             }
-            (folder / f"ETTh1_{variant}_s{seed}.json").write_text(json.dumps(record))
+            (folder / f"{name}_{variant}_s{seed}.json").write_text(json.dumps(record))
+
+
+def test_report_of_hand_made_results(tmp_path, capsys):
+    folder = tmp_path / "baselines"
+    dense, segment = [0.4, 0.5, 0.6], [0.45, 0.45, 0.45]
+    scores = {
+        ("ETTh1", "dense"): {96: dense, 192: [0.6, 0.7, 0.8]},
+        ("ETTh1", "segment"): {96: segment, 192: [0.61, 0.62, 0.63]},
+    }
+    write_baselines(folder, scores)
+    rows = [
+        {"data": "ETTh1", "horizon": h, "model": name, "mse": mse}
+        for name, values in {"repeat": (1.3, 1.4), "linear": (0.46, 0.4)}.items()
+        for h, mse in zip((96, 192), values, strict=True)
+    ]
+    (tmp_path / "closed_form.json").write_text(json.dumps({"rows": rows}))
     report.write_report("baselines", folder)
     shown = capsys.readouterr().out
-    assert "| ETTh1 | 96 | 0.5000 ± 0.1000 | 0.4500 ± 0.0000 | segment |" in shown
+    assert "| data | horizon | dense | segment | best | repeat | linear | PatchTST/64, pub" in shown
+    row = "| ETTh1 | 96 | 0.5000 ± 0.1000 | 0.4500 ± 0.0000 | segment | 1.3 | 0.46 | 0.37 |"
+    assert row in shown
+    # The mean over horizons and its spread over seeds; published means are of four horizons.
+    row = "| ETTh1 | mean | 0.6000 ± 0.1000 | 0.5350 ± 0.0050 | segment | 1.35 | 0.43 | 0.3915 |"
+    assert row in shown
+    # 96: 0.05 against two errors of 0.058; 192: 0.08 against two of 0.058.
+    assert "Segment-wise against dense, 2 rows: better in 0, worse in 0, and closer" in shown
+    # Of the four cells only segment at 96 is below.
+    assert "worse than the mean of a trained model in 1 of 4 cells" in shown
+    assert re.search(r"\| segment \| 10 \| 20 \| [\d,]+ \| 11 \|", shown)
     assert "6 runs, seeds 0, 1, 2" in shown
     assert "baselines --report` from" in shown
     with folder.with_suffix(".csv").open() as stream:
         rows = list(csv.DictReader(stream))
-    assert [row["variant"] for row in rows] == ["dense", "segment"]
-    assert float(rows[0]["mse_spread"]) == pytest.approx(statistics.stdev(scores["dense"]))
+    assert [row["variant"] for row in rows] == ["dense", "segment"] * 2
+    assert float(rows[0]["mse_spread"]) == pytest.approx(statistics.stdev(dense))
     assert folder.with_suffix(".png").stat().st_size > 5000
+
+
+def test_better_and_worse_need_two_standard_errors():
+    def rows(one, other, spread):
+        pairs = (("segment", one), ("token", other))
+        return [
+            {"data": "x", "horizon": 1, "variant": n, "mse": m, "mse_spread": spread, "seeds": 4}
+            for n, m in pairs
+        ]
+
+    # Two errors of the difference: 2 * hypot(0.1, 0.1) / sqrt(4) = 0.1414.
+    for difference, expected in ((-0.142, "better"), (0.142, "worse"), (0.141, "neither")):
+        found = baseline_report.compare(rows(1.0 + difference, 1.0, 0.1), "segment", "token")
+        assert found == {"better": 0, "worse": 0, "neither": 0} | {expected: 1}
+    single = [{**row, "seeds": 1} for row in rows(0.5, 1.0, 0.0)]
+    assert sum(baseline_report.compare(single, "segment", "token").values()) == 0
+
+
+def test_published_figures_are_of_the_same_look_back_only(tmp_path):
+    folder = tmp_path / "baselines"
+    assert baseline_report.other_models(folder, 336, studies.HORIZONS) == {}
+    found = baseline_report.other_models(folder, 512, (96, 192))
+    assert {horizon for scores in found.values() for _, horizon in scores} == {96, 192}
+    found = baseline_report.other_models(folder, 512, studies.HORIZONS)
+    assert found["Seg-MoE, published"]["Weather", "mean"] == 0.223
+    horizons = [found["Seg-MoE, published"]["Weather", h] for h in studies.HORIZONS]
+    assert statistics.mean(horizons) == pytest.approx(0.223, abs=5e-4)
+
+
+def test_closed_form_rows_are_of_the_windows_of_the_study(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(closed_form, "HORIZONS", (4, 9))
+    monkeypatch.setattr(closed_form, "DATA", ("multiscale",))
+    stride = studies.base("multiscale", "small", 0, "cpu")[1].test_stride
+    assert closed_form.main(["--data", "multiscale", f"--results={tmp_path}", "--threads=1"]) == 0
+    content = json.loads((tmp_path / "closed_form.json").read_text())
+    series = data.load_series("multiscale")
+    assert [(r["horizon"], r["model"]) for r in content["rows"]] == [
+        *((4, "repeat"), (4, "linear"), (9, "repeat"), (9, "linear")),
+    ]
+    windows = data.Windows(series, "test", 512, 9, torch.float64, stride)
+    assert content["rows"][2]["windows"] == len(windows)
+    past, truth = windows.batch(slice(None))
+    expected = (past[..., -1:] - truth).square().mean().item()
+    assert content["rows"][2]["mse"] == pytest.approx(expected)
+    assert content["rows"][3]["mse"] < 0.7 * expected
+    assert "multiscale 9: MSE / MAE of repeat" in capsys.readouterr().out
+
+
+def test_runs_of_files_that_are_not_there_are_left_out(small_study, monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("SEGMOE_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    given = study.STUDIES["baselines"]
+
+    def more(scale, device):
+        yield from given(scale, device)
+        yield dataclasses.replace(next(given(scale, device)), data="ECL")
+
+    monkeypatch.setitem(study.STUDIES, "baselines", more)
+    assert study.main(small_study) == 0
+    assert "left out: ECL is not on this machine" in capsys.readouterr().out
+    assert len(read(tmp_path / "baselines")) == 2
+    assert study.main([*small_study, "--only", "ECL"]) == 2
+    assert "SEGMOE_DATA=FOLDER with electricity.csv" in capsys.readouterr().err
 
 
 def test_advice_is_judged_against_the_best_size(tmp_path, capsys):
