@@ -38,6 +38,8 @@ RESULTS = Path(__file__).resolve().parent / "results" / "specialisation"
 DAY = {"ETTh1": 24, "ETTh2": 24, "ETTm1": 96, "ETTm2": 96, "Weather": 144, "multiscale": 24}
 BINS = 8
 IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+SHOWN = ("hour", "level", "volatility")
 
 
 class Segments(NamedTuple):
@@ -104,6 +106,14 @@ def describe(
     )
 
 
+def share_table(expert: IntArray, quantity: IntArray, num_experts: int) -> FloatArray:
+    """(E, bins): of the segments in a bin, the share that each expert takes."""
+    table = np.zeros((num_experts, int(quantity.max(initial=0)) + 1))
+    np.add.at(table, (expert, quantity), 1)
+    shares: FloatArray = table / np.maximum(table.sum(0, keepdims=True), 1)
+    return shares
+
+
 def summarise(segments: Segments, layer: int, size: int, num_experts: int) -> dict[str, Any]:
     """The numbers of one layer."""
     load = np.bincount(segments.expert, minlength=num_experts) / len(segments.expert)
@@ -121,24 +131,26 @@ def summarise(segments: Segments, layer: int, size: int, num_experts: int) -> di
         quantity = getattr(segments, name)
         row[name] = information(segments.expert, quantity)
         row[f"{name}_shuffled"] = information(shuffled, quantity)
+    row["shares"] = {
+        name: share_table(segments.expert, getattr(segments, name), num_experts).tolist()
+        for name in SHOWN
+    }
     return row
 
 
-def plot_shares(found: list[Segments], num_experts: int, path: Path) -> None:
+def plot_shares(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw for each layer how each hour, level and volatility is shared out among the experts."""
-    figure = Figure(figsize=(9, 1 + 1.6 * len(found)), layout="constrained")
-    axes = figure.subplots(len(found), 3, sharey=True, squeeze=False)
+    figure = Figure(figsize=(9, 1 + 1.6 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(SHOWN), sharey=True, squeeze=False)
     mesh = None
-    for layer, (row, segments) in enumerate(zip(axes, found, strict=True)):
-        for axis, name in zip(row, ("hour", "level", "volatility"), strict=True):
-            table = np.zeros((num_experts, BINS))
-            np.add.at(table, (segments.expert, getattr(segments, name)), 1)
-            shares = table / np.maximum(table.sum(0, keepdims=True), 1)
+    for place, (line, row) in enumerate(zip(axes, rows, strict=True)):
+        for axis, name in zip(line, SHOWN, strict=True):
+            shares = np.array(row["shares"][name])
             mesh = axis.imshow(shares, vmin=0, vmax=1, aspect="auto", cmap="viridis")
-            axis.set_yticks(range(num_experts))
-            if layer == 0:
+            axis.set_yticks(range(len(shares)))
+            if place == 0:
                 axis.set_title({"hour": "eighth of a day"}.get(name, f"{name}, low to high"))
-        row[0].set_ylabel(f"layer {layer}\nexpert")
+        line[0].set_ylabel(f"layer {row['layer']}\nexpert")
     figure.colorbar(mesh, ax=list(axes.flat), label="share of the segments")
     figure.savefig(path, dpi=130)
 
@@ -193,7 +205,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     ]
     content |= {"load_over_training": loads, "switch_rate_over_training": switches}
     write_json(out / f"{name}.json", content)
-    plot_shares(found, config.num_experts, out / f"{name}_shares.png")
+    plot_shares(rows, out / f"{name}_shares.png")
     plot_expert_load(stats.step_history).savefig(out / f"{name}_load.png", dpi=130)
     print(f"{series.name}: share of the entropy that the expert takes away (shuffled experts)")
     for row in rows:

@@ -61,6 +61,8 @@ def test_segments_are_described_by_the_rows_they_come_from():
     # 8 steps a segment, 6 steps an expert: every neighbour has another one, or none does.
     row = special.summarise(found, 0, 1, 4)
     assert row["hour"] > 10 * row["hour_shuffled"]
+    shares = np.array(row["shares"]["hour"])  # (expert, eighth of a day)
+    assert np.array_equal(shares, np.repeat(np.eye(4), 2, axis=1))
     assert sum(row["load"]) == pytest.approx(1)
 
 
@@ -80,6 +82,10 @@ def test_a_run_writes_its_numbers_and_plots(tmp_path, monkeypatch, capsys):
     content = json.loads((tmp_path / "multiscale_s0.json").read_text())
     assert [row["segment_size"] for row in content["layers"]] == [3, 2]
     assert all(sum(row["load"]) == pytest.approx(1) for row in content["layers"])
+    for row in content["layers"]:
+        assert set(row["shares"]) == set(special.SHOWN)
+        for table in row["shares"].values():
+            assert np.array(table).sum(0) == pytest.approx(1)
     entries = len(content["load_over_training"])
     assert entries == len(content["switch_rate_over_training"]) >= 8
     for name in ("shares", "load"):
