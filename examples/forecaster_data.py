@@ -18,6 +18,7 @@ from stress_series import STRESS
 from torch import Tensor
 
 FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
 
 MULTISCALE_PERIODS = (24, 96, 384)
 MULTISCALE_REGIME = 160
@@ -97,6 +98,24 @@ def make_series(name: str, values: FloatArray) -> Series:
     return Series(name, (values - mean) / std, splits, mean, std)
 
 
+def multiscale_regimes(num_rows: int = 12000, seed: int = 0) -> IntArray:
+    """Form of the shortest cycle of `multiscale` at each step, the same for all channels.
+
+    Args:
+        num_rows: N, as given to `multiscale`.
+        seed: likewise.
+
+    Returns:
+        (N,): 0 sine, 1 square, 2 sawtooth.
+    """
+    return _draw_regimes(np.random.default_rng(seed), num_rows)
+
+
+def _draw_regimes(generator: np.random.Generator, num_rows: int) -> IntArray:
+    regimes = generator.integers(0, 3, size=math.ceil(num_rows / MULTISCALE_REGIME))
+    return np.repeat(regimes, MULTISCALE_REGIME)[:num_rows]
+
+
 def multiscale(num_rows: int = 12000, num_channels: int = 3, seed: int = 0) -> FloatArray:
     """Generate a series with known scales: three periods, and regimes that last 160 steps.
 
@@ -114,8 +133,7 @@ def multiscale(num_rows: int = 12000, num_channels: int = 3, seed: int = 0) -> F
     """
     generator = np.random.default_rng(seed)
     time = np.arange(num_rows, dtype=np.float64)
-    regimes = generator.integers(0, 3, size=math.ceil(num_rows / MULTISCALE_REGIME))
-    regime = np.repeat(regimes, MULTISCALE_REGIME)[:num_rows]
+    regime = _draw_regimes(generator, num_rows)
     channels = []
     for _ in range(num_channels):
         phases = generator.uniform(0, 1, size=3)

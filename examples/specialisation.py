@@ -1,12 +1,13 @@
-"""Which expert takes what: hours of the day, levels, volatility, channels.
+"""Which expert takes what: hours of the day, levels, volatility, channels, regimes.
 
     python examples/specialisation.py --data ETTh1
 
 Trains one segment-wise model as the studies do, follows the load of its experts over training, then
 routes test windows and asks what an expert tells about its segments: the share of the uncertainty
 about the hour, the level, the volatility or the channel that knowing the expert takes away (mutual
-information over the entropy of the quantity), beside the same for shuffled experts. Writes numbers
-and plots into ``examples/results/specialisation``.
+information over the entropy of the quantity), beside the same for shuffled experts; for the
+generated series also the regime that a segment's middle lies in. Writes numbers and plots into
+``examples/results/specialisation``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from forecaster_data import Series, Windows, load_series
+from forecaster_data import Series, Windows, load_series, multiscale_regimes
 from forecaster_model import Forecaster
 from forecaster_report import versions, write_json
 from forecaster_sources import DataUnavailableError
@@ -39,18 +40,24 @@ DAY = {"ETTh1": 24, "ETTh2": 24, "ETTm1": 96, "ETTm2": 96, "Weather": 144, "mult
 BINS = 8
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
-SHOWN = ("hour", "level", "volatility")
+TITLES = {"hour": "eighth of a day", "level": "level, low to high"}
+TITLES |= {"volatility": "volatility, low to high", "regime": "sine, square, sawtooth"}
 
 
 class Segments(NamedTuple):
-    """What is known of routed segments, one number each."""
+    """What is known of routed segments, one number each.
+
+    Attributes:
+        expert: that takes it.
+        quantities: by name: "hour" of the segment's middle, a day cut into BINS parts; "level" and
+            "volatility", quantiles of the mean and the standard deviation of its values; "channel";
+            "regime" of its middle, where it is known.
+        switches: share of neighbours with another expert.
+    """
 
     expert: IntArray
-    hour: IntArray  # of the segment's middle, a day cut into BINS parts
-    level: IntArray  # quantile of the mean of its values
-    volatility: IntArray  # quantile of their standard deviation
-    channel: IntArray
-    switches: float  # share of neighbours with another expert
+    quantities: dict[str, IntArray]
+    switches: float
 
 
 def information(expert: IntArray, quantity: IntArray) -> float:
@@ -72,13 +79,31 @@ def quantiles(values: npt.NDArray[np.float64]) -> IntArray:
 
 
 def describe(
-    model: Forecaster, series: Series, layer: int, day: int, stride: int, batch: int = 32
+    model: Forecaster,
+    series: Series,
+    layer: int,
+    day: int,
+    stride: int,
+    batch: int = 32,
+    regimes: IntArray | None = None,
 ) -> Segments:
-    """Route test windows, and look at the values of each segment of a layer."""
+    """Route test windows, and look at the values of each segment of a layer.
+
+    Args:
+        model: trained, in eval mode.
+        series: that it was trained on.
+        layer: whose segments.
+        day: steps of a day.
+        stride: rows between windows.
+        batch: windows routed at once.
+        regimes: (N,) number of each row's regime, if it is known.
+    """
     windows = Windows(series, "test", model.config.look_back, 1, stride=stride)
     first = max(0, series.splits.test[0] - model.config.look_back)
     steps = model.config.layer_segment(layer) * model.config.patch
-    experts, hours, means, spreads, channels, switched = [], [], [], [], [], []
+    experts: list[IntArray] = []
+    switched: list[npt.NDArray[np.bool_]] = []
+    found: dict[str, list[npt.NDArray[Any]]] = {}
     for start in range(0, len(windows), batch):
         ids = np.arange(start, min(start + batch, len(windows)))
         past, _ = windows.batch(slice(start, start + batch))  # (W, C, L)
@@ -88,22 +113,24 @@ def describe(
         # Whole segments only: the last one may be short.
         whole = model.config.look_back // steps
         pieces = past[..., : whole * steps].unflatten(-1, (whole, steps)).numpy()
-        begin = first + ids[:, None, None] * stride + np.arange(whole) * steps + steps // 2
-        shape = (count, width, whole)
+        middle = first + ids[:, None, None] * stride + np.arange(whole) * steps + steps // 2
+        of_segments: dict[str, npt.NDArray[Any]] = {
+            "hour": middle % day * BINS // day,
+            "level": pieces.mean(-1),
+            "volatility": pieces.std(-1),
+            "channel": np.arange(width)[:, None],
+        }
+        if regimes is not None:
+            of_segments["regime"] = regimes[middle]
+        for name, values in of_segments.items():
+            filled = np.broadcast_to(values, (count, width, whole)).reshape(-1)
+            found.setdefault(name, []).append(filled)
         experts.append(chosen[..., :whole].reshape(-1))
-        hours.append(np.broadcast_to(begin % day * BINS // day, shape).reshape(-1))
-        means.append(pieces.mean(-1).reshape(-1))
-        spreads.append(pieces.std(-1).reshape(-1))
-        channels.append(np.broadcast_to(np.arange(width)[:, None], shape).reshape(-1))
         switched.append((chosen[..., 1:] != chosen[..., :-1]).reshape(-1))
-    return Segments(
-        np.concatenate(experts),
-        np.concatenate(hours),
-        quantiles(np.concatenate(means)),
-        quantiles(np.concatenate(spreads)),
-        np.concatenate(channels),
-        float(np.concatenate(switched).mean()),
-    )
+    quantities = {name: np.concatenate(parts) for name, parts in found.items()}
+    for name in ("level", "volatility"):
+        quantities[name] = quantiles(quantities[name])
+    return Segments(np.concatenate(experts), quantities, float(np.concatenate(switched).mean()))
 
 
 def share_table(expert: IntArray, quantity: IntArray, num_experts: int) -> FloatArray:
@@ -127,29 +154,27 @@ def summarise(segments: Segments, layer: int, size: int, num_experts: int) -> di
         # What two segments drawn at random would give.
         "switch_rate_of_chance": float(1 - (load**2).sum()),
     }
-    for name in ("hour", "level", "volatility", "channel"):
-        quantity = getattr(segments, name)
-        row[name] = information(segments.expert, quantity)
-        row[f"{name}_shuffled"] = information(shuffled, quantity)
-    row["shares"] = {
-        name: share_table(segments.expert, getattr(segments, name), num_experts).tolist()
-        for name in SHOWN
-    }
+    row["told"], row["told_shuffled"], row["shares"] = {}, {}, {}
+    for name, quantity in segments.quantities.items():
+        row["told"][name] = information(segments.expert, quantity)
+        row["told_shuffled"][name] = information(shuffled, quantity)
+        row["shares"][name] = share_table(segments.expert, quantity, num_experts).tolist()
     return row
 
 
 def plot_shares(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw for each layer how each hour, level and volatility is shared out among the experts."""
-    figure = Figure(figsize=(9, 1 + 1.6 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), len(SHOWN), sharey=True, squeeze=False)
+    """Draw for each layer how each hour, level, volatility and regime is shared out."""
+    names = [name for name in rows[0]["shares"] if name in TITLES]
+    figure = Figure(figsize=(3 * len(names), 1 + 1.6 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(names), sharey=True, squeeze=False)
     mesh = None
     for place, (line, row) in enumerate(zip(axes, rows, strict=True)):
-        for axis, name in zip(line, SHOWN, strict=True):
+        for axis, name in zip(line, names, strict=True):
             shares = np.array(row["shares"][name])
             mesh = axis.imshow(shares, vmin=0, vmax=1, aspect="auto", cmap="viridis")
             axis.set_yticks(range(len(shares)))
             if place == 0:
-                axis.set_title({"hour": "eighth of a day"}.get(name, f"{name}, low to high"))
+                axis.set_title(TITLES[name])
         line[0].set_ylabel(f"layer {row['layer']}\nexpert")
     figure.colorbar(mesh, ax=list(axes.flat), label="share of the segments")
     figure.savefig(path, dpi=130)
@@ -186,8 +211,10 @@ def run(options: argparse.Namespace, command: str) -> None:
         trainer.fit(progress=not options.quiet)
     model.eval()
     day = options.day or DAY.get(options.data, 24)
+    known = multiscale_regimes() if options.data == "multiscale" else None
     found = [
-        describe(model, series, layer, day, options.stride) for layer in range(config.num_layers)
+        describe(model, series, layer, day, options.stride, regimes=known)
+        for layer in range(config.num_layers)
     ]
     rows = [
         summarise(segments, layer, config.layer_segment(layer), config.num_experts)
@@ -210,8 +237,8 @@ def run(options: argparse.Namespace, command: str) -> None:
     print(f"{series.name}: share of the entropy that the expert takes away (shuffled experts)")
     for row in rows:
         cells = [
-            f"{key} {row[key]:.3f} ({row[f'{key}_shuffled']:.3f})"
-            for key in ("hour", "level", "volatility", "channel")
+            f"{name} {told:.3f} ({row['told_shuffled'][name]:.3f})"
+            for name, told in row["told"].items()
         ]
         rate = f"switches {row['switch_rate']:.2f} (chance {row['switch_rate_of_chance']:.2f})"
         print(f"layer {row['layer']}, P={row['segment_size']}: {', '.join(cells)}, {rate}")

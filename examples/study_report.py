@@ -128,12 +128,17 @@ def plot_relative(
     figure.savefig(path, dpi=150)
 
 
-def judged_advice(rows: Sequence[Mapping[str, Any]], data_dir: Path | None) -> list[str]:
-    """Lines of a table: what the advisor would have taken, and 4 for all, against the best size.
+def judge_advice(
+    rows: Sequence[Mapping[str, Any]], data_dir: Path | None
+) -> list[dict[str, float | str]]:
+    """What the advisor would have taken, and 4 for all, against the best size in hindsight.
 
     The advisor sees the rows that models train on. Only data sets with all sizes count.
+
+    Returns:
+        A row for each data set: sizes, and errors relative to the best one's, less 1.
     """
-    lines, hits, count = [], {"advice": 0, "default": 0}, 0
+    judged: list[dict[str, float | str]] = []
     for data in dict.fromkeys(row["data"] for row in rows):
         errors = {
             int(row["variant"][2:]): row["mse"]
@@ -144,17 +149,24 @@ def judged_advice(rows: Sequence[Mapping[str, Any]], data_dir: Path | None) -> l
             continue
         series = load_series(data, data_dir)
         values = series.values[slice(*series.splits.train)]
-        chosen = {"advice": advise(values, patch=ForecasterConfig.patch).best, "default": 4}
+        advised = advise(values, patch=ForecasterConfig.patch).best
         best = min(errors, key=lambda size: errors[size])
-        over = {name: errors[size] / errors[best] - 1 for name, size in chosen.items()}
-        count += 1
-        for name, excess in over.items():
-            hits[name] += excess <= 0.01
-        lines.append(
-            f"| {data} | {best} | {chosen['advice']} | {over['advice']:+.1%} "
-            f"| {over['default']:+.1%} | {max(errors.values()) / errors[best] - 1:+.1%} |"
+        judged.append(
+            {
+                "data": data,
+                "best": best,
+                "advised": advised,
+                "advised_over_best": errors[advised] / errors[best] - 1,
+                "four_over_best": errors[4] / errors[best] - 1,
+                "worst_over_best": max(errors.values()) / errors[best] - 1,
+            }
         )
-    if not lines:
+    return judged
+
+
+def describe_advice(judged: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of the table of `judge_advice`."""
+    if not judged:
         return []
     head = [
         "",
@@ -164,9 +176,18 @@ def judged_advice(rows: Sequence[Mapping[str, Any]], data_dir: Path | None) -> l
         "| data | best P | advised P | MSE over the best | P = 4 over the best | worst P |",
         "|---|---:|---:|---:|---:|---:|",
     ]
+    lines = [
+        f"| {row['data']} | {row['best']} | {row['advised']} | {row['advised_over_best']:+.1%} "
+        f"| {row['four_over_best']:+.1%} | {row['worst_over_best']:+.1%} |"
+        for row in judged
+    ]
+    near = {
+        key: sum(row[key] <= 0.01 for row in judged)
+        for key in ("advised_over_best", "four_over_best")
+    }
     total = (
-        f"Within 1 % of the best: advice {hits['advice']} of {count}, "
-        f"P = 4 {hits['default']} of {count}."
+        f"Within 1 % of the best: advice {near['advised_over_best']} of {len(judged)}, "
+        f"P = 4 {near['four_over_best']} of {len(judged)}."
     )
     return [*head, *lines, "", total]
 
@@ -202,7 +223,10 @@ def write_report(study: str, folder: Path, data_dir: Path | None = None) -> None
     else:
         lines += transposed(rows, variants)
     if study in {"ablations", "sizes"}:
-        lines += judged_advice(rows, data_dir)
+        judged = judge_advice(rows, data_dir)
+        lines += describe_advice(judged)
+        if judged:
+            write_csv(folder.with_name(f"{folder.name}_advice.csv"), judged)
     write_csv(folder.with_suffix(".csv"), rows)
     text = "\n".join(lines) + "\n"
     folder.with_suffix(".md").write_text(text, encoding="utf-8")

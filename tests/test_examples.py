@@ -134,6 +134,12 @@ def test_multiscale_has_the_periods_it_names():
     values = data.multiscale(3840, 2, seed=3)
     assert np.array_equal(values, data.multiscale(3840, 2, seed=3))
     assert not np.array_equal(values, data.multiscale(3840, 2, seed=4))
+    # In a square regime the daily cycle has two heights only, so its steps are few and large.
+    regimes = data.multiscale_regimes(3840, seed=3)
+    step = np.abs(np.diff(values[:, 0]))
+    small = [np.mean(step[regimes[1:] == form] < 1.0) for form in range(3)]
+    assert set(regimes) == {0, 1, 2}
+    assert small[0] > 0.99 > small[1]
     power = np.abs(np.fft.rfft(values[:, 0])) ** 2
     median = np.median(power)
     for period in data.MULTISCALE_PERIODS:

@@ -51,16 +51,20 @@ def test_segments_are_described_by_the_rows_they_come_from():
     values[:, -1] = np.arange(2400)
     splits = data.make_splits("x", 2400)
     series = data.Series("x", values, splits, np.zeros(2), np.ones(2))
-    found = special.describe(ByHour(), series, 0, day=24, stride=37)
+    regimes = np.arange(2400) % 24 // 12
+    found = special.describe(ByHour(), series, 0, day=24, stride=37, regimes=regimes)
+    hour = found.quantities["hour"]
     # Hours in eighths decide the quarter that the stand-in routes by.
-    assert special.information(found.expert, found.hour) == pytest.approx(
+    assert special.information(found.expert, hour) == pytest.approx(
         math.log(4) / math.log(8), abs=0.02
     )
-    assert (found.hour // 2 == found.expert).all()
-    assert set(found.channel) == {0, 1}
+    assert (hour // 2 == found.expert).all()
+    assert (hour // 4 == found.quantities["regime"]).all()
+    assert set(found.quantities["channel"]) == {0, 1}
     # 8 steps a segment, 6 steps an expert: every neighbour has another one, or none does.
     row = special.summarise(found, 0, 1, 4)
-    assert row["hour"] > 10 * row["hour_shuffled"]
+    assert row["told"]["hour"] > 10 * row["told_shuffled"]["hour"]
+    assert row["told"]["regime"] == pytest.approx(1)
     shares = np.array(row["shares"]["hour"])  # (expert, eighth of a day)
     assert np.array_equal(shares, np.repeat(np.eye(4), 2, axis=1))
     assert sum(row["load"]) == pytest.approx(1)
@@ -83,7 +87,7 @@ def test_a_run_writes_its_numbers_and_plots(tmp_path, monkeypatch, capsys):
     assert [row["segment_size"] for row in content["layers"]] == [3, 2]
     assert all(sum(row["load"]) == pytest.approx(1) for row in content["layers"])
     for row in content["layers"]:
-        assert set(row["shares"]) == set(special.SHOWN)
+        assert {*row["told"]} == {*special.TITLES, "channel"}
         for table in row["shares"].values():
             # An eighth of a day in which no segment has its middle has no shares.
             assert np.array(table).sum(0) == pytest.approx(np.any(table, axis=0).astype(float))

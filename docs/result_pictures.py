@@ -1,0 +1,215 @@
+"""Pictures of what studies have found, drawn from the committed files in ``examples/results``."""
+
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "examples" / "results"
+COLOURS = ("#33658a", "#f6ae2d", "#c8553d", "#5b8e7d", "#8e6c8a", "#86bbd8", "#2f4858", "#bc9f6b")
+GREY = "#8a8f98"
+KINDS = {"token": COLOURS[1], "segment": COLOURS[2]}
+
+
+def table(name: str) -> list[dict[str, Any]]:
+    """Rows of a csv file of results, numbers as such."""
+    with (RESULTS / name).open(encoding="utf-8", newline="") as stream:
+        return [
+            {key: _number(value) for key, value in row.items()} for row in csv.DictReader(stream)
+        ]
+
+
+def _number(text: str) -> float | str | None:
+    try:
+        return float(text)
+    except ValueError:
+        return text or None
+
+
+def relative(
+    rows: Sequence[dict[str, Any]], data: str, variant: str, against: str
+) -> tuple[float, float]:
+    """Per cent of MSE over another variant's, mean over horizons, and the spread over seeds."""
+    here = {(row["variant"], row["horizon"]): row for row in rows if row["data"] == data}
+    horizons = sorted({horizon for name, horizon in here if name == variant})
+    base = [here[against, h]["mse"] for h in horizons]
+    ratios = [here[variant, h]["mse"] / b for h, b in zip(horizons, base, strict=True)]
+    spreads = [
+        (here[variant, h].get("mse_spread") or 0.0) / b for h, b in zip(horizons, base, strict=True)
+    ]
+    return 100 * (float(np.mean(ratios)) - 1), 100 * float(np.mean(spreads))
+
+
+def _names(rows: Sequence[dict[str, Any]], key: str) -> list[Any]:
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def baselines() -> Figure:
+    """Token-wise, segment-wise and a linear map against dense, on every data set."""
+    rows = table("baselines.csv")
+    closed = json.loads((RESULTS / "closed_form.json").read_text(encoding="utf-8"))["rows"]
+    linear = {(r["data"], r["horizon"]): r["mse"] for r in closed if r["model"] == "linear"}
+    data_sets = _names(rows, "data")
+    figure = Figure(figsize=(7.5, 2.8), layout="constrained")
+    axis = figure.subplots()
+    for place, data in enumerate(data_sets):
+        dense = {r["horizon"]: r for r in rows if (r["data"], r["variant"]) == (data, "dense")}
+        own = 100 * np.mean([(r.get("mse_spread") or 0) / r["mse"] for r in dense.values()])
+        axis.fill_between([place - 0.4, place + 0.4], -own, own, color="0.9", linewidth=0)
+        for step, (kind, colour) in enumerate(KINDS.items()):
+            value, spread = relative(rows, data, kind, "dense")
+            label = f"{kind}-wise" if place == 0 else None
+            where = place - 0.15 + 0.15 * step
+            axis.errorbar(where, value, spread, fmt="o", markersize=5, color=colour, label=label)
+        ratio = np.mean([linear[data, h] / row["mse"] for h, row in dense.items()])
+        label = "linear, closed form" if place == 0 else None
+        axis.plot(place + 0.2, 100 * (ratio - 1), "_", color=COLOURS[0], markersize=12, label=label)
+    axis.axhline(0, color=GREY, linewidth=0.8)
+    axis.set_xticks(range(len(data_sets)), data_sets)
+    axis.set_ylabel("% of MSE against dense")
+    axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def sizes() -> Figure:
+    """Error over the segment size, and what the advisor said."""
+    rows = [*table("ablations.csv"), *table("sizes.csv")]
+    advised = {
+        row["data"]: int(row["advised"])
+        for name in ("ablations_advice.csv", "sizes_advice.csv")
+        for row in table(name)
+    }
+    figure = Figure(figsize=(8.5, 2.6), layout="constrained")
+    axes = figure.subplots(1, len(advised), sharey=True, squeeze=False)[0]
+    for axis, data in zip(axes, advised, strict=True):
+        here = {row["variant"]: row for row in rows if row["data"] == data}
+        found = [here[f"P={size}"] for size in range(1, 9)]
+        best = min(row["mse"] for row in found)
+        values = np.array([100 * (row["mse"] / best - 1) for row in found])
+        spreads = [100 * (row.get("mse_spread") or 0.0) / best for row in found]
+        axis.axhspan(0, 1, color="0.93")
+        axis.errorbar(range(1, 9), values, spreads, fmt="o-", markersize=3, color=COLOURS[0])
+        size = advised[data]
+        axis.plot(size, values[size - 1], "o", markersize=9, fillstyle="none", color=COLOURS[2])
+        axis.set_title(data, fontsize=8)
+        axis.set_xticks([1, 4, 8])
+    axes[0].set_ylabel("% of MSE over the best")
+    figure.supxlabel("segment size P, the same in all layers", fontsize=9)
+    return figure
+
+
+def cost() -> Figure:
+    """FLOPs with the shared expert's part, and bytes for backward, by configuration and kind."""
+    rows = json.loads((RESULTS / "cost_triton.json").read_text(encoding="utf-8"))["rows"]
+    configs, kinds = _names(rows, "config"), _names(rows, "kind")
+    figure = Figure(figsize=(8.5, 3.0), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for place, kind in enumerate(kinds):
+        for number, config in enumerate(configs):
+            row = next(r for r in rows if (r["kind"], r["config"]) == (kind, config))
+            dense = next(r for r in rows if (r["kind"], r["config"]) == ("dense", config))
+            y = place + 0.27 * (number - 1)
+            flops = row["mflop_per_patch"] / dense["mflop_per_patch"]
+            part = flops * row["shared_share"]
+            left.barh(y, flops - part, 0.25, color=COLOURS[number])
+            left.barh(y, part, 0.25, left=flops - part, color=COLOURS[number], alpha=0.4)
+            kept = row["ffn_bytes_per_patch_and_layer"] / dense["ffn_bytes_per_patch_and_layer"]
+            label = config if place == 0 else None
+            right.barh(y, kept, 0.25, color=COLOURS[number], label=label)
+    left.set_yticks(range(len(kinds)), kinds)
+    left.invert_yaxis()
+    left.set_xlabel("FLOPs of the model against dense (pale: shared expert)")
+    right.set_xlabel("bytes kept for backward by the FFNs, against dense")
+    right.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def ablations() -> Figure:
+    """One change at a time against the default."""
+    rows = table("ablations.csv")
+    data_sets = _names(rows, "data")
+    names = [n for n in _names(rows, "variant") if n != "default" and not n.startswith("P=")]
+    figure = Figure(figsize=(8, 0.9 + 0.24 * len(names)), layout="constrained")
+    axes = figure.subplots(1, len(data_sets), sharey=True, squeeze=False)[0]
+    for axis, data in zip(axes, data_sets, strict=True):
+        _, own = relative(rows, data, "default", "default")
+        axis.axvspan(-own, own, color="0.9", linewidth=0)
+        for place, name in enumerate(names):
+            value, spread = relative(rows, data, name, "default")
+            axis.errorbar(value, place, xerr=spread, fmt="o", markersize=4, color=COLOURS[0])
+        axis.axvline(0, color=GREY, linewidth=0.8)
+        axis.set_title(data, fontsize=9)
+        axis.set_xlabel("% of MSE against the default")
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    return figure
+
+
+def failures() -> Figure:
+    """Series that are hard for segments, and what each kind makes of them."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    from stress_series import STRESS
+
+    rows = table("failures.csv")
+    figure = Figure(figsize=(9, 6.4), layout="constrained")
+    axes = figure.subplots(6, 2, gridspec_kw={"width_ratios": (3, 2)})
+    for (left, right), (name, make) in zip(axes, STRESS.items(), strict=True):
+        _snippet(left, make()[:440, 0], name)
+        variants = [n for n in _names(rows, "variant") if n != "dense" and "59" not in n]
+        for place, variant in enumerate(variants):
+            value, spread = relative(rows, name, variant, "dense")
+            colour = COLOURS[1] if variant == "token" else COLOURS[2]
+            right.errorbar(place, value, spread, fmt="o", markersize=4, color=colour)
+        _, own = relative(rows, name, "dense", "dense")
+        right.axhspan(-own, own, color="0.9", linewidth=0)
+        right.axhline(0, color=GREY, linewidth=0.8)
+        right.set_xticks(range(len(variants)), variants)
+        right.set_ylabel("% of MSE", fontsize=8)
+    axes[0, 1].set_title("against dense", fontsize=9)
+    return figure
+
+
+def _snippet(axis: Axes, values: Any, name: str) -> None:
+    """A stretch of a series, with the borders of segments of 5 patches of 8."""
+    axis.plot(values, color=COLOURS[0], linewidth=0.8)
+    for border in range(0, len(values) + 1, 40):
+        axis.axvline(border, color=COLOURS[2], linewidth=0.4)
+    axis.set_title(name, fontsize=9, loc="left")
+    axis.set(xlim=(0, len(values)), yticks=[])
+
+
+def specialisation() -> Figure:
+    """What an expert tells about its segments, and its load over training."""
+    found = {}
+    for path in sorted((RESULTS / "specialisation").glob("*_s0.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found[content["data"]] = content
+    figure = Figure(figsize=(9, 2.3 * len(found)), layout="constrained")
+    axes = figure.subplots(len(found), 3, squeeze=False)
+    for (left, middle, right), (data, content) in zip(axes, found.items(), strict=True):
+        layers = content["layers"]
+        names = list(layers[0]["told"])
+        for layer, row in enumerate(layers):
+            places = np.arange(len(names)) + 0.2 * (layer - 1.5)
+            left.bar(places, [row["told"][n] for n in names], 0.18, color=COLOURS[layer])
+        left.set_xticks(range(len(names)), names)
+        left.set_ylabel(f"{data}\nshare of entropy told")
+        shares = np.array(layers[-1]["shares"]["level"])
+        mesh = middle.imshow(shares, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+        middle.set(yticks=range(len(shares)), ylabel="expert", xlabel="level, low to high")
+        figure.colorbar(mesh, ax=middle)
+        loads = np.array([entry[-1] for entry in content["load_over_training"]])
+        for expert, colour in zip(range(loads.shape[1]), COLOURS, strict=False):
+            right.plot(loads[:, expert], color=colour, linewidth=1)
+        right.set(ylim=(0, 1), ylabel="load of an expert", xlabel="eighths of an epoch")
+    axes[0, 0].set_title("what an expert tells, by layer", fontsize=9)
+    axes[0, 1].set_title("who takes which level, last layer", fontsize=9)
+    axes[0, 2].set_title("load over training, last layer", fontsize=9)
+    return figure
