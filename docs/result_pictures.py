@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "examples" / "results"
 COLOURS = ("#33658a", "#f6ae2d", "#c8553d", "#5b8e7d", "#8e6c8a", "#86bbd8", "#2f4858", "#bc9f6b")
 GREY = "#8a8f98"
+TITLES = {"hour": "eighth of a day", "level": "level, low to high"}
+TITLES |= {"volatility": "volatility, low to high", "regime": "sine, square, sawtooth"}
 KINDS = {"token": COLOURS[1], "segment": COLOURS[2]}
 
 
@@ -125,8 +127,8 @@ def cost() -> Figure:
             right.barh(y, kept, 0.25, color=COLOURS[number], label=label)
     left.set_yticks(range(len(kinds)), kinds)
     left.invert_yaxis()
-    left.set_xlabel("FLOPs of the model against dense (pale: shared expert)")
-    right.set_xlabel("bytes kept for backward by the FFNs, against dense")
+    left.set_xlabel("FLOPs against dense (pale: shared)")
+    right.set_xlabel("bytes for backward against dense")
     right.legend(fontsize=8, frameon=False)
     return figure
 
@@ -191,7 +193,7 @@ def specialisation() -> Figure:
     for path in sorted((RESULTS / "specialisation").glob("*_s0.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         found[content["data"]] = content
-    figure = Figure(figsize=(9, 2.3 * len(found)), layout="constrained")
+    figure = Figure(figsize=(10, 2.1 * len(found)), layout="constrained")
     axes = figure.subplots(len(found), 3, squeeze=False)
     for (left, middle, right), (data, content) in zip(axes, found.items(), strict=True):
         layers = content["layers"]
@@ -199,17 +201,20 @@ def specialisation() -> Figure:
         for layer, row in enumerate(layers):
             places = np.arange(len(names)) + 0.2 * (layer - 1.5)
             left.bar(places, [row["told"][n] for n in names], 0.18, color=COLOURS[layer])
-        left.set_xticks(range(len(names)), names)
+        left.set_xticks(range(len(names)), names, fontsize=7)
         left.set_ylabel(f"{data}\nshare of entropy told")
-        shares = np.array(layers[-1]["shares"]["level"])
+        # What the last layer's expert tells most about, of what has an order to show it in.
+        told = {n: value for n, value in layers[-1]["told"].items() if n != "channel"}
+        most = max(told, key=lambda n: told[n])
+        shares = np.array(layers[-1]["shares"][most])
         mesh = middle.imshow(shares, vmin=0, vmax=1, aspect="auto", cmap="viridis")
-        middle.set(yticks=range(len(shares)), ylabel="expert", xlabel="level, low to high")
+        middle.set(yticks=range(len(shares)), ylabel="expert", xlabel=TITLES.get(most, most))
         figure.colorbar(mesh, ax=middle)
         loads = np.array([entry[-1] for entry in content["load_over_training"]])
         for expert, colour in zip(range(loads.shape[1]), COLOURS, strict=False):
             right.plot(loads[:, expert], color=colour, linewidth=1)
         right.set(ylim=(0, 1), ylabel="load of an expert", xlabel="eighths of an epoch")
     axes[0, 0].set_title("what an expert tells, by layer", fontsize=9)
-    axes[0, 1].set_title("who takes which level, last layer", fontsize=9)
+    axes[0, 1].set_title("who takes which, last layer", fontsize=9)
     axes[0, 2].set_title("load over training, last layer", fontsize=9)
     return figure
