@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from benchmarks.parallel_model import Setting, exchanged_bytes, parameters, travelling_slots
+from docs import result_pictures
 from segmoe_kernels import (
     SegMoE,
     collect_routing_stats,
@@ -423,6 +424,8 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     for function in (
         *(segments, routing, permutation, experts, shared, plans, backward, losses, precision),
         *(parallel, swapping),
+        *(result_pictures.baselines, result_pictures.sizes, result_pictures.cost),
+        *(result_pictures.ablations, result_pictures.specialisation, result_pictures.failures),
     )
 }
 
