@@ -107,10 +107,29 @@ def regimes(patches, patch, seed=0):
 
 
 def test_longer_states_call_for_longer_segments():
-    best = [advise(regimes(patches, 8), patch=8).best for patches in (1, 3, 12, 48)]
-    assert best == sorted(best)
-    assert best[0] <= 2
-    assert best[-1] >= 5
+    found = [advise(regimes(patches, 8), patch=8) for patches in (1, 3, 12, 48)]
+    highest = [int(np.argmax(advice.scores)) + 1 for advice in found]
+    assert highest[1:] == sorted(highest[1:])
+    assert highest[1] <= 2
+    assert highest[-1] >= 5
+    # States of one patch leave no trace in the next: nothing to route by.
+    assert [advice.best for advice in found] == [1, 4, 4, 4]
+
+
+def cycles(period, lasting, count=8000):
+    """Cycles in three forms that last so many steps."""
+    generator = np.random.default_rng(0)
+    form = np.repeat(generator.integers(0, 3, -(-count // lasting)), lasting)[:count]
+    part = np.arange(count) / period % 1
+    forms = np.stack([np.sin(2 * np.pi * part), np.sign(part - 0.5), 2 * part - 1])
+    return np.take_along_axis(forms, form[None], 0).T + 0.15 * generator.standard_normal((count, 1))
+
+
+def test_the_usual_size_is_left_where_the_series_says_so_plainly():
+    """Forms that last for long, of a cycle of 3 patches: only its own length hides its phases."""
+    advice = advise(cycles(24, lasting=320), patch=8)
+    assert advice.best == 3
+    assert max(advice.scores) - advice.scores[3] > 0.05
 
 
 def test_noise_calls_for_no_segments_and_says_so():
@@ -120,13 +139,19 @@ def test_noise_calls_for_no_segments_and_says_so():
     assert advice.periods == []
 
 
-def test_schedule_has_sizes_near_the_best_longest_first():
+def test_schedule_has_the_best_and_neighbours_as_good_longest_first():
     advice = advise(regimes(12, 8), patch=8, num_layers=6)
+    top, scores = max(advice.scores), advice.scores
+    close = [size for size in range(1, 9) if scores[size - 1] >= top - 0.05]
+    assert advice.best == min(close, key=lambda size: abs(size - 4))
     assert len(advice.schedule) == 6
     assert advice.schedule == sorted(advice.schedule, reverse=True)
-    top = max(advice.scores)
-    assert all(advice.scores[size - 1] >= 0.99 * top for size in advice.schedule)
-    assert advice.scores[advice.best - 1] == top
+    near = {
+        size
+        for size in (advice.best - 1, advice.best, advice.best + 1)
+        if scores[size - 1] >= 0.99 * scores[advice.best - 1]
+    }
+    assert set(advice.schedule) == near
 
 
 @pytest.fixture
