@@ -168,7 +168,7 @@ def failures() -> Figure:
     figure = Figure(figsize=(9, 6.4), layout="constrained")
     axes = figure.subplots(6, 2, gridspec_kw={"width_ratios": (3, 2)})
     for (left, right), (name, make) in zip(axes, STRESS.items(), strict=True):
-        _snippet(left, make()[:440, 0], name)
+        _snippet(left, make()[:240, 0], name)
         variants = [n for n in _names(rows, "variant") if n != "dense" and "59" not in n]
         for place, variant in enumerate(variants):
             value, spread = relative(rows, name, variant, "dense")
@@ -177,11 +177,11 @@ def failures() -> Figure:
         _, own = relative(rows, name, "dense", "dense")
         right.axhspan(-own, own, color="0.9", linewidth=0)
         right.axhline(0, color=GREY, linewidth=0.8)
-        right.set_xticks(range(len(variants)), variants)
-        right.set_ylabel("% of MSE", fontsize=8)
+        last = name == [*STRESS][-1]
+        right.set_xticks(range(len(variants)), variants if last else [""] * len(variants))
         low, high = right.get_ylim()
         right.set_ylim(min(low, -2), max(high, 2))
-    axes[0, 1].set_title("against dense", fontsize=9)
+    axes[0, 1].set_title("% of MSE against dense", fontsize=9)
     return figure
 
 
@@ -191,7 +191,7 @@ def _snippet(axis: Axes, values: Any, name: str) -> None:
     for border in range(0, len(values) + 1, 40):
         axis.axvline(border, color=COLOURS[2], linewidth=0.4)
     axis.set_title(name, fontsize=9, loc="left")
-    axis.set(xlim=(0, len(values)), yticks=[])
+    axis.set(xlim=(0, len(values)), xticks=[], yticks=[])
 
 
 def specialisation() -> Figure:
@@ -209,19 +209,18 @@ def specialisation() -> Figure:
             places = np.arange(len(names)) + 0.2 * (layer - 1.5)
             left.bar(places, [row["told"][n] for n in names], 0.18, color=COLOURS[layer])
         left.set_xticks(range(len(names)), names, fontsize=7)
-        left.set_ylabel(f"{data}\nshare of entropy told")
+        left.set_ylabel(data)
         # What the last layer's expert tells most about, of what has an order to show it in.
         told = {n: value for n, value in layers[-1]["told"].items() if n != "channel"}
         most = max(told, key=lambda n: told[n])
         shares = np.array(layers[-1]["shares"][most])
-        mesh = middle.imshow(shares, vmin=0, vmax=1, aspect="auto", cmap="viridis")
-        middle.set(yticks=range(len(shares)), ylabel="expert", xlabel=TITLES.get(most, most))
-        figure.colorbar(mesh, ax=middle)
-        loads = np.array([entry[-1] for entry in content["load_over_training"]])
+        middle.imshow(shares, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+        middle.set(yticks=[], xticks=[], ylabel="expert", xlabel=TITLES.get(most, most))
+        loads = np.array([entry[-1] for entry in content["load_over_training"]])[:40]
         for expert, colour in zip(range(loads.shape[1]), COLOURS, strict=False):
             right.plot(loads[:, expert], color=colour, linewidth=1)
-        right.set(ylim=(0, 1), ylabel="load of an expert", xlabel="eighths of an epoch")
-    axes[0, 0].set_title("what an expert tells, by layer", fontsize=9)
-    axes[0, 1].set_title("who takes which, last layer", fontsize=9)
-    axes[0, 2].set_title("load over training, last layer", fontsize=9)
+        right.set(ylim=(0, 1), yticks=(0, 0.25, 0.5, 1), xticks=(0, 16, 32))
+    axes[0, 0].set_title("share of entropy told, by layer", fontsize=9)
+    axes[0, 1].set_title("who takes which, last layer (bright: most)", fontsize=9)
+    axes[0, 2].set_title("loads over eighths of an epoch, last layer", fontsize=9)
     return figure

@@ -222,6 +222,10 @@ def write_report(study: str, folder: Path, data_dir: Path | None = None) -> None
         lines += describe_baselines(records, rows, variants, folder)
     else:
         lines += transposed(rows, variants)
+    default = [record for record in records if record["variant"] == "default"]
+    if default:
+        sizes = ", ".join(map(str, default[0]["config"]["segment_sizes"]))
+        lines += ["", f"`default`: segments of {sizes} patches, from the first layer to the last."]
     if study in {"ablations", "sizes"}:
         judged = judge_advice(rows, data_dir)
         lines += describe_advice(judged)
