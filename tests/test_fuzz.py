@@ -13,10 +13,10 @@ PARTS = 4
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_random_layers_agree_with_float64(part):
-    """50 examples a part, in parallel processes."""
+    """25 examples a part, in parallel processes."""
     seen = collections.Counter()
-    fuzz.run(50, seen, part)
-    assert seen["examples"] >= 45
+    fuzz.run(25, seen, part)
+    assert seen["examples"] >= 22
 
 
 def test_the_fuzz_report_is_of_5000_examples_without_failure():
