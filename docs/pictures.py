@@ -24,6 +24,7 @@ from torch._subclasses import FakeTensorMode
 
 from benchmarks.parallel_model import Setting, exchanged_bytes, parameters, travelling_slots
 from docs import result_pictures
+from docs.result_pictures import COLOURS, GREY
 from segmoe_kernels import (
     SegMoE,
     collect_routing_stats,
@@ -35,8 +36,6 @@ from segmoe_kernels.routing import Routing
 from segmoe_kernels.validation import POOLINGS
 
 ROOT = Path(__file__).resolve().parents[1]
-COLOURS = ("#33658a", "#f6ae2d", "#c8553d", "#5b8e7d", "#8e6c8a", "#86bbd8", "#2f4858", "#bc9f6b")
-GREY = "#8a8f98"
 
 
 def series(steps: int) -> Tensor:

@@ -12,11 +12,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+import study_report  # noqa: E402  needs the path
+from specialisation import TITLES  # noqa: E402
+from stress_series import STRESS  # noqa: E402
+
 RESULTS = ROOT / "examples" / "results"
 COLOURS = ("#33658a", "#f6ae2d", "#c8553d", "#5b8e7d", "#8e6c8a", "#86bbd8", "#2f4858", "#bc9f6b")
 GREY = "#8a8f98"
-TITLES = {"hour": "eighth of a day", "level": "level, low to high"}
-TITLES |= {"volatility": "volatility, low to high", "regime": "sine, square, sawtooth"}
 KINDS = {"token": COLOURS[1], "segment": COLOURS[2]}
 
 
@@ -38,15 +41,13 @@ def _number(text: str) -> float | str | None:
 def relative(
     rows: Sequence[dict[str, Any]], data: str, variant: str, against: str
 ) -> tuple[float, float]:
-    """Per cent of MSE over another variant's, mean over horizons, and the spread over seeds."""
-    here = {(row["variant"], row["horizon"]): row for row in rows if row["data"] == data}
-    horizons = sorted({horizon for name, horizon in here if name == variant})
-    base = [here[against, h]["mse"] for h in horizons]
-    ratios = [here[variant, h]["mse"] / b for h, b in zip(horizons, base, strict=True)]
-    spreads = [
-        (here[variant, h].get("mse_spread") or 0.0) / b for h, b in zip(horizons, base, strict=True)
-    ]
-    return 100 * (float(np.mean(ratios)) - 1), 100 * float(np.mean(spreads))
+    """Per cent of MSE over another variant's, and its spread; both have to be there."""
+    found = study_report.relative(rows, data, variant, against)
+    if found is None:
+        raise ValueError(
+            f"rows must have {variant!r} and {against!r} on {data}, got neither or one"
+        )
+    return found
 
 
 def _names(rows: Sequence[dict[str, Any]], key: str) -> list[Any]:
@@ -67,7 +68,7 @@ def baselines() -> Figure:
     for axis, names in zip(axes, (calm, wild), strict=True):
         for place, data in enumerate(names):
             dense = {r["horizon"]: r for r in rows if (r["data"], r["variant"]) == (data, "dense")}
-            own = 100 * np.mean([(r.get("mse_spread") or 0) / r["mse"] for r in dense.values()])
+            _, own = relative(rows, data, "dense", "dense")
             axis.fill_between([place - 0.4, place + 0.4], -own, own, color="0.9", linewidth=0)
             for step, (kind, colour) in enumerate(KINDS.items()):
                 value, spread = relative(rows, data, kind, "dense")
@@ -161,9 +162,6 @@ def ablations() -> Figure:
 
 def failures() -> Figure:
     """Series that are hard for segments, and what each kind makes of them."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    from stress_series import STRESS
-
     rows = table("failures.csv")
     figure = Figure(figsize=(9, 6.4), layout="constrained")
     axes = figure.subplots(6, 2, gridspec_kw={"width_ratios": (3, 2)})
@@ -222,5 +220,5 @@ def specialisation() -> Figure:
         right.set(ylim=(0, 1), yticks=(0, 0.25, 0.5, 1), xticks=(0, 16, 32))
     axes[0, 0].set_title("share of entropy told, by layer", fontsize=9)
     axes[0, 1].set_title("who takes which, last layer (bright: most)", fontsize=9)
-    axes[0, 2].set_title("loads over eighths of an epoch, last layer", fontsize=9)
+    axes[0, 2].set_title("loads by eighths of the first 5 epochs", fontsize=9)
     return figure

@@ -91,6 +91,34 @@ def markdown(
     return lines
 
 
+def relative(
+    rows: Iterable[Mapping[str, Any]], data: str, variant: str, against: str
+) -> tuple[float, float] | None:
+    """Per cent by which a variant's MSE is over another's on a data set, and its spread.
+
+    Args:
+        rows: of `summarise`, or read from the csv file of a report.
+        data: data set.
+        variant: as the rows call it.
+        against: likewise.
+
+    Returns:
+        Mean over the horizons that both have of the ratio, less 1, and of the spread over seeds on
+        the same scale; None if there is no such horizon.
+    """
+    here = {(row["variant"], row["horizon"]): row for row in rows if row["data"] == data}
+    pairs = [
+        (row, here[against, horizon])
+        for (name, horizon), row in here.items()
+        if name == variant and (against, horizon) in here
+    ]
+    if not pairs:
+        return None
+    over = statistics.mean(row["mse"] / base["mse"] for row, base in pairs) - 1
+    spread = statistics.mean((row.get("mse_spread") or 0.0) / base["mse"] for row, base in pairs)
+    return 100 * over, 100 * spread
+
+
 def plot_relative(
     rows: Sequence[Mapping[str, Any]], variants: Sequence[str], against: str, path: Path
 ) -> None:
@@ -105,19 +133,11 @@ def plot_relative(
     axes = figure.subplots(1, len(data_sets), sharey=True, squeeze=False)[0]
     places = np.arange(len(variants))
     for axis, data in zip(axes, data_sets, strict=True):
-        here = {(row["variant"], row["horizon"]): row for row in rows if row["data"] == data}
-        horizons = sorted({horizon for _, horizon in here})
         for place, name in zip(places, variants, strict=True):
-            both = [h for h in horizons if (name, h) in here and (against, h) in here]
-            if not both:
-                continue
-            base = [here[against, h]["mse"] for h in both]
-            ratios = [here[name, h]["mse"] / b for h, b in zip(both, base, strict=True)]
-            spreads = [
-                here[name, h].get("mse_spread", 0.0) / b for h, b in zip(both, base, strict=True)
-            ]
-            value, spread = 100 * (np.mean(ratios) - 1), 100 * np.mean(spreads)
-            axis.errorbar(value, place, xerr=spread, fmt="o", markersize=4, color="#33658a")
+            found = relative(rows, data, name, against)
+            if found is not None:
+                value, spread = found
+                axis.errorbar(value, place, xerr=spread, fmt="o", markersize=4, color="#33658a")
         axis.axvline(0, color="0.6", linewidth=0.8)
         axis.set_title(data, fontsize=9)
         axis.set_xlabel("% of MSE", fontsize=8)

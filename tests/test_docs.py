@@ -1,5 +1,6 @@
 """The documentation: links, pictures and snippets of its pages, and the site of `make docs`."""
 
+import csv
 import dataclasses
 import importlib
 import inspect
@@ -74,6 +75,83 @@ def test_pictures_are_those_that_pages_show():
     for path in (DOCS / "pictures").iterdir():
         assert path.stat().st_size < 100_000, path
         assert "<dc:date>" not in path.read_text(encoding="utf-8"), path
+
+
+def table_rows(page, head):
+    """Cells of the table of a page whose first line begins with ``head``, that line left out."""
+    lines = (DOCS / page).read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(head))
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            return
+        yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def results(name):
+    with (ROOT / "examples" / "results" / name).open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_the_table_of_baselines_is_what_the_report_says():
+    text = (ROOT / "examples" / "results" / "baselines.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if "| mean |" in line]
+    reported = {}
+    for line in lines:
+        name, _, *models, _, _, linear, other, ours = (
+            c.strip() for c in line.strip("|").split("|")
+        )
+        reported[name.replace("_rate", " rates")] = [*models, linear, other, ours]
+    shown = {name: cells for name, *cells in table_rows("choosing.md", "| mean of four")}
+    assert shown.keys() == reported.keys()
+    for name, cells in shown.items():
+        for cell, full in zip(cells, reported[name], strict=True):
+            for short, long in zip(cell.split(" ± "), full.split(" ± "), strict=True):
+                assert short == long or abs(float(short) - float(long)) <= 0.00051, (name, cell)
+
+
+def test_the_table_of_failures_is_what_the_file_holds():
+    held = {(row["data"], row["variant"]): row for row in results("failures.csv")}
+    count = 0
+    for name, _, *cells, _ in table_rows("failures.md", "| series"):
+        data = name.strip("`")
+        dense = float(held[data, "dense"]["mse"])
+        for variant, cell in zip(("token", "P=2", "P=5", "P=8"), cells, strict=True):
+            row = held[data, variant]
+            over, spread = (
+                100 * (float(row["mse"]) / dense - 1),
+                100 * float(row["mse_spread"]) / dense,
+            )
+            assert cell == f"{over:+.1f} ± {spread:.1f} %", (data, variant)
+            count += 1
+    assert count == 24
+
+
+def test_the_table_of_costs_is_what_the_files_hold():
+    kinds = (
+        "dense",
+        "token-wise",
+        "segment-wise, shared token-wide",
+        "segment-wise",
+        "official loop",
+    )
+    of_file = {
+        name: {row["kind"]: row for row in results(name) if row["config"] == "small"}
+        for name in ("cost.csv", "cost_triton.csv")
+    }
+    columns = (
+        ("cost.csv", "mflop_per_patch", 1, "{:.2f}"),
+        ("cost.csv", "shared_share", 100, "{:.0f} %"),
+        ("cost.csv", "parameters", 1e-6, "{:.2f}"),
+        ("cost_triton.csv", "ffn_bytes_per_patch_and_layer", 1, "{:,.0f}"),
+        ("cost.csv", "ffn_bytes_per_patch_and_layer", 1, "{:,.0f}"),
+        ("cost.csv", "train_ms", 1, "{:.0f}"),
+    )
+    rows = list(table_rows("choosing.md", "| | dense |"))
+    assert len(rows) == len(columns)
+    for (_, *cells), (name, key, factor, form) in zip(rows, columns, strict=True):
+        for cell, kind in zip(cells, kinds, strict=True):
+            value = form.format(factor * float(of_file[name][kind][key]))
+            assert cell == value or (cell == "" and value == "0 %"), (key, kind)
 
 
 def test_the_change_log_begins_with_this_version():

@@ -16,7 +16,7 @@ def test_random_layers_agree_with_float64(part):
     """25 examples a part, in parallel processes."""
     seen = collections.Counter()
     fuzz.run(25, seen, part)
-    assert seen["examples"] >= 22
+    assert seen["examples"] >= 23
 
 
 def test_the_fuzz_report_is_of_5000_examples_without_failure():
