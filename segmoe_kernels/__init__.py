@@ -5,7 +5,12 @@ Shape letters, used in every docstring: ``B`` batch, ``T`` time steps, ``P`` seg
 ``D`` d_model, ``F`` d_ff, ``E`` num_experts, ``R`` routed rows (``S * top_k``).
 """
 
-from segmoe_kernels.convert import load_official, segment_schedule, to_official
+from segmoe_kernels.convert import (
+    load_official,
+    load_official_layers,
+    segment_schedule,
+    to_official,
+)
 from segmoe_kernels.dialects import convert_state_dict
 from segmoe_kernels.layer import SegMoE, set_loss_scaler
 from segmoe_kernels.losses import load_balancing_loss, router_z_loss
@@ -26,6 +31,7 @@ __all__ = [
     "convert_state_dict",
     "load_balancing_loss",
     "load_official",
+    "load_official_layers",
     "replace_ffn",
     "router_z_loss",
     "segment_schedule",

@@ -1,16 +1,16 @@
 """Checkpoints in and out, and schedules of segment sizes."""
 
 import re
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from segmoe_kernels import validation as check
-from segmoe_kernels.layer import SegMoE
+from segmoe_kernels.layer import OfficialNames, SegMoE
 
-__all__ = ["load_official", "segment_schedule", "to_official"]
+__all__ = ["load_official", "load_official_layers", "segment_schedule", "to_official"]
 
 # Official names: evortigosa/segmoe_forecast, model/MoE.py. "1." is the place of the FFN in the
 # Sequential(Rearrange, FFN, Rearrange) that wraps the experts of MoESegment.
@@ -26,6 +26,8 @@ _OTHER_KEYS = {
     "out_proj.weight": "out_proj.weight",
     "out_proj.bias": "out_proj.bias",
 }
+# What a state dict can't tell of a layer.
+_OPTIONS = ("dropout", "router_dropout", "aux_loss_weight", "z_loss_weight", "backend")
 
 
 class _Official(NamedTuple):
@@ -33,6 +35,7 @@ class _Official(NamedTuple):
 
     experts: dict[str, dict[int, Tensor]]  # "up_proj" or "up_proj_bias" -> expert -> tensor
     others: dict[str, Tensor]
+    names: OfficialNames
 
 
 def _swap(name: str, *, gated: bool) -> str:
@@ -40,19 +43,30 @@ def _swap(name: str, *, gated: bool) -> str:
     return {"up": "gate", "gate": "up"}.get(name, name) if gated else name
 
 
-def _sort_keys(state_dict: Mapping[str, Tensor], prefix: str) -> _Official:
+def _inside(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
+    """What is under a prefix, without it."""
+    check.check_mapping("load_official", "state_dict", state_dict)
+    check.check_string("load_official", "prefix", prefix)
     inside = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
     if not inside:
         got = f"keys such as {sorted(state_dict)[:4]}"
         check.fail_value("load_official", "state_dict", f"have keys under prefix={prefix!r}", got)
+    for key, value in inside.items():
+        if not isinstance(value, Tensor):
+            got = type(value).__name__
+            check.fail_type("load_official", f"state_dict[{key!r}]", "be a tensor", got)
+    return inside
+
+
+def _sort_keys(inside: Mapping[str, Tensor], prefix: str) -> _Official:
     gated = any(".gate_proj." in key or ".gate_conv." in key for key in inside)
+    names = OfficialNames("", "proj")
     experts: dict[str, dict[int, Tensor]] = {}
     others: dict[str, Tensor] = {}
     leftovers = []
     for key, value in inside.items():
-        if not isinstance(value, Tensor):
-            check.fail_type("load_official", f"state_dict[{key!r}]", "be a tensor", type(value))
         if match := _EXPERT_KEY.fullmatch(key):
+            names = names._replace(nested=match[2] or "")
             suffix = "_bias" if match[4] == "bias" else ""
             name = f"{_swap(match[3], gated=gated)}_proj{suffix}"
             experts.setdefault(name, {})[int(match[1])] = value
@@ -62,6 +76,7 @@ def _sort_keys(state_dict: Mapping[str, Tensor], prefix: str) -> _Official:
                     leftovers.append(key)
                     continue
                 value = value[..., 0]  # noqa: PLW2901  a 1x1 convolution is a linear map
+            names = names._replace(shared=match[2])
             others[f"shared_expert.{_swap(match[1], gated=gated)}_proj.{match[3]}"] = value
         elif key in _OTHER_KEYS:
             others[_OTHER_KEYS[key]] = value
@@ -75,7 +90,17 @@ def _sort_keys(state_dict: Mapping[str, Tensor], prefix: str) -> _Official:
             hint = f" (for one inside a model pass prefix={prefix + min(layers)!r})"
         rule = f"have only keys of an official Seg-MoE layer{hint}"
         check.fail_value("load_official", "state_dict", rule, f"also {sorted(leftovers)}")
-    return _Official(experts, others)
+    return _Official(experts, others, names)
+
+
+def _check_values(inside: Mapping[str, Tensor]) -> None:
+    """Refuse what no layer computes with."""
+    for key, value in inside.items():
+        check.check_tensor("load_official", f"state_dict[{key!r}]", value)
+    devices = sorted({str(value.device) for value in inside.values()})
+    if len(devices) > 1:
+        rule = "have all tensors on one device"
+        check.fail_value("load_official", "state_dict", rule, devices)
 
 
 def _stack(experts: dict[str, dict[int, Tensor]]) -> dict[str, Tensor]:
@@ -90,6 +115,10 @@ def _stack(experts: dict[str, dict[int, Tensor]]) -> dict[str, Tensor]:
         if len(shapes) > 1:
             rule = f"have {name} of one shape in every expert"
             check.fail_value("load_official", "state_dict", rule, sorted(shapes))
+        dtypes = {str(tensor.dtype) for tensor in experts[name].values()}
+        if len(dtypes) > 1:
+            rule = f"have {name} of one dtype in every expert"
+            check.fail_type("load_official", "state_dict", rule, sorted(dtypes))
         stacked[f"experts.{name}"] = torch.stack([experts[name][e] for e in range(count)])
     return stacked
 
@@ -103,6 +132,7 @@ def load_official(
     router_temperature: float = 1.0,
     renormalize: bool | None = None,
     prefix: str = "",
+    **options: Any,
 ) -> SegMoE:
     """Build the layer that computes what an official Seg-MoE layer computes.
 
@@ -120,18 +150,28 @@ def load_official(
         router_temperature: divides the logits.
         renormalize: see `SegMoE`; True for checkpoints trained before 2026-06-28 at top_k = 1.
         prefix: of the layer's keys, such as "backbone.transformer.0.moeff.".
+        **options: of `SegMoE` that a state dict does not tell and training needs: dropout,
+            router_dropout (0.2 and 0.1 are the official defaults), aux_loss_weight,
+            z_loss_weight, backend.
 
     Returns:
-        SegMoE in eval mode, dtype and device of the state dict.
+        SegMoE in eval mode, on the device of the state dict. Each tensor keeps its dtype; where a
+        router of another dtype than the experts' was saved, the layer runs under
+        ``torch.autocast``, or once it is cast: ``layer.to(dtype)``.
 
     Raises:
-        TypeError: for a value that is not a tensor.
+        TypeError: for an argument of the wrong type, or a value that is not a tensor of floats.
         ValueError: for missing or unknown keys (listed), or shapes that do not fit the options.
     """
-    check.check_integer("load_official", "segment_size", segment_size, 1)
-    check.check_integer("load_official", "top_k", top_k, 1)
+    segment_size = check.check_integer("load_official", "segment_size", segment_size, 1)
+    top_k = check.check_integer("load_official", "top_k", top_k, 1)
+    if unknown := sorted(set(options) - set(_OPTIONS)):
+        rule = f"be of {', '.join(_OPTIONS)} (the state dict tells the others)"
+        check.fail_type("load_official", "options", rule, unknown)
     check.check_choice("load_official", "expert_scope", expert_scope, check.EXPERT_SCOPES)
-    official = _sort_keys(state_dict, prefix)
+    inside = _inside(state_dict, prefix)
+    official = _sort_keys(inside, prefix)
+    _check_values(inside)
     ours = {**official.others, **_stack(official.experts)}
     num_experts = ours["experts.up_proj"].shape[0] if "experts.up_proj" in ours else 0
     some = ours.get("experts.up_proj", ours.get("shared_expert.up_proj.weight"))
@@ -160,6 +200,7 @@ def load_official(
         renormalize=renormalize,
         device=some.device,
         dtype=some.dtype,
+        **options,
     )
     wanted = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in ours.items()}
@@ -171,8 +212,58 @@ def load_official(
         ]
         rule = f"fit segment_size={segment_size} and expert_scope={expert_scope!r}"
         check.fail_value("load_official", "state_dict", rule, "; ".join(differences))
-    layer.load_state_dict(ours)
+    # Not copied into the layer's own parameters, which would round to their dtype.
+    own = {name: tensor.detach().clone() for name, tensor in ours.items()}
+    layer.load_state_dict(own, assign=True)
+    layer._official = official.names
     return layer.eval()
+
+
+def load_official_layers(
+    state_dict: Mapping[str, Tensor], *, segment_sizes: int | str | Sequence[int], **options: Any
+) -> dict[str, SegMoE]:
+    """Build all Seg-MoE layers of an official model.
+
+    ::
+
+        checkpoint = torch.load("weather.pt", weights_only=True)["model_state_dict"]
+        layers = load_official_layers(checkpoint, segment_sizes="3,5,5,5", dropout=0.2)
+        for name, layer in layers.items():      # "backbone.transformer.0.moeff" and so on
+            model.set_submodule(name, layer)
+
+    Args:
+        state_dict: of the model; keys outside the layers are left alone.
+        segment_sizes: P of each layer in the order of their numbers, see `segment_schedule`.
+        **options: of `load_official`, the same for all layers.
+
+    Returns:
+        The layers by their names in the model, in the order of their numbers.
+
+    Raises:
+        TypeError: for an argument of the wrong type.
+        ValueError: if there is no layer, or as `load_official`.
+    """
+    function = "load_official_layers"
+    check.check_mapping(function, "state_dict", state_dict)
+    if "prefix" in options:
+        check.fail_type(function, "options", "have no prefix", repr(options["prefix"]))
+    found = {m[1] for key in state_dict if (m := _INSIDE_A_MODEL.match(key))}
+    if not found:
+        rule = "have keys of layers, such as 'backbone.transformer.0.moeff.gating.weight'"
+        check.fail_value(function, "state_dict", rule, f"keys such as {sorted(state_dict)[:4]}")
+    prefixes = sorted(found, key=_by_numbers)
+    sizes = _schedule(function, "segment_sizes", segment_sizes, len(prefixes))
+    return {
+        prefix.removesuffix("."): load_official(
+            state_dict, segment_size=size, prefix=prefix, **options
+        )
+        for prefix, size in zip(prefixes, sizes, strict=True)
+    }
+
+
+def _by_numbers(prefix: str) -> list[tuple[int, str]]:
+    """Sorts "layers.10." behind "layers.2."."""
+    return [(int(part) if part.isdecimal() else -1, part) for part in prefix.split(".")]
 
 
 def to_official(layer: SegMoE, *, prefix: str = "") -> dict[str, Tensor]:
@@ -184,15 +275,20 @@ def to_official(layer: SegMoE, *, prefix: str = "") -> dict[str, Tensor]:
         prefix: put in front of every key.
 
     Returns:
-        State dict of ``MoESegment`` (``MoEFeedForward`` at segment_size 1, ``MoESegmentV0`` for
-        "segment", ``MoESegmentV1`` for "projected"), sharing no memory with the layer.
+        State dict, sharing no memory with the layer: of the class that `load_official` read, else
+        of ``MoESegment`` (``MoEFeedForward`` at segment_size 1, ``MoESegmentV0`` for "segment",
+        ``MoESegmentV1`` for "projected") with a shared expert of ``ffn_type="mlp"``.
 
     Raises:
-        TypeError: if layer is not a SegMoE.
-        ValueError: if the official code has no such layer.
+        TypeError: if layer is not a SegMoE, or prefix not a string.
+        ValueError: if the official code has no such layer, or other ranks have experts of it.
     """
     if not isinstance(layer, SegMoE):
         check.fail_type("to_official", "layer", "be a SegMoE", type(layer).__name__)
+    check.check_string("to_official", "prefix", prefix)
+    if layer.experts is not None and layer.experts.num_experts != layer.num_experts:
+        got = f"{layer.experts.num_experts} of {layer.num_experts}"
+        check.fail_value("to_official", "layer", "have all experts (gather_experts first)", got)
     expected = "silu" if layer.gated else "gelu"
     same_at_one = layer.segment_size == 1 or layer.expert_scope == "projected"
     for option, fits in (
@@ -206,6 +302,7 @@ def to_official(layer: SegMoE, *, prefix: str = "") -> dict[str, Tensor]:
             got = f"{option}={getattr(layer, option)!r}"
             check.fail_value("to_official", "layer", rule, got)
     nested = "1." if layer.expert_scope == "token" and layer.segment_size > 1 else ""
+    names = layer._official or OfficialNames(nested, "proj")
     back = {ours: official for official, ours in _OTHER_KEYS.items()}
     result = {}
     for name, tensor in layer.state_dict().items():
@@ -215,39 +312,48 @@ def to_official(layer: SegMoE, *, prefix: str = "") -> dict[str, Tensor]:
             kind = _swap(leaf.split("_")[0], gated=layer.gated)
             suffix = "bias" if leaf.endswith("_bias") else "weight"
             for e in range(layer.num_experts):
-                key = f"experts.{e}.{nested}{kind}_proj.{suffix}"
+                key = f"experts.{e}.{names.nested}{kind}_proj.{suffix}"
                 result[prefix + key] = value[e].clone()
         elif module == "shared_expert":
             kind, _, suffix = leaf.partition("_proj.")
-            result[f"{prefix}shared_expert.{_swap(kind, gated=layer.gated)}_proj.{suffix}"] = value
+            if names.shared == "conv" and suffix == "weight":
+                value = value[..., None]
+            key = f"shared_expert.{_swap(kind, gated=layer.gated)}_{names.shared}.{suffix}"
+            result[prefix + key] = value
         else:
             result[prefix + back[name]] = value
     return result
 
 
-def segment_schedule(sizes: str, num_layers: int) -> list[int]:
+def segment_schedule(sizes: int | str | Sequence[int], num_layers: int) -> list[int]:
     """Read a schedule of segment sizes over layers, such as "5,5,4,4,3,3".
 
     Args:
-        sizes: comma-separated sizes: one for all layers, or one for each.
+        sizes: one size for all layers, or one for each: a sequence, or text with commas.
         num_layers: how many layers there are.
 
     Returns:
         num_layers sizes.
 
     Raises:
-        TypeError: if sizes is not a string or num_layers not an int.
+        TypeError: if sizes is none of these, or num_layers not an int.
         ValueError: if a size is not a positive integer, or the number of sizes does not fit.
     """
-    check.check_integer("segment_schedule", "num_layers", num_layers, 1)
-    if not isinstance(sizes, str):
-        check.fail_type("segment_schedule", "sizes", "be a str", type(sizes).__name__)
-    parts = [part.strip() for part in sizes.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        rule = "be comma-separated positive integers"
-        check.fail_value("segment_schedule", "sizes", rule, repr(sizes))
-    if len(parts) not in {1, num_layers}:
+    num_layers = check.check_integer("segment_schedule", "num_layers", num_layers, 1)
+    return _schedule("segment_schedule", "sizes", sizes, num_layers)
+
+
+def _schedule(function: str, argument: str, sizes: Any, num_layers: int) -> list[int]:
+    if isinstance(sizes, str):
+        parts = [part.strip() for part in sizes.split(",")]
+        if not all(part.isdecimal() and int(part) > 0 for part in parts):
+            rule = "be comma-separated positive integers"
+            check.fail_value(function, argument, rule, repr(sizes))
+        schedule = [int(part) for part in parts]
+    else:
+        several = sizes if isinstance(sizes, Sequence) else [sizes]
+        schedule = [check.check_integer(function, argument, size, 1) for size in several]
+    if len(schedule) not in {1, num_layers}:
         rule = f"have 1 or num_layers={num_layers} sizes"
-        check.fail_value("segment_schedule", "sizes", rule, f"{len(parts)} in {sizes!r}")
-    schedule = [int(part) for part in parts]
+        check.fail_value(function, argument, rule, f"{len(schedule)} in {sizes!r}")
     return schedule * num_layers if len(schedule) == 1 else schedule

@@ -40,6 +40,7 @@ def resolve_backend(backend: str, x: Tensor) -> str:
         "triton" or "reference".
 
     Raises:
+        TypeError: if x has no device.
         ValueError: if backend (or SEGMOE_BACKEND) is not one of the three names.
         RuntimeError: if "triton" is asked for and can't run here, with what to do about it.
     """
@@ -47,6 +48,8 @@ def resolve_backend(backend: str, x: Tensor) -> str:
     if backend == "auto":
         backend = os.environ.get("SEGMOE_BACKEND", "auto")
         check.check_choice("resolve_backend", "SEGMOE_BACKEND", backend, check.BACKENDS)
+    if not isinstance(getattr(x, "device", None), torch.device):
+        check.fail_type("resolve_backend", "x", "be a torch.Tensor", type(x).__name__)
     if backend == "reference":
         return "reference"
     missing = _why_not_triton(x.device.type)
@@ -138,12 +141,15 @@ def route(
     Source: arXiv 2601.21641; ``MoESegment`` in evortigosa/segmoe_forecast, model/MoE.py.
     """
     if not torch.compiler.is_compiling():
-        check.check_sequences("route", x, padding_mask)
-        check.check_route("route", x, router_weight, segment_size, top_k, pooling, router_start)
-        check.check_steps("route", x, segment_size, top_k)
-        check.check_positive("route", "router_temperature", router_temperature)
-        check.check_probability("route", "router_dropout", router_dropout)
-        check.check_flag("route", "renormalize", renormalize, optional=True)
+        name = "route"
+        check.check_sequences(name, x, padding_mask)
+        segment_size = check.check_integer(name, "segment_size", segment_size, 1)
+        top_k = check.check_integer(name, "top_k", top_k, 1)
+        check.check_route(name, x, router_weight, segment_size, top_k, pooling, router_start)
+        check.check_steps(name, x, segment_size, top_k)
+        router_temperature = check.check_positive(name, "router_temperature", router_temperature)
+        router_dropout = check.check_probability(name, "router_dropout", router_dropout)
+        check.check_flag(name, "renormalize", renormalize, optional=True)
     out: RouterOutput = backend_stages(backend, x).route(
         x,
         router_weight,
@@ -175,7 +181,7 @@ def permute(topk_ids: Tensor, num_experts: int, *, backend: str = "auto") -> Per
         ValueError: for a wrong shape or value.
     """
     if not torch.compiler.is_compiling():
-        check.check_integer("permute", "num_experts", num_experts, 1)
+        num_experts = check.check_integer("permute", "num_experts", num_experts, 1)
         check.check_index("permute", "topk_ids", topk_ids, topk_ids)
         if topk_ids.ndim != 2 or topk_ids.shape[1] < 1:
             check.fail_value("permute", "topk_ids", "have shape (S, top_k)", tuple(topk_ids.shape))
@@ -272,10 +278,10 @@ def expert_ffn(
     if not torch.compiler.is_compiling():
         name = "expert_ffn"
         check.check_sequences(name, x, padding_mask)
-        check.check_integer(name, "segment_size", segment_size, 1)
+        segment_size = check.check_integer(name, "segment_size", segment_size, 1)
         check.check_choice(name, "expert_scope", expert_scope, ("token", "segment"))
         check.check_choice(name, "activation", activation, check.ACTIVATIONS)
-        check.check_probability(name, "dropout", dropout)
+        dropout = check.check_probability(name, "dropout", dropout)
         check.check_tensor(name, "topk_weights", topk_weights)
         num_segments = x.shape[0] * -(-x.shape[1] // segment_size)
         if topk_weights.ndim != 2 or topk_weights.shape[0] != num_segments:
@@ -403,7 +409,8 @@ def seg_moe(
         router_dropout: see `route`.
         router_temperature: see `route`.
         renormalize: see `route`.
-        router_start: see `route`.
+        router_start: see `route`. Needs "token" and a shared expert of width D or none: a wider
+            one would let a step see later ones.
         padding_mask: (..., T) bool, True = real. Masked steps contribute nothing and get 0.
         backend: see `resolve_backend`.
 
@@ -421,6 +428,7 @@ def seg_moe(
     if not torch.compiler.is_compiling():
         check.check_x("seg_moe", x)
         check.check_mask("seg_moe", padding_mask, x)
+        check.check_kinds("seg_moe", router_weight, experts, shared)
     weights = reference.autocast_weights(x, router_weight, experts, shared)
     options: dict[str, Any] = {
         "segment_size": segment_size,
@@ -438,6 +446,6 @@ def seg_moe(
         "router_start": router_start,
     }
     if not torch.compiler.is_compiling():
-        check.check_stages("seg_moe", x, *weights, **options)
+        options |= check.check_stages("seg_moe", x, *weights, **options)
     stages = backend_stages(backend, x)
     return reference.run_stages(stages, x, *weights, padding_mask=padding_mask, **options)

@@ -428,7 +428,8 @@ class _GroupedFFNBackward(torch.autograd.Function):
             tensors: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
             dout, x, topk_weights, *weights = tensors[:9]
             sorted_to_slot, expert_offsets, padding_mask = ctx.saved_tensors[9:]
-            slots = torch.arange(sorted_to_slot.shape[0], dtype=torch.int32)
+            count, device = sorted_to_slot.shape[0], sorted_to_slot.device
+            slots = torch.arange(count, dtype=torch.int32, device=device)
             out = composed_ffn(
                 x,
                 topk_weights,

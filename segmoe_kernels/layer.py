@@ -1,7 +1,7 @@
 """`SegMoE`, the drop-in layer."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,13 @@ from segmoe_kernels.modules import Experts, FeedForward, SegmentRouter, reset_li
 from segmoe_kernels.routing import Routing
 
 __all__ = ["SegMoE", "set_loss_scaler"]
+
+
+class OfficialNames(NamedTuple):
+    """What differs between official classes in their keys."""
+
+    nested: str  # before an expert's projections: "1." inside a Sequential, else ""
+    shared: str  # the shared expert's maps: "proj" of Linear, "conv" of 1x1 convolutions
 
 
 def _value_of(loss: Tensor) -> Tensor:
@@ -86,6 +93,8 @@ class SegMoE(nn.Module):
 
     # Called as (layer, routing, segments of one sequence) after each pass; copies have none.
     _observers: tuple[Any, ...] = ()
+    # How the checkpoint that it came from names its parts, for `to_official`.
+    _official: OfficialNames | None = None
 
     def __init__(
         self,
@@ -125,9 +134,12 @@ class SegMoE(nn.Module):
         self.aux_loss_weight, self.z_loss_weight = aux_loss_weight, z_loss_weight
         self.backend = backend
         self._check_options()
-        if dtype is not None and dtype not in check.FLOAT_DTYPES:
-            rule = "be float32, float16, bfloat16 or float64"
-            check.fail_type("SegMoE", "dtype", rule, dtype)
+        check.check_device("SegMoE", "device", device)
+        if dtype is not None:
+            check.check_dtype("SegMoE", "dtype", dtype)
+        # Python's numbers, where NumPy's were given.
+        d_model, d_ff, num_experts = self.d_model, self.d_ff, self.num_experts
+        segment_size, shared_d_ff = self.segment_size, self.shared_d_ff
 
         def feed_forward(width_factor: int, hidden: int) -> FeedForward:
             return FeedForward(
@@ -179,11 +191,9 @@ class SegMoE(nn.Module):
 
     def _check_options(self) -> None:
         name = "SegMoE"
-        check.check_integer(name, "d_model", self.d_model, 1)
-        check.check_integer(name, "d_ff", self.d_ff, 1)
-        check.check_integer(name, "num_experts", self.num_experts, 0)
-        check.check_integer(name, "top_k", self.top_k, 1)
-        check.check_integer(name, "segment_size", self.segment_size, 1)
+        sizes = {"d_model": 1, "d_ff": 1, "num_experts": 0, "top_k": 1, "segment_size": 1}
+        for size, least in sizes.items():
+            setattr(self, size, check.check_integer(name, size, getattr(self, size), least))
         if self.top_k > self.num_experts > 0:
             rule = f"be in [1, num_experts={self.num_experts}]"
             check.fail_value(name, "top_k", rule, self.top_k)
@@ -192,7 +202,7 @@ class SegMoE(nn.Module):
         shared = self.shared_expert_scope
         check.check_choice(name, "shared_expert", shared, check.SHARED_EXPERTS)
         if self.shared_d_ff is not None:
-            check.check_integer(name, "shared_d_ff", self.shared_d_ff, 1)
+            self.shared_d_ff = check.check_integer(name, "shared_d_ff", self.shared_d_ff, 1)
             if shared is None or self.num_experts == 0:
                 rule = "be None without a shared expert beside experts"
                 check.fail_value(name, "shared_d_ff", rule, self.shared_d_ff)
@@ -200,11 +210,13 @@ class SegMoE(nn.Module):
         for flag in ("gated", "bias", "causal"):
             check.check_flag(name, flag, getattr(self, flag))
         check.check_flag(name, "renormalize", self.renormalize, optional=True)
-        check.check_probability(name, "dropout", self.dropout)
-        check.check_probability(name, "router_dropout", self.router_dropout)
-        check.check_positive(name, "router_temperature", self.router_temperature)
-        check.check_positive(name, "aux_loss_weight", self.aux_loss_weight, zero=True)
-        check.check_positive(name, "z_loss_weight", self.z_loss_weight, zero=True)
+        for rate in ("dropout", "router_dropout"):
+            setattr(self, rate, check.check_probability(name, rate, getattr(self, rate)))
+        temperature = self.router_temperature
+        self.router_temperature = check.check_positive(name, "router_temperature", temperature)
+        for weight in ("aux_loss_weight", "z_loss_weight"):
+            value = check.check_positive(name, weight, getattr(self, weight), zero=True)
+            setattr(self, weight, value)
         check.check_choice(name, "backend", self.backend, check.BACKENDS)
         if self.expert_scope == "projected" and self.pooling != "concat":
             rule = "be 'concat' with expert_scope='projected'"

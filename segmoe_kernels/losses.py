@@ -15,10 +15,11 @@ __all__ = ["inject_loss", "load_balancing_loss", "router_z_loss"]
 def _as_sequence(function: str, routings: Any) -> Sequence[Routing]:
     if isinstance(routings, Routing):
         return [routings]
-    layers: list[Routing] = list(routings)
-    if not layers or not all(isinstance(layer, Routing) for layer in layers):
-        got = [type(layer).__name__ for layer in layers]
+    several = isinstance(routings, Sequence)
+    if not several or not routings or not all(isinstance(layer, Routing) for layer in routings):
+        got = [type(layer).__name__ for layer in routings] if several else type(routings).__name__
         check.fail_type(function, "routings", "be a Routing or a sequence of at least one", got)
+    layers: Sequence[Routing] = routings
     return layers
 
 
@@ -78,7 +79,7 @@ def router_z_loss(routings: Routing | Sequence[Routing]) -> Tensor:
         routings: of one layer or of several; segments of all layers count alike.
 
     Returns:
-        () float32 (float64 where the routing is).
+        () float32 (float64 where the routing is). Zero where nothing was routed.
 
     Raises:
         TypeError: if routings are not Routing objects.
@@ -88,7 +89,8 @@ def router_z_loss(routings: Routing | Sequence[Routing]) -> Tensor:
     layers = _as_sequence("router_z_loss", routings)
     total = number = None
     for layer in layers:
-        routed = layer.topk_ids[:, 0] >= 0
+        # Not [:, 0]: a dense layer, of no experts, has no choices.
+        routed = (layer.topk_ids[:, :1] >= 0).any(-1)
         squares = torch.where(routed, torch.logsumexp(layer.router_logits, dim=-1).square(), 0)
         total = squares.sum() if total is None else total + squares.sum()
         count = routed.sum().to(squares.dtype)

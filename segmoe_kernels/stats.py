@@ -121,7 +121,7 @@ class _LayerCounter:
 def _summarise(sums: list[Tensor], num_experts: list[int]) -> dict[str, Any]:
     """The statistics of layers taken together, from each one's sums on the host."""
     most = max(num_experts)
-    counts, mass = torch.zeros(2, most, dtype=torch.float64)
+    counts, mass = sums[0].new_zeros(2, most)
     total = dict.fromkeys(_SCALARS, 0.0)
     entropy_norm = 0.0
     for values, count in zip(sums, num_experts, strict=True):
@@ -361,7 +361,7 @@ def collect_routing_stats(
     """
     name = "collect_routing_stats"
     check.check_module(name, "model", model)
-    check.check_integer(name, "every", every, 1)
+    every = check.check_integer(name, "every", every, 1)
     check.check_flag(name, "all_reduce", all_reduce)
     if group is not None and not all_reduce:
         check.fail_value(name, "group", "be None without all_reduce=True", group)

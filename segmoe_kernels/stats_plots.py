@@ -207,7 +207,7 @@ def _weights(routing: Routing, rows: slice) -> Tensor:
     ids, weights = routing.topk_ids[rows].long(), routing.topk_weights[rows].detach().double()
     # One row more for what was not routed.
     shape = ids.shape[0], routing.router_probs.shape[1] + 1
-    out = torch.full(shape, float("nan"), dtype=torch.float64)
     ids, weights = ids.cpu(), weights.cpu()
+    out = weights.new_full(shape, float("nan"))
     out.scatter_(1, ids.masked_fill(ids < 0, shape[1] - 1), weights)
     return out[:, :-1].T

@@ -72,12 +72,13 @@ def make_inputs(
     Returns:
         Inputs.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     drawn = torch.float64 if dtype == torch.float64 else torch.float32
-    x, dy = torch.randn(2, *shape, generator=generator, dtype=drawn).to(device, dtype)
+    on_host: dict[str, Any] = {"generator": generator, "device": "cpu"}
+    x, dy = torch.randn(2, *shape, **on_host, dtype=drawn).to(device, dtype)
     mask = None
     if masked:
-        mask = (torch.rand(shape[:-1], generator=generator) >= masked).to(device)
+        mask = (torch.rand(shape[:-1], **on_host) >= masked).to(device)
     return Inputs(x, dy, mask)
 
 

@@ -3,10 +3,12 @@
 Messages read ``segmoe_kernels.<function>: expected <argument> to <rule>, got <what>.``
 TypeError is for Python types and dtypes, ValueError for shapes, values, devices and strides,
 RuntimeError for what the machine lacks. Only metadata is looked at: no check waits for a GPU.
+Numbers of NumPy are taken as Python's: the checks of numbers return what to go on with.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, NoReturn
 
 import torch
@@ -21,6 +23,7 @@ SHARED_EXPERTS = ("segment", "token", None)
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")
 BACKENDS = ("auto", "triton", "reference")
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_FLOAT_NAMES = "float32, float16, bfloat16 or float64"
 
 # CUDA's limit on programs along the first axis of a launch; beyond it a launch is skipped silently.
 MAX_PROGRAMS = 2**31 - 1
@@ -36,38 +39,62 @@ def fail_value(function: str, argument: str, rule: str, got: object) -> NoReturn
     raise ValueError(f"segmoe_kernels.{function}: expected {argument} to {rule}, got {got}.")
 
 
-def check_integer(function: str, argument: str, value: Any, minimum: int) -> None:
-    """Refuse what is not an integer of at least ``minimum``."""
+def _is_number(value: Any, kind: type) -> bool:
+    """Whether it is a number of a kind, Python's or NumPy's; a boolean is none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def check_integer(function: str, argument: str, value: Any, minimum: int) -> int:
+    """Refuse what is not an integer of at least ``minimum``; return it as Python's."""
     if isinstance(value, torch.SymInt):  # under torch.compile or export
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
+        return value  # type: ignore[return-value]
+    if not _is_number(value, Integral):
         fail_type(function, argument, "be an int", f"{value!r} ({type(value).__name__})")
     if value < minimum:
         fail_value(function, argument, f"be at least {minimum}", value)
+    return int(value)
 
 
-def check_probability(function: str, argument: str, value: Any) -> None:
-    """Refuse what is not a dropout probability in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+def check_probability(function: str, argument: str, value: Any) -> float:
+    """Refuse what is not a dropout probability in [0, 1); return it as Python's."""
+    if not _is_number(value, Real):
         fail_type(function, argument, "be a float", f"{value!r} ({type(value).__name__})")
     if not 0.0 <= value < 1.0:
         fail_value(function, argument, "be in [0, 1)", value)
+    return float(value)
 
 
-def check_positive(function: str, argument: str, value: Any, *, zero: bool = False) -> None:
-    """Refuse what is not a finite positive number (``zero=True`` admits 0)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+def check_positive(function: str, argument: str, value: Any, *, zero: bool = False) -> float:
+    """Refuse what is not a finite positive number (``zero=True`` admits 0); return Python's."""
+    if not _is_number(value, Real):
         fail_type(function, argument, "be a float", f"{value!r} ({type(value).__name__})")
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
         rule = "be finite and not negative" if zero else "be finite and positive"
         fail_value(function, argument, rule, value)
+    return float(value)
 
 
 def check_choice(function: str, argument: str, value: Any, choices: Sequence[str | None]) -> None:
     """Refuse what is not one of ``choices``."""
-    if value not in choices or isinstance(value, bool):
+    # Arrays compare elementwise.
+    if not isinstance(value, str | None) or value not in choices:
         names = ", ".join(repr(choice) for choice in choices)
         fail_value(function, argument, f"be one of {names}", repr(value))
+
+
+def check_string(function: str, argument: str, value: Any) -> None:
+    """Refuse what is not a string."""
+    if not isinstance(value, str):
+        fail_type(function, argument, "be a str", type(value).__name__)
+
+
+def check_mapping(function: str, argument: str, value: Any) -> None:
+    """Refuse what is not a mapping of strings, such as a state dict."""
+    if not isinstance(value, Mapping):
+        fail_type(function, argument, "be a mapping of names to tensors", type(value).__name__)
+    for key in value:
+        if not isinstance(key, str):
+            fail_type(function, argument, "have names that are str", repr(key))
 
 
 def check_flag(function: str, argument: str, value: Any, *, optional: bool = False) -> None:
@@ -75,6 +102,21 @@ def check_flag(function: str, argument: str, value: Any, *, optional: bool = Fal
     if not isinstance(value, bool) and not (optional and value is None):
         rule = "be True, False or None" if optional else "be True or False"
         fail_type(function, argument, rule, f"{value!r} ({type(value).__name__})")
+
+
+def check_device(function: str, argument: str, value: Any) -> None:
+    """Refuse what names no device."""
+    try:
+        torch.device("cpu" if value is None else value)
+    except (RuntimeError, TypeError, ValueError):
+        refuse = fail_value if isinstance(value, str) else fail_type
+        refuse(function, argument, "be a torch.device, its name or None", repr(value))
+
+
+def check_dtype(function: str, argument: str, value: Any) -> None:
+    """Refuse what is not a supported floating dtype."""
+    if not isinstance(value, torch.dtype) or value not in FLOAT_DTYPES:
+        fail_type(function, argument, f"be {_FLOAT_NAMES}", value)
 
 
 def check_module(function: str, argument: str, value: Any) -> None:
@@ -100,8 +142,7 @@ def check_tensor(function: str, argument: str, value: Any) -> None:
         kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
         fail_type(function, argument, "be a dense tensor", kind)
     if value.dtype not in FLOAT_DTYPES:
-        names = "float32, float16, bfloat16 or float64"
-        fail_type(function, argument, f"have dtype {names}", str(value.dtype))
+        fail_type(function, argument, f"have dtype {_FLOAT_NAMES}", str(value.dtype))
 
 
 def check_x(function: str, x: Any, d_model: int | None = None) -> None:
@@ -226,8 +267,6 @@ def check_route(
     router_start: Tensor | None,
 ) -> None:
     """Refuse a router that does not fit x and the options."""
-    check_integer(function, "segment_size", segment_size, 1)
-    check_integer(function, "top_k", top_k, 1)
     check_choice(function, "pooling", pooling, POOLINGS)
     check_tensor(function, "router_weight", router_weight)
     width = x.shape[-1] * (segment_size if pooling == "concat" else 1)
@@ -239,6 +278,14 @@ def check_route(
         check_like(function, "router_start", router_start, x, (width,))
 
 
+def check_kinds(function: str, router_weight: Any, experts: Any, shared: Any) -> None:
+    """Refuse what can't be cast, before ``torch.autocast`` has it cast."""
+    check_tensor(function, "router_weight", router_weight)
+    for name, weights in (("experts", experts), ("shared", shared)):
+        if not isinstance(weights, FFNWeights) and not (name == "shared" and weights is None):
+            fail_type(function, name, "be FFNWeights", type(weights).__name__)
+
+
 def check_shared(
     x: Tensor, shared: FFNWeights | None, shared_gate: Tensor | None, segment_size: int
 ) -> None:
@@ -248,7 +295,8 @@ def check_shared(
     if shared is None:
         return
     widths = (x.shape[-1], segment_size * x.shape[-1])
-    width = shared.up_proj.shape[-1]
+    check_tensor("seg_moe", "shared.up_proj", shared.up_proj)
+    width = shared.up_proj.shape[-1] if shared.up_proj.ndim else 0
     if width not in widths:
         rule = f"have a width of {widths[0]} (token) or {widths[1]} (segment)"
         fail_value("seg_moe", "shared.up_proj", rule, tuple(shared.up_proj.shape))
@@ -290,6 +338,8 @@ def check_projections(
         if (projection is None) == projected:
             rule = "come with expert_scope='projected' and only with it"
             fail_value("seg_moe", name, rule, f"expert_scope={expert_scope!r}")
+        if projection is not None and (not isinstance(projection, tuple) or len(projection) != 2):
+            fail_type("seg_moe", name, "be (weight, bias or None)", type(projection).__name__)
     if projected and in_proj is not None and out_proj is not None:
         if pooling != "concat":
             rule = "be 'concat' with expert_scope='projected'"
@@ -325,12 +375,14 @@ def check_stages(
     router_temperature: float,
     renormalize: bool | None,
     router_start: Tensor | None,
-) -> None:
+) -> dict[str, Any]:
     """Refuse a layer whose weights and options do not fit x and each other.
 
-    ``num_local`` experts are here where the others are on other ranks; None: all of them.
+    ``num_local`` experts are here where the others are on other ranks; None: all of them. Returns
+    the options that are numbers.
     """
-    check_integer(function, "segment_size", segment_size, 1)
+    segment_size = check_integer(function, "segment_size", segment_size, 1)
+    top_k = check_integer(function, "top_k", top_k, 1)
     check_choice(function, "expert_scope", expert_scope, EXPERT_SCOPES)
     check_projections(x, segment_size, expert_scope, pooling, in_proj, out_proj, router_start)
     # A projected segment is one token of width D: the rest of the layer sees P = 1.
@@ -340,11 +392,19 @@ def check_stages(
     rows = empty.to(compute_dtype)
     check_route(function, empty, router_weight, steps, top_k, pooling, router_start)
     check_steps(function, x, segment_size, top_k)
-    check_positive(function, "router_temperature", router_temperature)
-    check_probability(function, "router_dropout", router_dropout)
-    check_probability(function, "dropout", dropout)
+    numbers = {
+        "segment_size": segment_size,
+        "top_k": top_k,
+        "router_temperature": check_positive(function, "router_temperature", router_temperature),
+        "router_dropout": check_probability(function, "router_dropout", router_dropout),
+        "dropout": check_probability(function, "dropout", dropout),
+    }
     check_flag(function, "renormalize", renormalize, optional=True)
     check_choice(function, "activation", activation, ACTIVATIONS)
     num_experts = router_weight.shape[0] if num_local is None else num_local
     check_ffn(function, "experts", experts, rows, width, num_experts)
     check_shared(rows, shared, shared_gate, steps)
+    if router_start is not None and shared is not None and shared.up_proj.shape[-1] != width:
+        rule = f"have width {width} (token) with router_start: a wider one sees later steps"
+        fail_value(function, "shared.up_proj", rule, tuple(shared.up_proj.shape))
+    return numbers

@@ -1,10 +1,12 @@
 """Checkpoints in and out: round trips, the official key layouts, schedules."""
 
+import copy
+
 import pytest
 import torch
 from layers import make_layer
 
-from segmoe_kernels import load_official, segment_schedule, to_official
+from segmoe_kernels import load_official, load_official_layers, segment_schedule, to_official
 
 SIZE = 5
 LAYERS = {
@@ -106,20 +108,32 @@ def test_load_official_shares_no_memory():
     assert all(parameter.all() for parameter in loaded.parameters())
 
 
+def assert_same_state(actual, expected):
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(actual[key], value), key
+        assert actual[key].dtype == value.dtype
+
+
+@pytest.mark.parametrize("segment_size", [1, SIZE])
 @pytest.mark.parametrize("nested", [True, False])
-def test_load_official_takes_experts_with_and_without_the_sequential(nested):
-    layer = draw_all(make_layer()).eval()
+def test_experts_with_and_without_the_sequential_are_read_and_written_back(nested, segment_size):
+    """MoESegment has it at one step as well, MoEFeedForward never."""
+    layer = draw_all(make_layer(segment_size=segment_size)).eval()
     state = {}
     for key, value in to_official(layer).items():
-        parts = key.split(".")
-        flat = ".".join(part for i, part in enumerate(parts) if not (i == 2 and part == "1"))
-        state[key if nested else flat] = value
-    assert any(key.startswith("experts.0.1.") for key in state) is nested
+        flat = key.replace(".1.", ".", 1) if segment_size > 1 and key.startswith("exp") else key
+        parts = flat.split(".")
+        inside = [*parts[:2], "1", *parts[2:]] if parts[0] == "experts" and nested else parts
+        state[".".join(inside)] = value
+    assert any(key.startswith("experts.1.1.") for key in state) is nested
     x = torch.randn(2, 7, 4)
-    assert torch.equal(load_back(layer, state)(x), layer(x))
+    loaded = load_back(layer, state)
+    assert torch.equal(loaded(x), layer(x))
+    assert_same_state(to_official(copy.deepcopy(loaded)), state)
 
 
-def test_load_official_takes_convolutions_of_width_1():
+def test_convolutions_of_width_1_are_read_and_written_back():
     layer = draw_all(make_layer(bias=True)).eval()
     state = {}
     for key, value in to_official(layer).items():
@@ -130,7 +144,42 @@ def test_load_official_takes_convolutions_of_width_1():
             state[key] = value
     assert "shared_expert.up_conv.weight" in state
     x = torch.randn(2, 7, 4)
-    assert torch.equal(load_back(layer, state)(x), layer(x))
+    loaded = load_back(layer, state)
+    assert torch.equal(loaded(x), layer(x))
+    assert_same_state(to_official(loaded), state)
+
+
+def test_load_official_keeps_the_dtype_of_every_tensor():
+    """A router saved in float32 beside experts in bfloat16 loses no bit."""
+    state = to_official(draw_all(make_layer()))
+    state = {k: v if k == "gating.weight" else v.bfloat16() for k, v in state.items()}
+    loaded = load_official(state, segment_size=SIZE)
+    assert loaded.router.weight.dtype == torch.float32
+    assert_same_state(to_official(loaded), state)
+    x = torch.randn(2, 7, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = loaded(x)
+    assert mixed.dtype == torch.float32
+    torch.testing.assert_close(mixed, loaded.float()(x), rtol=5e-2, atol=5e-2)
+
+
+def test_load_official_layers_builds_all_of_a_model():
+    """Eleven layers: the keys of a file may be sorted as text."""
+    sizes = [SIZE, 4, 4, 3, 3, 1, 1, 2, 2, 2, 6]
+    layers = [draw_all(make_layer(segment_size=size)).eval() for size in sizes]
+    names = [f"net.{i}.moeff" for i in range(11)]
+    state = {"net.0.norm.weight": torch.ones(4), "step": torch.tensor(3)}
+    for name, layer in zip(names, layers, strict=True):
+        state |= to_official(layer, prefix=f"{name}.")
+    text = ",".join(map(str, sizes))
+    for schedule in (sizes, text):
+        state = dict(sorted(state.items()))
+        loaded = load_official_layers(state, segment_sizes=schedule, dropout=0.2)
+        assert list(loaded) == names
+        for layer, other in zip(layers, loaded.values(), strict=True):
+            assert (other.segment_size, other.dropout) == (layer.segment_size, 0.2)
+            x = torch.randn(2, 7, 4)
+            assert torch.equal(other(x), layer(x))
 
 
 def test_load_official_clamps_top_k():
@@ -148,10 +197,11 @@ def test_load_official_infers_the_activation(activation):
 
 def test_load_official_passes_options_on():
     state = to_official(make_layer())
-    loaded = load_official(
-        state, segment_size=SIZE, top_k=2, router_temperature=1.7, renormalize=False
-    )
-    assert (loaded.top_k, loaded.router_temperature, loaded.renormalize) == (2, 1.7, False)
+    options = {"top_k": 2, "router_temperature": 1.7, "renormalize": False, "dropout": 0.2}
+    options |= {"router_dropout": 0.1, "aux_loss_weight": 0.02, "z_loss_weight": 0.001}
+    options["backend"] = "reference"
+    loaded = load_official(state, segment_size=SIZE, **options)
+    assert {name: getattr(loaded, name) for name in options} == options
 
 
 def test_load_official_renormalize_restores_old_checkpoints():
@@ -171,6 +221,9 @@ def test_load_official_renormalize_restores_old_checkpoints():
         ("5,5,4,4,3,3", 6, [5, 5, 4, 4, 3, 3]),
         (" 3 , 12 ", 2, [3, 12]),
         ("1", 1, [1]),
+        (4, 3, [4, 4, 4]),
+        ([4], 2, [4, 4]),
+        ((5, 4), 2, [5, 4]),
     ],
 )
 def test_segment_schedule_reads(sizes, layers, expected):

@@ -1,7 +1,10 @@
 """Our kernels as an experts implementation of the real transformers package."""
 
 import copy
+import importlib
+import re
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -190,24 +193,66 @@ def test_half_precision_and_weights_of_another_dtype():
     torch.testing.assert_close(y.float(), expected, rtol=5e-2, atol=5e-2)
 
 
-def test_experts_that_do_something_else_are_refused():
-    x, ids, weights = torch.randn(2, 3), torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)
-    module = experts_module(act=nn.Softplus()).float()
-    with pytest.raises(ValueError, match="activate by GELU, SiLU or ReLU, got Softplus"):
-        experts_forward(module, x, ids, weights)
-    module = experts_module().float()
-    module.has_post_expert_norm = True
-    with pytest.raises(ValueError, match="no norm behind"):
-        experts_forward(module, x, ids, weights)
+MODELS = Path(transformers.__file__).parent / "models"
+DECORATED = re.compile(r"^@use_experts_implementation.*\nclass (\w+)", re.MULTILINE)
 
-    class OwnGate(nn.Module):
-        def _apply_gate(self, x):
-            return x
 
-    module = experts_module().float()
-    module.__class__ = OwnGate
-    with pytest.raises(ValueError, match="a gate of its own"):
-        experts_forward(module, x, ids, weights)
+def classes_of_the_interface():
+    """``(module, class)`` of everything in the installed transformers that has the interface."""
+    for path in sorted(MODELS.glob("*/modeling_*.py")):
+        for name in DECORATED.findall(path.read_text(encoding="utf-8")):
+            yield f"transformers.models.{path.parent.name}.{path.stem}", name
+
+
+class SmallConfig:
+    """Answers as a model's own configurations would, in small sizes."""
+
+    def __init__(self, module):
+        configs = [value for name, value in vars(module).items() if name.endswith("Config")]
+        self.real = [config() for config in configs if config is not transformers.PreTrainedConfig]
+
+    def __getattr__(self, name):
+        sizes = {"expert": 4, "intermediate": 12, "hidden_size": 8}
+        known = (size for part, size in sizes.items() if part in name)
+        return next(known, None) or next(getattr(c, name) for c in self.real if hasattr(c, name))
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), list(classes_of_the_interface()), ids=lambda text: text
+)
+def test_experts_of_every_model_are_as_eager_or_refused(module, name):
+    register_experts()
+    module = importlib.import_module(module)
+    experts = getattr(module, name)(SmallConfig(module)).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    x = torch.randn(9, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    ids = torch.rand(9, 4, generator=generator).argsort(-1)[:, :2]
+    weights = torch.rand(9, 2, generator=generator, dtype=torch.float64, requires_grad=True)
+    own_gate = type(experts)._apply_gate.__module__ == module.__name__
+    activation = type(getattr(experts, "act_fn", None)).__name__
+    other = activation in {"ReLUSquaredActivation"} or experts.has_post_expert_norm
+    results = []
+    for implementation in ("eager", "segmoe"):
+        experts.config._experts_implementation = implementation
+        if implementation == "segmoe" and (own_gate or other):
+            with pytest.raises(ValueError, match=f"experts_forward: expected {name} to "):
+                experts(x, ids, weights)
+            return
+        y = experts(x, ids, weights)
+        leaves = [x, weights, *experts.parameters()]
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for actual, expected in zip(results[1], results[0], strict=True):
+        bound = 1e-9 * expected.abs().max().item()
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=bound)
+
+
+def test_every_model_of_transformers_was_found():
+    names = {name for _, name in classes_of_the_interface()}
+    assert {"MixtralExperts", "Qwen2MoeExperts", "GptOssExperts"} <= names
+    assert len(names) > 20
 
 
 def test_names_and_missing_packages_are_said(monkeypatch):
