@@ -267,9 +267,7 @@ def advise(
     for argument, value in (("patch", patch), ("num_layers", num_layers), ("max_size", max_size)):
         check.check_integer("advise", argument, value, 1)
     check.check_integer("advise", "look_back", look_back, 8)
-    if not isinstance(values, np.ndarray) or values.ndim != 2 or values.size == 0:
-        got = getattr(values, "shape", type(values).__name__)
-        check.fail_value("advise", "values", "be an array of shape (N, C)", got)
+    _check_values("advise", values)
     values = values.astype(np.float64)
     if not np.isfinite(values).all():
         check.fail_value("advise", "values", "be finite", "NaN or infinity")
@@ -297,6 +295,12 @@ def advise(
     schedule = [order[layer * len(order) // num_layers] for layer in range(num_layers)]
     reasons = _explain(scores, best, close, periods, memory, patch)
     return Advice(schedule, best, scores, periods, memory, reasons)
+
+
+def _check_values(function: str, values: Any) -> None:
+    if not isinstance(values, np.ndarray) or values.ndim != 2 or values.size == 0:
+        got = getattr(values, "shape", type(values).__name__)
+        check.fail_value(function, "values", "be an array of shape (N, C)", got)
 
 
 def _explain(
@@ -357,8 +361,15 @@ def plot_advice(values: Array, advice: Advice, *, patch: int = 1, look_back: int
         matplotlib Figure of three axes.
 
     Raises:
+        TypeError: for an argument of the wrong type.
+        ValueError: if values is no array of shape (N, C), or a size is below its least.
         ImportError: without matplotlib.
     """
+    _check_values("plot_advice", values)
+    if not isinstance(advice, Advice):
+        check.fail_type("plot_advice", "advice", "be an Advice", type(advice).__name__)
+    check.check_integer("plot_advice", "patch", patch, 1)
+    check.check_integer("plot_advice", "look_back", look_back, 8)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -129,7 +129,16 @@ def inject_loss(y: Tensor, loss: Tensor) -> Tensor:
     Returns:
         y, same values.
 
+    Raises:
+        TypeError: for what is not a tensor of floats.
+        ValueError: if loss is not a single number.
+
     Source: ``MoEAuxLossAutoScaler`` of Megatron-LM.
     """
+    if not torch.compiler.is_compiling():
+        check.check_tensor("inject_loss", "y", y)
+        check.check_tensor("inject_loss", "loss", loss)
+        if loss.ndim:
+            check.fail_value("inject_loss", "loss", "have shape ()", tuple(loss.shape))
     out: Tensor = _InjectLoss.apply(y, loss)
     return out

@@ -198,7 +198,11 @@ def expert_parameter_names(model: nn.Module) -> list[str]:
 
     Returns:
         As in ``model.named_parameters()``; empty without such layers.
+
+    Raises:
+        TypeError: if model is not a module.
     """
+    check.check_module("expert_parameter_names", "model", model)
     return [
         f"{place}.experts.{name}" if place else f"experts.{name}"
         for place, module in model.named_modules()

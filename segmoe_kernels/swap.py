@@ -56,17 +56,17 @@ def _build(
     if copy:
         # Weights that sum to 1, nothing beside the experts: at first what the dense FFN computes.
         own |= {"renormalize": True, "shared_expert": None}
-        for name in ("d_model", "d_ff", "activation", "gated", "bias"):
-            if options.get(name, own[name]) != own[name]:
-                rule = f"be the dense FFN's {own[name]!r} where its weights are copied"
-                check.fail_value(function, name, rule, repr(options[name]))
-        if options.get("expert_scope", "token") != "token":
-            rule = "be 'token' where weights are copied"
-            check.fail_value(function, "expert_scope", rule, repr(options["expert_scope"]))
-        if options.get("num_experts") == 0:
-            check.fail_value(function, "num_experts", "be at least 1 where weights are copied", 0)
     layer = SegMoE(**{**own, **options})
     if copy:
+        for name in ("d_model", "d_ff", "activation", "gated", "bias"):
+            if getattr(layer, name) != own[name]:
+                rule = f"be the dense FFN's {own[name]!r} where its weights are copied"
+                check.fail_value(function, name, rule, repr(getattr(layer, name)))
+        if layer.expert_scope != "token":
+            rule = "be 'token' where weights are copied"
+            check.fail_value(function, "expert_scope", rule, repr(layer.expert_scope))
+        if layer.num_experts == 0:
+            check.fail_value(function, "num_experts", "be at least 1 where weights are copied", 0)
         _copy_into(layer, dense, noise)
     return layer
 

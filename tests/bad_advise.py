@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 from bad_calls import caller
 
-from segmoe_kernels.advise import advise, read_series
+from segmoe_kernels.advise import Advice, advise, plot_advice, read_series
 
 SERIES = np.sin(np.arange(400.0))[:, None]
 ask = caller(advise, values=SERIES)
+draw = caller(plot_advice, values=SERIES, advice=Advice([1], 1, [0.0], [], None, []))
 
 
 def read(text):
@@ -19,6 +20,7 @@ def read(text):
             path.write_text(text)
             read_series(path)
 
+    call.wrong = read_series, {"path"}
     return call
 
 
@@ -31,6 +33,10 @@ ROWS = [
     ("advise_flat", ask(values=SERIES[:, 0]), ValueError, ["values", "(N, C)", "(400,)"]),
     ("advise_nan", ask(values=SERIES * np.nan), ValueError, ["values", "finite", "NaN"]),
     ("advise_short", ask(patch=16), ValueError, ["at least 576 steps", "9 patches", "got 400"]),
+    ("picture_values", draw(values=None), ValueError, ["plot_advice", "values", "NoneType"]),
+    ("picture_advice", draw(advice=[4, 4]), TypeError, ["advice", "be an Advice", "list"]),
+    ("picture_patch", draw(patch=0), ValueError, ["plot_advice", "patch", "at least 1"]),
+    ("picture_look_back", draw(look_back=0.5), TypeError, ["look_back", "be an int"]),
     ("series_empty", read(""), ValueError, ["path", "columns of numbers", "series.csv"]),
     ("series_words", read("a,b\nc,d\n"), ValueError, ["path", "columns of numbers"]),
     ("series_ragged", read("1,2\n3\n"), ValueError, ["path", "2 columns", "1 in row 2"]),

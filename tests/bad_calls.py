@@ -16,17 +16,26 @@ from segmoe_kernels import (
     router_z_loss,
     validation,
 )
+from segmoe_kernels.losses import inject_loss
 from segmoe_kernels.testing import make_inputs, oracle
 
 META = torch.device("meta")
 
 
 def caller(function, **good):
-    """``call(**changes)``: the good call with some arguments exchanged, not yet made."""
+    """``call(**changes)``: the good call with some arguments exchanged, not yet made.
+
+    It knows whose arguments it gets wrong: ``call(...).wrong == (function, names)``.
+    """
 
     def call(**changes):
-        return lambda: function(**{**good, **changes})
+        def make():
+            return function(**{**good, **changes})
 
+        make.wrong = function, set(changes)
+        return make
+
+    call.function = function
     return call
 
 
@@ -70,10 +79,17 @@ LAYER = layer()()
 ROUTING = LAYER.forward_with_routing(draw(2, 5, 4))[1]
 OTHER_ROUTING = layer(num_experts=2)().forward_with_routing(draw(2, 5, 4))[1]
 balance = caller(load_balancing_loss, routings=[ROUTING])
+z_loss = caller(router_z_loss)
+inject = caller(inject_loss, y=draw(2, 3), loss=draw())
+resolve = caller(functional.resolve_backend, backend="auto", x=draw(1))
+with_routing = caller(SegMoE.forward_with_routing, self=LAYER, x=draw(2, 5, 4))
+
+
+call_layer = caller(SegMoE.forward, self=LAYER, x=draw(2, 5, 4))
 
 
 def forward(x, mask=None):
-    return lambda: LAYER(x, mask)
+    return call_layer(x=x) if mask is None else call_layer(padding_mask=mask)
 
 
 def permutation(**changes):
@@ -320,8 +336,66 @@ ROWS = [
     ),
     ("loss_nothing", balance(routings=[]), TypeError, ["load_balancing_loss", "at least one"]),
     ("loss_tensor", balance(routings=draw(2, 3)), TypeError, ["routings", "Routing", "Tensor"]),
-    ("z_loss_nothing", lambda: router_z_loss([]), TypeError, ["router_z_loss", "at least one"]),
-    ("z_loss_dict", lambda: router_z_loss([{}]), TypeError, ["router_z_loss", "dict"]),
+    ("loss_none", balance(routings=None), TypeError, ["routings", "a Routing or", "got NoneType"]),
+    ("z_loss_nothing", z_loss(routings=[]), TypeError, ["router_z_loss", "at least one"]),
+    ("z_loss_dict", z_loss(routings=[{}]), TypeError, ["router_z_loss", "dict"]),
+    ("z_loss_none", z_loss(routings=None), TypeError, ["router_z_loss", "got NoneType"]),
+    ("inject_y", inject(y=3.0), TypeError, ["inject_loss", "y", "torch.Tensor, got float"]),
+    ("inject_number", inject(loss=0.5), TypeError, ["loss", "torch.Tensor, got float"]),
+    ("inject_vector", inject(loss=draw(3)), ValueError, ["loss", "shape ()", "got (3,)"]),
+    ("resolve_name", resolve(backend="cuda"), ValueError, ["backend", "'reference'", "'cuda'"]),
+    ("resolve_x", resolve(x=[1.0]), TypeError, ["resolve_backend", "x", "torch.Tensor", "list"]),
+    ("routing_x", with_routing(x=draw(4)), ValueError, ["x", "(..., T, d_model=4)", "(4,)"]),
+    ("routing_mask", with_routing(padding_mask=MASK[:1]), ValueError, ["padding_mask", "(2, 5)"]),
+    ("ffn_backend", ffn(backend=1), ValueError, ["backend", "'auto'", "got 1"]),
+    ("combine_loose_gate", combine(shared_gate_logits=draw(2, 2)), ValueError, ["only one"]),
+    ("seg_moe_router", seg_moe(router_weight=None), TypeError, ["router_weight", "NoneType"]),
+    ("seg_moe_size", seg_moe(segment_size=0), ValueError, ["segment_size", "at least 1"]),
+    ("seg_moe_activation", seg_moe(activation="tanh"), ValueError, ["activation", "'tanh'"]),
+    ("seg_moe_drop", seg_moe(router_dropout=1.0), ValueError, ["router_dropout", "[0, 1)"]),
+    ("seg_moe_renormalize", seg_moe(renormalize=1), TypeError, ["renormalize", "1 (int)"]),
+    ("seg_moe_mask", seg_moe(padding_mask=MASK[0]), ValueError, ["padding_mask", "got (5,)"]),
+    ("seg_moe_backend", seg_moe(backend="gpu"), ValueError, ["backend", "'gpu'"]),
+    (
+        "seg_moe_shared_type",
+        seg_moe(shared=tuple(SHARED), shared_gate=draw(1, 4)),
+        TypeError,
+        ["seg_moe: expected shared to be FFNWeights, got tuple"],
+    ),
+    (
+        "seg_moe_shared_numbers",
+        seg_moe(shared=FFNWeights(None, None), shared_gate=draw(1, 4)),
+        TypeError,
+        ["shared.up_proj", "torch.Tensor", "NoneType"],
+    ),
+    (
+        "seg_moe_shared_rank",
+        seg_moe(shared=FFNWeights(draw(), draw()), shared_gate=draw(1, 4)),
+        ValueError,
+        ["shared.up_proj", "4 (token) or 12 (segment)", "got ()"],
+    ),
+    (
+        "seg_moe_sees_the_future",
+        seg_moe(
+            shared=FFNWeights(draw(18, 12), draw(12, 18)),
+            shared_gate=draw(1, 12),
+            router_start=draw(12),
+        ),
+        ValueError,
+        ["shared.up_proj", "width 4 (token) with router_start", "later steps", "(18, 12)"],
+    ),
+    (
+        "seg_moe_in_proj_type",
+        seg_moe(**PROJECTED, in_proj=IN_PROJ[0], out_proj=OUT_PROJ),
+        TypeError,
+        ["in_proj", "(weight, bias or None)", "Tensor"],
+    ),
+    (
+        "seg_moe_out_proj_alone",
+        seg_moe(**PROJECTED, in_proj=IN_PROJ, out_proj=OUT_PROJ[:1]),
+        TypeError,
+        ["out_proj", "(weight, bias or None)", "tuple"],
+    ),
     ("loss_reduction", balance(reduction="sum"), ValueError, ["'global', 'per_layer'", "'sum'"]),
     ("loss_form", balance(normalization=None), ValueError, ["'official', 'switch'", "None"]),
     (

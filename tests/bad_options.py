@@ -1,12 +1,17 @@
 """Wrong options of the layer, and wrong checkpoints and schedules; rows as in `bad_calls`."""
 
+import copy
+
 import torch
 from bad_calls import LAYER, caller, draw, layer
 
-from segmoe_kernels import load_official, segment_schedule, to_official
+from segmoe_kernels import load_official, load_official_layers, segment_schedule, to_official
 
 schedule = caller(segment_schedule, sizes="5,5,4", num_layers=3)
 official = caller(load_official, state_dict=to_official(layer()()), segment_size=3)
+write = caller(to_official, layer=LAYER)
+MODEL = to_official(LAYER, prefix="net.0.moe.")
+whole = caller(load_official_layers, state_dict=MODEL, segment_sizes=3)
 
 
 def changed_keys(**changes):
@@ -14,6 +19,13 @@ def changed_keys(**changes):
     state = {key.replace(".", "__"): value for key, value in to_official(LAYER).items()}
     state.update(changes)
     return {key.replace("__", "."): value for key, value in state.items() if value is not None}
+
+
+def part_of_a_layer():
+    """As `shard_experts` leaves one on a rank."""
+    part = copy.deepcopy(LAYER)
+    part.experts.num_experts = 2
+    return part
 
 
 CONSTRUCTOR = [
@@ -68,6 +80,10 @@ CONSTRUCTOR = [
         ],
         "z_loss_weight": [(float("nan"), ValueError, ["be finite and not negative", "nan"])],
         "backend": [("cuda", ValueError, ["'auto', 'triton', 'reference'", "got 'cuda'"])],
+        "device": [
+            ("gpu", ValueError, ["a torch.device, its name or None", "'gpu'"]),
+            (3.5, TypeError, ["a torch.device, its name or None", "3.5"]),
+        ],
         "dtype": [(torch.int32, TypeError, ["float32, float16, bfloat16 or float64", "int32"])],
     }.items()
     for i, (value, exception, words) in enumerate(rows)
@@ -93,7 +109,7 @@ ROWS = [
         ValueError,
         ["causal", "expert_scope='segment', shared_expert=None"],
     ),
-    ("schedule_type", schedule(sizes=[5]), TypeError, ["sizes", "be a str", "list"]),
+    ("schedule_type", schedule(sizes=[5.5]), TypeError, ["sizes", "be an int", "5.5 (float)"]),
     ("schedule_layers", schedule(num_layers=0), ValueError, ["num_layers", "at least 1"]),
     ("schedule_zero", schedule(sizes="5,0,3"), ValueError, ["positive integers", "'5,0,3'"]),
     ("schedule_word", schedule(sizes="5,,3"), ValueError, ["positive integers", "'5,,3'"]),
@@ -175,7 +191,59 @@ ROWS = [
         ValueError,
         ["segment_size=4", "'token'", "router.weight: expected (3, 16), got (3, 12)"],
     ),
-    ("to_official_type", lambda: to_official({}), TypeError, ["layer", "be a SegMoE", "dict"]),
+    ("official_type", official(state_dict=[1]), TypeError, ["state_dict", "a mapping", "list"]),
+    ("official_names", official(state_dict={1: draw(2)}), TypeError, ["state_dict", "str, got 1"]),
+    ("official_prefix_type", official(prefix=None), TypeError, ["prefix", "be a str", "NoneType"]),
+    (
+        "official_temperature",
+        official(router_temperature=0.0),
+        ValueError,
+        ["router_temperature", "finite and positive"],
+    ),
+    ("official_renormalize", official(renormalize=0), TypeError, ["renormalize", "0 (int)"]),
+    (
+        "official_options",
+        official(gated=True, dropout=0.1),
+        TypeError,
+        ["options", "dropout, router_dropout", "['gated']"],
+    ),
+    ("official_dropout", official(dropout=1.5), ValueError, ["dropout", "[0, 1)", "1.5"]),
+    (
+        "official_integers",
+        official(state_dict=changed_keys(gating__weight=draw(3, 12).int())),
+        TypeError,
+        ["state_dict['gating.weight']", "torch.int32"],
+    ),
+    (
+        "official_dtypes",
+        official(state_dict=changed_keys(experts__1__1__up_proj__weight=draw(6, 4).half())),
+        TypeError,
+        ["up_proj of one dtype in every expert", "torch.float16", "torch.float32"],
+    ),
+    (
+        "official_devices",
+        official(state_dict=changed_keys(gating__weight=draw(3, 12).to("meta"))),
+        ValueError,
+        ["on one device", "['cpu', 'meta']"],
+    ),
+    ("whole_type", whole(state_dict=None), TypeError, ["load_official_layers", "state_dict"]),
+    (
+        "whole_nothing",
+        whole(state_dict={"head.weight": draw(2)}),
+        ValueError,
+        ["state_dict", "keys of layers", "head.weight"],
+    ),
+    ("whole_sizes", whole(segment_sizes=0), ValueError, ["segment_sizes", "at least 1"]),
+    ("whole_count", whole(segment_sizes="3,4"), ValueError, ["segment_sizes", "num_layers=1"]),
+    ("whole_prefix", whole(prefix="net."), TypeError, ["have no prefix", "'net.'"]),
+    ("to_official_type", write(layer={}), TypeError, ["layer", "be a SegMoE", "dict"]),
+    ("to_official_prefix", write(prefix=0), TypeError, ["prefix", "be a str", "int"]),
+    (
+        "to_official_part",
+        lambda: to_official(part_of_a_layer()),
+        ValueError,
+        ["layer", "all experts (gather_experts first)", "2 of 3"],
+    ),
     *(
         (
             f"to_official_{option}",

@@ -7,6 +7,7 @@ from bad_calls import LAYER, ROUTING, caller, draw
 from torch import nn
 
 from segmoe_kernels import SegMoE, collect_routing_stats
+from segmoe_kernels.stats import RoutingCollector
 from segmoe_kernels.stats_plots import plot_expert_load, plot_expert_usage, plot_segment_timeline
 from segmoe_kernels.stats_writers import CSVWriter, TensorBoardWriter, flatten_stats
 
@@ -14,6 +15,7 @@ ENTRY = {"step": 1, "epoch": 0, "global": {"entropy": 0.5}, "layers": {0: {"entr
 OTHER = {**ENTRY, "layers": {}}
 
 collect = caller(collect_routing_stats, model=LAYER)
+flatten = caller(flatten_stats)
 load_plot = caller(plot_expert_load, history=[ENTRY])
 usage_plot = caller(plot_expert_usage, history=[ENTRY])
 # S=4: two sequences of two segments.
@@ -25,6 +27,7 @@ def load_state(change):
         with collect_routing_stats(LAYER) as stats:
             stats.load_state_dict(change(stats.state_dict()))
 
+    call.wrong = RoutingCollector.load_state_dict, {"state"}
     return call
 
 
@@ -34,6 +37,16 @@ def csv_row(*entries):
             for entry in entries:
                 writer.write(entry)
 
+    call.wrong = CSVWriter.write, {"entry"}
+    return call
+
+
+def scalars(entry):
+    def call():
+        with tempfile.TemporaryDirectory() as folder, TensorBoardWriter(folder) as writer:
+            writer.write(entry)
+
+    call.wrong = TensorBoardWriter.write, {"entry"}
     return call
 
 
@@ -90,7 +103,12 @@ ROWS = [
     ),
     ("timeline_list", timeline(series=[0.0] * 5), TypeError, ["series", "torch.Tensor", "list"]),
     ("timeline_series", timeline(series=draw(6)), ValueError, ["series", "(T=5, C)", "(6,)"]),
-    ("csv_path", lambda: CSVWriter(3), TypeError, ["CSVWriter", "path", "be a path", "got int"]),
+    (
+        "csv_path",
+        caller(CSVWriter)(path=3),
+        TypeError,
+        ["CSVWriter", "path", "be a path", "got int"],
+    ),
     ("csv_type", csv_row([ENTRY]), TypeError, ["CSVWriter.write", "entry", "a dict", "got list"]),
     ("csv_keys", csv_row({"step": 1}), ValueError, ["entry of RoutingCollector", "['step']"]),
     (
@@ -105,7 +123,13 @@ ROWS = [
         ValueError,
         ["columns that the file has", "moe/global/cv_hard"],
     ),
-    ("tensorboard_path", lambda: TensorBoardWriter(None), TypeError, ["log_dir", "be a path"]),
-    ("flatten_type", lambda: flatten_stats(None), TypeError, ["flatten_stats", "entry", "a dict"]),
-    ("flatten_keys", lambda: flatten_stats({}), ValueError, ["entry of RoutingCollector"]),
+    (
+        "tensorboard_path",
+        caller(TensorBoardWriter)(log_dir=None),
+        TypeError,
+        ["log_dir", "be a path"],
+    ),
+    ("tensorboard_type", scalars(None), TypeError, ["TensorBoardWriter.write", "entry", "a dict"]),
+    ("flatten_type", flatten(entry=None), TypeError, ["flatten_stats", "entry", "a dict"]),
+    ("flatten_keys", flatten(entry={}), ValueError, ["entry of RoutingCollector"]),
 ]

@@ -13,8 +13,8 @@ from segmoe_kernels import (
     upcycle,
 )  # fmt: skip
 from segmoe_kernels.adapters import TSLibEncoderLayer, WithRouterLogits
-from segmoe_kernels.huggingface import experts_forward
-from segmoe_kernels.parallel import gather_experts
+from segmoe_kernels.huggingface import experts_forward, register_experts
+from segmoe_kernels.parallel import expert_parameter_names, gather_experts
 
 
 def dense():
@@ -28,7 +28,15 @@ def model():
 def swap(**changes):
     """A call on a new model each time."""
     good = {"segment_sizes": 3, "num_experts": 2}
-    return lambda: replace_ffn(**{"model": model(), **good, **changes})
+
+    def make():
+        return replace_ffn(**{"model": model(), **good, **changes})
+
+    make.wrong = replace_ffn, set(changes)
+    return make
+
+
+swap.function = replace_ffn
 
 
 def gated():
@@ -67,13 +75,21 @@ def own_gate():
     return module
 
 
-def forward(module, ids=None):
-    ids = torch.zeros(5, 1, dtype=torch.long) if ids is None else ids
-    return lambda: experts_forward(module, draw(5, 4), ids, draw(5, 1))
+run_experts = caller(
+    experts_forward, self=experts(), hidden_states=draw(5, 4),
+    top_k_index=torch.zeros(5, 1, dtype=torch.long), top_k_weights=draw(5, 1),
+)  # fmt: skip
+
+
+def forward(module):
+    return run_experts(self=module)
 
 
 convert = caller(convert_state_dict, state_dict=checkpoint(), source="mixtral")
 grow = caller(upcycle, ffn=dense(), num_experts=2)
+shard = caller(shard_experts, layer=LAYER)
+scale = caller(set_loss_scaler, model=LAYER, scaler=None)
+logits = caller(WithRouterLogits.forward, self=WithRouterLogits(LAYER), x=draw(2, 5, 4))
 block = caller(
     TSLibEncoderLayer, attention=nn.Identity(), seg_moe=LAYER, norm1=nn.Identity(),
     norm2=nn.Identity(), dropout=nn.Identity(),
@@ -145,7 +161,7 @@ ROWS = [
         ValueError,
         ["ffn", "a Sequential of Linear", "got Linear"],
     ),
-    ("adapter_type", lambda: WithRouterLogits(dense()), TypeError, ["layer", "be a SegMoE"]),
+    ("adapter_type", caller(WithRouterLogits)(layer=dense()), TypeError, ["layer", "be a SegMoE"]),
     (
         "adapter_dense",
         lambda: WithRouterLogits(SegMoE(4, 6, 0)),
@@ -154,10 +170,17 @@ ROWS = [
     ),
     ("block_layer", block(seg_moe=dense()), TypeError, ["seg_moe", "be a SegMoE", "Sequential"]),
     ("block_norm", block(norm1=None), TypeError, ["norm1", "torch.nn.Module", "NoneType"]),
-    ("shard_type", lambda: shard_experts(dense()), TypeError, ["layer", "be a SegMoE", "Sequen"]),
+    ("block_norm2", block(norm2=1), TypeError, ["norm2", "torch.nn.Module", "int"]),
+    ("block_attention", block(attention=None), TypeError, ["attention", "NoneType"]),
+    ("block_dropout", block(dropout=0.1), TypeError, ["dropout", "torch.nn.Module", "float"]),
+    ("logits_x", logits(x=draw(4)), ValueError, ["x", "(..., T, d_model=4)", "got (4,)"]),
+    ("logits_mask", logits(padding_mask=1), TypeError, ["padding_mask", "Tensor or None", "int"]),
+    ("upcycle_experts", grow(num_experts=0), ValueError, ["num_experts", "at least 1"]),
+    ("names_model", caller(expert_parameter_names)(model=[]), TypeError, ["model", "list"]),
+    ("shard_type", shard(layer=dense()), TypeError, ["layer", "be a SegMoE", "Sequen"]),
     (
         "shard_flag",
-        lambda: shard_experts(LAYER, average_gradients=2),
+        shard(average_gradients=2),
         TypeError,
         ["average_gradients", "True or False", "2 (int)"],
     ),
@@ -175,19 +198,19 @@ ROWS = [
     ),
     (
         "gather_type",
-        lambda: gather_experts(LAYER),
+        caller(gather_experts)(layer=LAYER),
         TypeError,
         ["layer", "a layer from shard_experts", "SegMoE"],
     ),
     (
         "scaler_model",
-        lambda: set_loss_scaler([LAYER], None),
+        scale(model=[LAYER]),
         TypeError,
         ["model", "torch.nn.Module", "list"],
     ),
     (
         "scaler_type",
-        lambda: set_loss_scaler(LAYER, 1024.0),
+        scale(scaler=1024.0),
         TypeError,
         ["scaler", "have scale(loss)", "float"],
     ),
@@ -272,5 +295,49 @@ ROWS = [
         ValueError,
         ["no norm behind the experts"],
     ),
+    (
+        "experts_flags",
+        forward(nn.Identity()),
+        ValueError,
+        ["Identity", "have act_fn, gate_up_proj"],
+    ),
+    (
+        "experts_bias",
+        forward(experts(has_bias=True)),
+        ValueError,
+        ["Module to have act_fn", "gate_up_proj_bias, down_proj_bias", "none of the name gate_up"],
+    ),
+    (
+        "experts_states",
+        run_experts(hidden_states=draw(1, 5, 4)),
+        ValueError,
+        ["hidden_states", "(N, D)", "(1, 5, 4)"],
+    ),
+    (
+        "experts_states_type",
+        run_experts(hidden_states=None),
+        TypeError,
+        ["hidden_states", "torch.Tensor", "NoneType"],
+    ),
+    (
+        "experts_index",
+        run_experts(top_k_index=draw(5, 1)),
+        TypeError,
+        ["top_k_index", "torch.int64", "got torch.float32"],
+    ),
+    (
+        "experts_index_shape",
+        run_experts(top_k_index=torch.zeros(5, dtype=torch.long)),
+        ValueError,
+        ["top_k_index", "(N=5, k)", "got (5,)"],
+    ),
+    (
+        "experts_weights",
+        run_experts(top_k_weights=draw(5, 2)),
+        ValueError,
+        ["top_k_weights", "(5, 1) as top_k_index", "(5, 2)"],
+    ),
+    ("experts_weights_type", run_experts(top_k_weights=None), TypeError, ["top_k_weights"]),
+    ("register_name", caller(register_experts)(name=3), TypeError, ["name", "be a str", "int"]),
     ("experts_gate", forward(own_gate()), ValueError, ["OwnGate", "gate by act(gate) * up"]),
 ]

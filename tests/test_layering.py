@@ -184,6 +184,20 @@ def test_module_is_importable_without_triton(name):
     assert not [other for other in found if other.startswith(("stages", "_triton", "triton"))]
 
 
+# What makes a tensor on the default device, unless told where.
+FACTORIES = {"arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn"}
+FACTORIES |= {"randperm", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_tensors_are_made_on_a_named_device(name):
+    """The default device may be another one than that of the layer."""
+    calls = [n for n in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(n, ast.Call)]
+    made = [n for n in calls if ast.unparse(n.func) in {f"torch.{f}" for f in FACTORIES}]
+    unnamed = [n for n in made if not {"device", None} & {keyword.arg for keyword in n.keywords}]
+    assert not [f"line {node.lineno}: {ast.unparse(node)}" for node in unnamed]
+
+
 def test_imports_are_found():
     tree = ast.parse(
         "import triton.language as tl\n"

@@ -30,6 +30,9 @@ TOP2 = make_routing([[0.6, 0.3, 0.1], [0.4, 0.2, 0.4]], [[0, 1], [0, 2]])
 # The second segment is masked: as if it weren't there.
 MASKED = make_routing([[0.6, 0.3, 0.1], [0, 0, 0], [0.4, 0.2, 0.4]], [[0, 1], [-1, -1], [0, 2]])
 NOTHING = make_routing([[0.0, 0.0, 0.0]], [[-1]])
+# Of a layer without experts.
+DENSE = SegMoE(4, 6, 0).forward_with_routing(torch.zeros(1, 3, 4, dtype=torch.float32))[1]
+DENSE = Routing(*(t.double() if t.is_floating_point() else t for t in vars(DENSE).values()))
 
 
 @pytest.mark.parametrize(
@@ -49,6 +52,7 @@ NOTHING = make_routing([[0.0, 0.0, 0.0]], [[-1]])
         (MASKED, {"normalization": "switch"}, 3 * (1.0 * 0.5 + 0.5 * 0.25 * 2)),
         ([TOP2, MASKED], {}, 3 * (0.5 * 0.5 + 0.25 * 0.25 * 2)),
         (NOTHING, {}, 0.0),
+        (DENSE, {}, 0.0),
         ([FIRST, NOTHING], {}, 1.05),
         ([FIRST, NOTHING], {"reduction": "per_layer"}, 1.05 / 2),
     ],
@@ -113,6 +117,8 @@ LN2 = math.log(2)
         (Z_MASKED, LN2**2),
         ([Z_MASKED, Z_FIRST], (2 * LN2**2 + (1 + LN2) ** 2) / 3),
         (NOTHING, 0.0),
+        (DENSE, 0.0),
+        ([DENSE, Z_SECOND], 0.0),
     ],
 )
 def test_router_z_loss_worked(routings, expected):

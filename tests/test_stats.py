@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from segmoe_kernels import Routing, collect_routing_stats, replace_ffn
 from segmoe_kernels.adapters import WithRouterLogits
 from segmoe_kernels.stats import measure
+from segmoe_kernels.testing import make_inputs
 
 VECTORS = {"hard_fraction", "soft_fraction", "token_counts", "prob_mass"}
 
@@ -311,6 +312,17 @@ def test_a_layer_may_move():
         layer.to_empty(device="cpu").reset_parameters()
         layer(torch.randn(2, 12, 4))
         assert stats.compute()["global"]["num_tokens"] == 2 * 3
+
+
+def test_statistics_are_read_whatever_the_default_device():
+    """As when a script makes its models on the GPU by default; "meta" stands for it."""
+    layer, x = make_layer(top_k=2), torch.randn(2, 12, 4)
+    with torch.device("meta"), collect_routing_stats(layer) as stats:
+        routing = layer.forward_with_routing(x)[1]
+        entry = stats.end_step()
+        inputs = make_inputs(2, 12, 4, masked=0.5)
+    assert_stats(entry["global"], loops([(routing, 3)], 3))
+    assert all(tensor.device.type == "cpu" for tensor in inputs)
 
 
 @pytest.mark.gpu

@@ -1,8 +1,10 @@
 """Wrong calls: the exception, the words of its message, and that no message lacks a test."""
 
 import ast
-import collections
+import dataclasses
 import importlib
+import inspect
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -12,12 +14,13 @@ import bad_calls
 import bad_options
 import bad_stats
 import bad_swaps
+import numpy as np
 import pytest
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 import segmoe_kernels
-from segmoe_kernels import SegMoE, functional
+from segmoe_kernels import SegMoE, functional, load_official, segment_schedule, to_official
 
 ROWS = [*bad_calls.ROWS, *bad_options.ROWS, *bad_swaps.ROWS, *bad_stats.ROWS]
 ROWS += bad_advise.ROWS
@@ -76,20 +79,115 @@ def test_bad_call_is_refused_under_fake_tensors(name, fake_rows):
         assert word in str(caught.value)
 
 
-def test_every_public_function_has_bad_calls():
-    counts = collections.Counter()
+# What users import from.
+PUBLIC = ["functional", "adapters", "advise", "convert", "dialects", "huggingface", "layer"]
+PUBLIC += ["losses", "parallel", "stats", "stats_plots", "stats_writers", "swap"]
+# Arguments that another library checks, or that need what a table has not; "*": all of a function.
+CHECKED_ELSEWHERE = {
+    "SegMoEEncoderLayer.forward": {"*"},  # by torch, as those of its own encoder layer
+    "TSLibEncoderLayer.forward": {"*"},  # by the attention that gets them as they are
+    "RoutingCollector": {"*"},  # made by `collect_routing_stats` only
+    "shard_experts": {"group"},  # test_parallel.py: what is no group needs one to be refused
+}
+
+
+def public_arguments():
+    """``(function, name of it, argument)`` of everything users call, from the signatures."""
+    for place in PUBLIC:
+        module = importlib.import_module(f"segmoe_kernels.{place}")
+        for name in module.__all__:
+            public = getattr(module, name)
+            if not callable(public) or dataclasses.is_dataclass(public):
+                continue
+            functions = {name: public}
+            if isinstance(public, type):
+                if issubclass(public, tuple):
+                    continue
+                methods = {k: f for k, f in vars(public).items() if inspect.isfunction(f)}
+                functions = {name: public} if "__init__" in methods else {}
+                functions |= {f"{name}.{k}": f for k, f in methods.items() if not k.startswith("_")}
+            for called, function in functions.items():
+                for argument in inspect.signature(function).parameters.values():
+                    if argument.kind is argument.VAR_KEYWORD:
+                        continue
+                    if argument.name != "self":
+                        yield function, called, argument.name
+
+
+def test_every_argument_of_every_public_function_has_a_bad_call():
+    """Refused by name: the message has it."""
+    wrong = set()
     for _, call, exception, _ in ROWS:
+        function, arguments = getattr(call, "wrong", (None, ()))
         with pytest.raises(exception) as caught:
             call()
-        counts[str(caught.value).removeprefix("segmoe_kernels.").partition(":")[0]] += 1
-    public = ["SegMoE", "SegMoE.forward", "load_official", "segment_schedule", "to_official"]
-    public += ["load_balancing_loss", "router_z_loss", *functional.__all__]
-    public += ["replace_ffn", "upcycle", "convert_state_dict", "experts_forward"]
-    public += ["set_loss_scaler", "shard_experts", "collect_routing_stats", "plot_expert_load"]
-    public += ["RoutingCollector.load_state_dict", "plot_expert_usage", "plot_segment_timeline"]
-    public += ["CSVWriter.write", "flatten_stats"]
-    public.remove("resolve_backend")  # named by who calls it
-    assert {name: counts[name] for name in public if counts[name] < 2} == {}
+        words = set(re.findall(r"\w+", str(caught.value)))
+        wrong |= {(function, argument) for argument in arguments if argument in words}
+    arguments = list(public_arguments())
+    assert len(arguments) > 120
+    missed = [
+        f"{called}({argument}=)"
+        for function, called, argument in arguments
+        if not {argument, "*"} & CHECKED_ELSEWHERE.get(called, set())
+        and (function, argument) not in wrong
+    ]
+    assert not missed
+
+
+CALLERS = [
+    value
+    for table in (bad_calls, bad_options, bad_swaps, bad_stats, bad_advise)
+    for value in vars(table).values()
+    if hasattr(value, "function")
+]
+# Arrays are right there, anything is, or the call goes to a group of processes first.
+TAKE_ARRAYS = {"values", "group"}
+
+
+@pytest.mark.parametrize(
+    "call", dict.fromkeys(CALLERS), ids=lambda call: call.function.__qualname__
+)
+def test_arrays_are_refused_by_name(call):
+    """Also those of one element, which some comparisons take for a number."""
+    for argument in inspect.signature(call.function).parameters.values():
+        if argument.kind is argument.VAR_KEYWORD or argument.name in {"self", *TAKE_ARRAYS}:
+            continue
+        for array in (np.array([1, 2]), np.array([1.0]), np.array(["gelu"])):
+            with pytest.raises((TypeError, ValueError), match=r"segmoe_kernels\.\w") as caught:
+                call(**{argument.name: array})()
+            assert re.search(rf"\b{argument.name}\b", str(caught.value)), argument.name
+
+
+def test_numbers_of_numpy_are_options():
+    integer, real = np.int64, np.float32
+    layer = SegMoE(
+        integer(4), np.int32(6), np.uint8(3), top_k=integer(2), segment_size=integer(3),
+        shared_d_ff=integer(5), dropout=real(0.5), router_dropout=np.float16(0.25),
+        router_temperature=integer(2), aux_loss_weight=real(0.5), z_loss_weight=np.float64(0.1),
+    ).eval()  # fmt: skip
+    plain = {int, float, str, bool, type(None)}
+    kept = {name: value for name, value in vars(layer).items() if not name.startswith("_")}
+    assert {name: value for name, value in kept.items() if type(value) not in plain} == {}
+    assert (layer.experts.num_experts, type(layer.experts.num_experts)) == (3, int)
+    x = torch.randn(2, 5, 4)
+    layer.dropout, layer.router_temperature = real(0.5), real(2)  # as a study's loop sets them
+    options = {"segment_size": integer(3), "top_k": integer(2)}
+    weights = {"router_weight": layer.router.weight, "experts": layer.experts.weights()}
+    y, routing = functional.seg_moe(
+        x, **weights, **options, dropout=real(0), router_temperature=real(2)
+    )
+    assert torch.equal(routing.topk_ids, layer.forward_with_routing(x)[1].topk_ids)
+    routed = functional.route(x, weights["router_weight"], **options, router_temperature=real(2))
+    assert torch.equal(routed.router_probs, routing.router_probs)
+    permutation = functional.permute(routed.topk_ids, integer(3))
+    out = functional.expert_ffn(
+        x, routed.topk_weights, permutation, weights["experts"], segment_size=integer(3),
+        dropout=real(0),
+    )  # fmt: skip
+    torch.testing.assert_close(functional.combine(out), y)
+    assert segment_schedule(np.array([5, 4]).tolist(), integer(2)) == [5, 4]
+    state = to_official(SegMoE(4, 6, 3, segment_size=3))
+    assert load_official(state, segment_size=integer(3), dropout=real(0.5)).dropout == 0.5
 
 
 def raising_lines():
