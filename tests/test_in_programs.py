@@ -115,10 +115,16 @@ def test_copies_made_in_the_middle_of_training_train_on_with_the_same_bits(name,
 @both_backends
 def test_layer_can_be_copied_while_its_graph_is_alive(backend):
     layer, (x, dy, _) = make("default", backend, aux_loss_weight=0.1)
+    expected = trained(layer, x, dy)
+    layer.zero_grad()
     y = layer(x)
-    for clone in CLONES.values():
-        clone(layer)
+    clones = [clone(layer) for clone in CLONES.values()]
     y.backward(dy)
+    grads = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    assert_same_bits(grads, {name: expected[name] for name in grads})
+    for other in clones:
+        assert all(parameter.grad is None for parameter in other.parameters())
+        assert_same_bits(trained(other, x, dy), expected)
 
 
 # What a program may do with the layer before it copies it. The loss is the one tensor that a call
