@@ -1,6 +1,7 @@
 """The accuracy budget: what the kernels' results may differ from float64, and the table of it.
 
-    make accuracy      measures all cases (minutes), writes tests/reports/accuracy.json and .md
+    make accuracy                      measures all cases, writes tests/reports/accuracy.json, .md
+    python tests/accuracy.py --page    writes the page alone, which says what has changed since
 
 The measure of a tensor is its error against float64 of the same routing, relative: of the root mean
 square, ``||actual - exact|| / ||exact||``, and of the largest element,
@@ -14,6 +15,8 @@ import os
 import sys
 from pathlib import Path
 from unittest import mock
+
+import report_code
 
 REPORTS = Path(__file__).parent / "reports"
 # (batch, steps, d_model, d_ff); beyond two tiles of rows and of columns at the most.
@@ -146,6 +149,8 @@ def render(results):
         f"one rounding; root mean square at most {budget}, or",
         "that same multiple of eager's where sums cancel.",
         "",
+        *report_code.describe(results),
+        "",
         "| size | batch, steps, d_model, d_ff | runs |",
         "|---|---|---:|",
         *(f"| {n} | {', '.join(map(str, s))} | {RUNS[n]} |" for n, s in (SIZES | WIDE).items()),
@@ -175,8 +180,19 @@ def render(results):
     return "\n".join(lines) + "\n"
 
 
+def write(results):
+    """Write the report's two files."""
+    REPORTS.mkdir(exist_ok=True)
+    text = json.dumps(results, indent=1)
+    (REPORTS / "accuracy.json").write_text(text + "\n", encoding="utf-8")
+    (REPORTS / "accuracy.md").write_text(render(results), encoding="utf-8")
+
+
 def main():
     """Measure everything and write the report."""
+    if sys.argv[1:] == ["--page"]:
+        write(json.loads((REPORTS / "accuracy.json").read_text(encoding="utf-8")))
+        return 0
     os.environ["TRITON_INTERPRET"] = "1"
     import interp_bf16
     import interp_releases
@@ -187,7 +203,7 @@ def main():
     interp_bf16.install()
     torch.set_num_threads(1)
     versions = f"torch {torch.__version__.partition('+')[0]} and triton {triton.__version__}"
-    results = {"versions": versions, "cases": []}
+    results = {"versions": versions, "code": report_code.digests(), "cases": []}
     beyond = 0
     for dtype, options, size in cases():
         errors = measure(dtype, options, size, runs=RUNS[size])
@@ -196,10 +212,7 @@ def main():
         for fault in faults(dtype, errors, limit_of(size)):
             beyond += 1
             print(f"{dtype}, {options}, {size}: {fault}")  # noqa: T201  a command prints
-    REPORTS.mkdir(exist_ok=True)
-    text = json.dumps(results, indent=1)
-    (REPORTS / "accuracy.json").write_text(text + "\n", encoding="utf-8")
-    (REPORTS / "accuracy.md").write_text(render(results), encoding="utf-8")
+    write(results)
     return 1 if beyond else 0
 
 

@@ -2,9 +2,10 @@
 
     make fuzz                              5,000 of them; writes tests/reports/fuzz.json and .md
     python tests/fuzz.py --examples 200
+    python tests/fuzz.py --page            writes the page alone, which says what has changed since
 
 A float64 layer has to equal the reference; the others are held to the error of plain PyTorch.
-`tests/test_fuzz.py` runs 200 in every `make test`.
+`tests/test_fuzz.py` runs 100 in every `make test`.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from unittest import mock
 if __name__ in {"__main__", "__mp_main__"}:
     os.environ["TRITON_INTERPRET"] = "1"
 
+import report_code
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -243,6 +245,8 @@ def render(report):
         f"{seen['examples']} random layers, forward and backward on both backends against float64;",
         f"{len(report['failures'])} failed.",
         "",
+        *report_code.describe(report),
+        "",
         *(f"* {failure}" for failure in report["failures"]),
         "",
         "| drawn | examples |",
@@ -252,16 +256,28 @@ def render(report):
     return "\n".join(lines) + "\n"
 
 
+def write(report):
+    """Write the report's two files."""
+    REPORTS.mkdir(exist_ok=True)
+    (REPORTS / "fuzz.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (REPORTS / "fuzz.md").write_text(render(report), encoding="utf-8")
+
+
 def main():
     """Run many examples and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--examples", type=int, default=5000)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--page", action="store_true")
     arguments = parser.parse_args()
+    if arguments.page:
+        write(json.loads((REPORTS / "fuzz.json").read_text(encoding="utf-8")))
+        return 0
     import triton
 
     versions = f"torch {torch.__version__.partition('+')[0]} and triton {triton.__version__}"
     seen, failures, start = collections.Counter(), [], time.monotonic()
+    code = report_code.digests()
     # Beyond those that the tests run.
     parts = range(1000, 1000 + -(-arguments.examples // PART))
     with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
@@ -272,10 +288,7 @@ def main():
             if failure:
                 print(failure, flush=True)  # noqa: T201
     print(f"{time.monotonic() - start:.0f} s")  # noqa: T201
-    report = {"versions": versions, "failures": failures, "seen": dict(seen)}
-    REPORTS.mkdir(exist_ok=True)
-    (REPORTS / "fuzz.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (REPORTS / "fuzz.md").write_text(render(report), encoding="utf-8")
+    write({"versions": versions, "code": code, "failures": failures, "seen": dict(seen)})
     return 1 if failures else 0
 
 

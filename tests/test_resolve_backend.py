@@ -61,8 +61,8 @@ def test_resolve_backend_without_triton(no_environment):
         device = torch.device("cuda", 0)
 
     with pytest.warns(RuntimeWarning, match="the reference runs.*pip install triton") as caught:
-        for _ in range(3):
-            assert resolve_backend("auto", OnGPU()) == "reference"
+        found = [resolve_backend("auto", OnGPU()) for _ in range(3)]
+    assert found == ["reference"] * 3
     assert len(caught) == 1
     with pytest.raises(RuntimeError, match="needs the triton package"):
         resolve_backend("triton", OnGPU())

@@ -1,0 +1,38 @@
+"""Which code a report measured, and which of its files have changed since.
+
+A report of many hours can't be made anew for each change. So it keeps a digest of each file that
+its numbers come from, and its page says which files are others now; tests hold the page to that.
+"""
+
+import hashlib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# The kernels and the plain PyTorch that they are compared with.
+MEASURED = ("stages/*.py", "_triton/*.py", "reference.py", "composed_ffn.py", "grouped_*.py")
+
+
+def digests():
+    """``{file: digest}`` of what is here now, files named from the package's folder."""
+    package = ROOT / "segmoe_kernels"
+    paths = sorted(path for pattern in MEASURED for path in package.glob(pattern))
+    return {
+        path.relative_to(package).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        for path in paths
+    }
+
+
+def changed_since(code):
+    """Files that are new, gone or others than when a report was made of ``code``."""
+    now = digests()
+    return sorted(name for name in {*code, *now} if code.get(name) != now.get(name))
+
+
+def describe(report):
+    """What a page says about it, as lines."""
+    changed = changed_since(report["code"])
+    whole = hashlib.sha256(repr(sorted(report["code"].items())).encode()).hexdigest()[:12]
+    if not changed:
+        return [f"Measured: the kernels and the reference as they are here (digest {whole})."]
+    names = [f"* `{name}`" for name in changed]
+    return [f"Measured: digest {whole} of the code. Changed since then:", "", *names]
