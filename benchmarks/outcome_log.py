@@ -1,6 +1,6 @@
 """A pytest plugin that keeps outcomes in a JSON file while the tests run.
 
-    pytest -p benchmarks.outcome_log      with SEGMOE_TEST_LOG naming the file
+    pytest -p benchmarks.outcome_log      with OUTCOME_LOG naming the file
 
 Tests that passed before on the same sources (of the package and of the tests) are not run again,
 and tests marked ``gpu`` run first, so that a run that is stopped can go on later.
@@ -18,7 +18,8 @@ import pytest
 from benchmarks.common import environment
 from benchmarks.store import code_version
 
-VARIABLE = "SEGMOE_TEST_LOG"
+# Not SEGMOE_...: the tests' conftest takes those away, which are settings of the package.
+VARIABLE = "OUTCOME_LOG"
 SAVE_SECONDS = 2.0
 
 

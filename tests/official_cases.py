@@ -12,7 +12,8 @@ from segmoe_kernels import load_official
 
 FILE_NAME = "official_layer_cases.pt"
 _BESIDE = Path(__file__).parents[1] / ".." / "shared" / "data" / FILE_NAME
-PATH = Path(os.environ.get("SEGMOE_OFFICIAL_CASES", _BESIDE)).resolve()
+# Not SEGMOE_...: conftest.py takes those away, which are settings of the package.
+PATH = Path(os.environ.get("OFFICIAL_CASES", _BESIDE)).resolve()
 
 NAMES = (
     "tok_k1",
@@ -32,7 +33,7 @@ SCOPES = {
 }
 
 needs_cases = pytest.mark.skipif(
-    not PATH.exists(), reason=f"needs {FILE_NAME} (set SEGMOE_OFFICIAL_CASES to its path)"
+    not PATH.exists(), reason=f"needs {FILE_NAME} (set OFFICIAL_CASES to its path)"
 )
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 import types
 
@@ -291,3 +293,16 @@ def test_outcomes_are_kept_and_passed_tests_left_out(tmp_path, monkeypatch):
     later.pytest_collection_modifyitems(types.SimpleNamespace(hook=hook), items)
     assert [i.nodeid for i in items] == ["c", "b"]
     assert [i.nodeid for i in gone] == ["a"]
+
+
+def test_outcomes_are_kept_by_a_run_of_pytest(tmp_path):
+    """The tests' conftest takes settings out of the environment, but not this one."""
+    path = tmp_path / "tests.json"
+    environment = {**os.environ, outcome_log.VARIABLE: str(path)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.outcome_log", "-n", "0"]
+    command += ["tests/test_promises.py", "-k", "targets"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert json.loads(path.read_text())["counts"] == {"passed": 1}
