@@ -178,6 +178,9 @@ def load_official(
     if some is None:
         rule = "have up_proj weights of experts or of a shared expert"
         check.fail_value("load_official", "state_dict", rule, sorted(ours))
+    if some.ndim < 2:
+        rule = "have up_proj weights of two dimensions"
+        check.fail_value("load_official", "state_dict", rule, tuple(some.shape))
     factor = segment_size if expert_scope == "segment" and num_experts else 1
     d_ff, d_model = some.shape[-2], some.shape[-1]
     if d_model % factor or d_ff % factor:

@@ -99,8 +99,7 @@ def _check(state_dict: Any, dialects: Mapping[str, Any]) -> None:
         if not isinstance(value, str):
             _fail_type(name, "be a str", type(value).__name__)
         check.check_choice("convert_state_dict", name, value, tuple(DIALECTS))
-    if not isinstance(state_dict, Mapping):
-        _fail_type("state_dict", "be a mapping", type(state_dict).__name__)
+    check.check_mapping("convert_state_dict", "state_dict", state_dict)
     for key, tensor in state_dict.items():
         if not isinstance(tensor, Tensor):
             _fail_type(f"state_dict[{key!r}]", "be a tensor", type(tensor).__name__)

@@ -428,7 +428,6 @@ def seg_moe(
     if not torch.compiler.is_compiling():
         check.check_x("seg_moe", x)
         check.check_mask("seg_moe", padding_mask, x)
-        check.check_kinds("seg_moe", router_weight, experts, shared)
     weights = reference.autocast_weights(x, router_weight, experts, shared)
     options: dict[str, Any] = {
         "segment_size": segment_size,

@@ -38,8 +38,7 @@ class FFNWeights(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> "FFNWeights":
         """The same weights in another dtype."""
-        # What is no tensor is refused where dtypes are compared.
-        tensors = [w.to(dtype) if isinstance(w, Tensor) else w for w in self]
+        tensors = [None if w is None else w.to(dtype) for w in self]
         return FFNWeights(*tensors)  # type: ignore[arg-type]  # up and down are never None
 
 

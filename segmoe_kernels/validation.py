@@ -278,14 +278,6 @@ def check_route(
         check_like(function, "router_start", router_start, x, (width,))
 
 
-def check_kinds(function: str, router_weight: Any, experts: Any, shared: Any) -> None:
-    """Refuse what can't be cast, before ``torch.autocast`` has it cast."""
-    check_tensor(function, "router_weight", router_weight)
-    for name, weights in (("experts", experts), ("shared", shared)):
-        if not isinstance(weights, FFNWeights) and not (name == "shared" and weights is None):
-            fail_type(function, name, "be FFNWeights", type(weights).__name__)
-
-
 def check_shared(
     x: Tensor, shared: FFNWeights | None, shared_gate: Tensor | None, segment_size: int
 ) -> None:
@@ -295,6 +287,8 @@ def check_shared(
     if shared is None:
         return
     widths = (x.shape[-1], segment_size * x.shape[-1])
+    if not isinstance(shared, FFNWeights):
+        fail_type("seg_moe", "shared", "be FFNWeights", type(shared).__name__)
     check_tensor("seg_moe", "shared.up_proj", shared.up_proj)
     width = shared.up_proj.shape[-1] if shared.up_proj.ndim else 0
     if width not in widths:

@@ -180,6 +180,12 @@ ROWS = [
         ["up_proj weights of experts or of a shared expert", "router.weight"],
     ),
     (
+        "official_vector",
+        official(state_dict={"shared_expert.up_proj.weight": draw(3)}),
+        ValueError,
+        ["up_proj weights of two dimensions", "(3,)"],
+    ),
+    (
         "official_widths",
         official(expert_scope="segment", segment_size=5),
         ValueError,

@@ -218,6 +218,7 @@ ROWS = [
     ("convert_source", convert(source="llama"), ValueError, ["source", "'time_moe'", "'llama'"]),
     ("convert_target", convert(target="x"), ValueError, ["target", "'segmoe'", "'x'"]),
     ("convert_type", convert(state_dict=[]), TypeError, ["state_dict", "be a mapping", "list"]),
+    ("convert_names", convert(state_dict={0: draw(2)}), TypeError, ["state_dict", "str, got 0"]),
     (
         "convert_value",
         convert(state_dict=checkpoint(gate__weight=3.0)),
