@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from segmoe_kernels import validation as check
 from segmoe_kernels.routing import Routing
 
-__all__ = ["inject_loss", "load_balancing_loss", "router_z_loss"]
+__all__ = ["inject_loss", "load_balancing_loss", "remember_scaler", "router_z_loss", "scale_loss"]
 
 
 def _as_sequence(function: str, routings: Any) -> Sequence[Routing]:
@@ -92,6 +93,46 @@ def router_z_loss(routings: Routing | Sequence[Routing]) -> Tensor:
         number = count if number is None else number + count
     assert total is not None and number is not None  # noqa: PT018  there is at least one layer
     return total / number.clamp_min(1)
+
+
+# Scalers by their id, as an operator takes no other object.
+_SCALERS: WeakValueDictionary[int, Any] = WeakValueDictionary()
+
+
+# Opaque to torch.compile, which refuses to trace torch.amp.GradScaler.
+@torch.library.custom_op("segmoe_kernels::loss_scale", mutates_args=())
+def _loss_scale(like: Tensor, scaler: int) -> Tensor:
+    # A copy, as an operator must not return what is kept elsewhere.
+    return torch.empty_like(like).copy_(_SCALERS[scaler].scale(torch.ones_like(like)))
+
+
+@_loss_scale.register_fake
+def _(like: Tensor, scaler: int) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(like)
+
+
+def remember_scaler(scaler: Any) -> None:
+    """Let compiled code find a scaler that `scale_loss` is called with."""
+    _SCALERS[id(scaler)] = scaler
+
+
+def scale_loss(loss: Tensor, scaler: Any) -> Tensor:
+    """Scale a loss as the task's is.
+
+    Args:
+        loss: ().
+        scaler: a number, None for 1, or an object with ``scale(loss)`` that is linear.
+
+    Returns:
+        ().
+    """
+    if scaler is None:
+        return loss
+    if isinstance(scaler, int | float):
+        return loss * scaler
+    traced = torch.compiler.is_compiling()
+    scaled: Tensor = loss * _loss_scale(loss.detach(), id(scaler)) if traced else scaler.scale(loss)
+    return scaled
 
 
 class _InjectLoss(torch.autograd.Function):
