@@ -16,10 +16,20 @@ from segmoe_kernels.losses import (
     router_z_loss,
     scale_loss,
 )
-from segmoe_kernels.modules import Experts, FeedForward, SegmentRouter, reset_linear
-from segmoe_kernels.routing import Routing
+from segmoe_kernels.modules import (
+    Experts,
+    FeedForward,
+    SegmentRouter,
+    call_around,
+    is_plain,
+    reset_linear,
+)
+from segmoe_kernels.routing import FFNWeights, Routing
 
 __all__ = ["SegMoE", "set_loss_scaler"]
+
+# What is called around the computation, in this order.
+_PARTS = {"router": SegmentRouter, "experts": Experts, "shared_expert": FeedForward}
 
 
 class SegMoE(nn.Module):
@@ -274,51 +284,97 @@ class SegMoE(nn.Module):
         if not torch.compiler.is_compiling():
             check.check_x("SegMoE.forward", x, self.d_model)
             check.check_mask("SegMoE.forward", padding_mask, x)
-        if self.router is None or self.experts is None:
-            return self._forward_dense(x, padding_mask)
-        shared, in_proj, out_proj = self.shared_expert, self.in_proj, self.out_proj
-        y, routing = self._run(
-            x,
-            self.router.weight,
-            self.experts.weights(),
-            segment_size=self.segment_size,
-            top_k=self.top_k,
-            pooling=self.pooling,
-            expert_scope=self.expert_scope,
-            shared=None if shared is None else shared.weights(),
-            shared_gate=None if self.shared_gate is None else self.shared_gate.weight,
-            in_proj=None if in_proj is None else (in_proj.weight, in_proj.bias),
-            out_proj=None if out_proj is None else (out_proj.weight, out_proj.bias),
-            activation=self.activation,
-            dropout=self.dropout if self.training else 0.0,
-            router_dropout=self.router_dropout if self.training else 0.0,
-            router_temperature=self.router_temperature,
-            renormalize=self.renormalize,
-            router_start=self.router.start,
-            padding_mask=padding_mask,
-            backend=self.backend,
-        )
+        parts = []
+        for name, kind in _PARTS.items():
+            part = getattr(self, name)
+            if part is not None:
+                if not isinstance(part, kind) and not any(
+                    isinstance(m, kind) for m in part.modules()
+                ):
+                    rule = f"be a segmoe_kernels.modules.{kind.__name__}, or to wrap one"
+                    check.fail_type("SegMoE.forward", name, rule, type(part).__name__)
+                parts.append(part)
+        run = self._forward_experts if self.num_experts else self._forward_dense
+
+        def run_inside(x: Tensor, *weights: Any) -> tuple[Tensor, ...]:
+            y, found = run(x, padding_mask, *weights)
+            # Tensors side by side, where hooks on the parts find them.
+            probs, chosen = (found.router_logits, found.router_probs), found.topk_weights
+            return y, *probs, chosen, found.topk_ids, found.expert_counts
+
+        y, *fields = call_around(parts, x, run_inside)
+        routing = Routing(*fields)
+        if self.num_experts == 0:
+            return y, routing
         for observe in self._observers:
             observe(self, routing, -(-x.shape[-2] // self.segment_size))
         return self._inject_losses(y, routing), routing
 
-    def _run(self, *tensors: Any, **options: Any) -> tuple[Tensor, Routing]:
+    def _forward_experts(
+        self,
+        x: Tensor,
+        padding_mask: Tensor | None,
+        router: tuple[Tensor, Tensor | None],
+        experts: FFNWeights,
+        shared: FeedForward | None = None,
+    ) -> tuple[Tensor, Routing]:
+        gate, in_proj, out_proj = self.shared_gate, self.in_proj, self.out_proj
+        weight, start = router
+        options: dict[str, Any] = {
+            "segment_size": self.segment_size,
+            "top_k": self.top_k,
+            "pooling": self.pooling,
+            "expert_scope": self.expert_scope,
+            "activation": self.activation,
+            "dropout": self.dropout if self.training else 0.0,
+            "router_dropout": self.router_dropout if self.training else 0.0,
+            "router_temperature": self.router_temperature,
+            "renormalize": self.renormalize,
+            "router_start": start,
+            "padding_mask": padding_mask,
+            "backend": self.backend,
+        }
+        if (shared is None or shared.is_plain()) and all(map(is_plain, (gate, in_proj, out_proj))):
+            options["shared"] = None if shared is None else shared.weights()
+            options["shared_gate"] = None if gate is None else gate.weight
+            options["in_proj"] = None if in_proj is None else (in_proj.weight, in_proj.bias)
+            options["out_proj"] = None if out_proj is None else (out_proj.weight, out_proj.bias)
+            return self._run(x, weight, experts, **options)
+        # Not imported by those who don't need it, as below.
+        from segmoe_kernels.called import run_called
+
+        return run_called(self._run, x, weight, experts, shared, gate, in_proj, out_proj, **options)
+
+    def _run(
+        self, x: Tensor, router_weight: Tensor, experts: FFNWeights, **options: Any
+    ) -> tuple[Tensor, Routing]:
         """Run the stages; `parallel` has other ones."""
-        if any(hasattr(tensor, "device_mesh") for tensor in tensors[:2]):
-            # Not imported by those who don't need it.
+        if any(hasattr(tensor, "device_mesh") for tensor in (x, router_weight, experts.up_proj)):
             from segmoe_kernels.dtensor import run_local
 
-            return run_local(seg_moe, *tensors, **options)
-        return seg_moe(*tensors, **options)
+            return run_local(seg_moe, x, router_weight, experts, **options)
+        return seg_moe(x, router_weight, experts, **options)
 
-    def _forward_dense(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Routing]:
-        assert self.shared_expert is not None
+    def _forward_dense(
+        self, x: Tensor, padding_mask: Tensor | None, ffn: FeedForward
+    ) -> tuple[Tensor, Routing]:
         if not torch.compiler.is_compiling():
             resolve_backend(self.backend, x)
         if padding_mask is not None:
             x = x.masked_fill(~padding_mask[..., None], 0)
         dropout = self.dropout if self.training else 0.0
-        y = reference.dense_ffn(x, self.shared_expert.weights(), self.activation, dropout)
+        if ffn.is_plain():
+            weights = ffn.weights()
+            some = weights.up_proj, weights, None, None
+            _, weights, *_, dtype = reference.autocast_weights(x, *some)
+            if not torch.compiler.is_compiling():
+                like = torch.empty(0, dtype=dtype, device=x.device)
+                check.check_ffn(
+                    "SegMoE.forward", "shared_expert", weights, like, self.d_model, None
+                )
+            y = reference.dense_ffn(x.to(dtype), weights, self.activation, dropout)
+        else:
+            y = ffn.run(x, self.activation, dropout)
         y = y.to(x.dtype)
         if padding_mask is not None:
             y = y.masked_fill(~padding_mask[..., None], 0)

@@ -98,9 +98,8 @@ class _LayerCounter:
     """The sums of one layer since they were read, and who adds to them."""
 
     def __init__(self, layer: SegMoE) -> None:
-        assert layer.router is not None  # `_layers_of` looked
         self.num_experts = layer.num_experts
-        self.sums = self.zeros(layer.router.weight.device)
+        self.sums = self.zeros(next(layer.parameters()).device)
 
     def zeros(self, device: torch.device | str = "cpu") -> Tensor:
         # An inference tensor could not be added to later.

@@ -1,7 +1,7 @@
 """Wrong models and checkpoints for `replace_ffn` and its relatives; rows as in `bad_calls`."""
 
 import torch
-from bad_calls import LAYER, caller, draw
+from bad_calls import LAYER, caller, draw, layer_with
 from torch import nn
 
 from segmoe_kernels import (
@@ -166,6 +166,12 @@ ROWS = [
         lambda: shard_experts(SegMoE(4, 6, 0)),
         ValueError,
         ["layer", "have experts", "num_experts=0"],
+    ),
+    (
+        "shard_wrapped",
+        lambda: shard_experts(layer_with(experts=torch.nn.Sequential())),
+        TypeError,
+        ["layer", "without adapters, wrappers", "Sequential"],
     ),
     (
         "shard_alone",
