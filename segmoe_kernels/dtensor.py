@@ -31,7 +31,7 @@ def run_local(
         ``(y, routing)``: y a DTensor laid out as x; routing of this rank's segments, local.
 
     Raises:
-        TypeError: if x is no DTensor.
+        TypeError: if x is no DTensor, or sharded where a weight is none.
         ValueError: if its steps or columns are sharded, or it is a pending sum.
     """
     if not isinstance(x, DTensor):
@@ -46,13 +46,19 @@ def run_local(
     whole = [Replicate()] * len(layout)
     grads: list[Placement] = [Partial() if isinstance(p, Shard) else Replicate() for p in layout]
 
-    def local(tensor: DTensor) -> Tensor:
-        return tensor.redistribute(mesh, whole).to_local(grad_placements=grads)
+    def local(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, DTensor):
+            return tensor.redistribute(mesh, whole).to_local(grad_placements=grads)
+        if any(isinstance(place, Shard) for place in layout):
+            # Its gradient would be of this rank's part of the batch alone.
+            rule = "have a DTensor for every weight, as x is sharded"
+            check.fail_type("SegMoE.forward", "layer", rule, f"a {type(tensor).__name__}")
+        return tensor
 
     mask = options.pop("padding_mask")
     if isinstance(mask, DTensor):
         mask = mask.redistribute(mesh, layout).to_local()
-    weights, options = tree_map_only(DTensor, local, (weights, options))
+    weights, options = tree_map_only(Tensor, local, (weights, options))
     # x's gradient lies as x does: each rank has all of its own part's.
     steps = x.to_local(grad_placements=layout)
     y, routing = function(steps, *weights, padding_mask=mask, **options)

@@ -428,11 +428,11 @@ def seg_moe(
     if not torch.compiler.is_compiling():
         check.check_x("seg_moe", x)
         check.check_mask("seg_moe", padding_mask, x)
-    weights = reference.autocast_weights(x, router_weight, experts, shared)
+        check.check_weights("seg_moe", x, router_weight, experts, shared, shared_gate)
+    weights = reference.autocast_weights(x, router_weight, experts, shared, shared_gate)
     options: dict[str, Any] = {
         "segment_size": segment_size,
         "expert_scope": expert_scope,
-        "shared_gate": shared_gate,
         "in_proj": in_proj,
         "out_proj": out_proj,
         "activation": activation,

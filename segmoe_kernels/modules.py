@@ -1,13 +1,46 @@
-"""The modules that hold the parameters of `SegMoE`: router, experts, and one dense FFN."""
+"""The modules that hold the parameters of `SegMoE`: router, experts, and one dense FFN.
+
+`SegMoE` calls them, as any module is called, so that hooks, parametrisations, adapters and sharding
+of one of them work. They compute nothing: ``module(x, function)`` calls ``function(x, weights)``,
+which runs the layer, and returns what that returns. So the layer runs *inside* these calls: FSDP2
+gathers a module's weights before its call and frees them behind it.
+"""
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segmoe_kernels.composed_ffn import ACTIVATION_FUNCTIONS
 from segmoe_kernels.routing import FFNWeights
 
 __all__ = ["Experts", "FeedForward", "SegmentRouter"]
+
+
+def call_around(
+    parts: Sequence[nn.Module], x: Tensor, function: Callable[..., Any], *found: Any
+) -> Any:
+    """Call ``function(x, *weights)`` inside calls of all parts, with each one's weights."""
+    if not parts:
+        return function(x, *found)
+    return parts[0](x, lambda x, own: call_around(parts[1:], x, function, *found, own))
+
+
+def is_plain(linear: nn.Module | None) -> bool:
+    """Whether reading a linear map's weights says all of it: no subclass, adapter or hook."""
+    if linear is None:
+        return True
+    if type(linear) is not nn.Linear or "forward" in linear.__dict__:
+        return False
+    hooked = linear._forward_hooks or linear._forward_pre_hooks
+    hooked = hooked or linear._backward_hooks or linear._backward_pre_hooks
+    if hooked or torch.compiler.is_compiling():
+        return not hooked
+    # Other libraries' tensors may be quantised.
+    return type(linear.weight).__module__.partition(".")[0] == "torch"
 
 
 def _xavier_uniform_(weight: Tensor) -> None:
@@ -47,6 +80,10 @@ class SegmentRouter(nn.Module):
         _xavier_uniform_(self.weight)
         if self.start is not None:
             nn.init.normal_(self.start)
+
+    def forward(self, x: Tensor, function: Callable[..., Any]) -> Any:
+        """Return ``function(x, (weight, start))``."""
+        return function(x, (self.weight, self.start))
 
     def extra_repr(self) -> str:
         """Sizes, for ``repr``."""
@@ -111,6 +148,10 @@ class Experts(nn.Module):
             self.down_proj_bias,
         )
 
+    def forward(self, x: Tensor, function: Callable[..., Any]) -> Any:
+        """Return ``function(x, weights)``."""
+        return function(x, self.weights())
+
     def extra_repr(self) -> str:
         """Sizes, for ``repr``."""
         _, d_ff, d_model = self.up_proj.shape
@@ -144,6 +185,7 @@ class FeedForward(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.d_model = d_model
         self.up_proj = nn.Linear(d_model, d_ff, bias=bias, device=device, dtype=dtype)
         self.gate_proj = (
             nn.Linear(d_model, d_ff, bias=bias, device=device, dtype=dtype) if gated else None
@@ -168,6 +210,25 @@ class FeedForward(nn.Module):
             None if gate is None else gate.bias,
             self.down_proj.bias,
         )
+
+    def forward(self, x: Tensor, function: Callable[..., Any]) -> Any:
+        """Return ``function(x, self)``, as weights alone are not all of some linear maps."""
+        return function(x, self)
+
+    def is_plain(self) -> bool:
+        """Whether its weights are all of it."""
+        return all(is_plain(part) for part in (self.up_proj, self.gate_proj, self.down_proj))
+
+    def run(self, rows: Tensor, activation: str, dropout: float) -> Tensor:
+        """Compute `reference.dense_ffn` by calls of the linear maps."""
+        function = ACTIVATION_FUNCTIONS[activation]
+        hidden = self.up_proj(rows)
+        if self.gate_proj is None:
+            hidden = function(hidden)
+        else:
+            hidden = function(self.gate_proj(rows)) * hidden
+        out: Tensor = self.down_proj(F.dropout(hidden, dropout))
+        return out
 
 
 def reset_linear(linear: nn.Linear) -> None:

@@ -67,8 +67,10 @@ class _ShardedSegMoE(SegMoE):
             scaled = [None if w is None else _scale_grad(w, self._group.world) for w in experts]
             experts = FFNWeights(*scaled)  # type: ignore[arg-type]  # up and down are never None
         local, group = backend_stages(options.pop("backend"), x), self._group
-        shared = options.pop("shared")
-        weights = reference.autocast_weights(x, router_weight, experts, shared)
+        shared = options.pop("shared"), options.pop("shared_gate")
+        if not torch.compiler.is_compiling():
+            check.check_weights("SegMoE.forward", x, router_weight, experts, *shared)
+        weights = reference.autocast_weights(x, router_weight, experts, *shared)
         if not torch.compiler.is_compiling():
             num_local = expert_blocks(self.num_experts, group.world)[group.rank]
             given = {name: value for name, value in options.items() if name != "padding_mask"}
@@ -132,6 +134,11 @@ def shard_experts(layer: SegMoE, group: Any = None, *, average_gradients: bool =
     check.check_flag(name, "average_gradients", average_gradients)
     if layer.experts is None:
         check.fail_value(name, "layer", "have experts", "num_experts=0")
+    if type(layer.experts) is not Experts:
+        rule = (
+            "have experts without adapters, wrappers and parametrisations (put them on afterwards)"
+        )
+        check.fail_type(name, "layer", rule, type(layer.experts).__name__)
     check.check_group(name, group)
     own = _Group(group)
     _check_equal(layer, own)

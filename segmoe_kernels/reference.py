@@ -339,18 +339,23 @@ def shared_combine(
 
 
 def autocast_weights(
-    x: Tensor, router_weight: Tensor, experts: FFNWeights, shared: FFNWeights | None
-) -> tuple[Tensor, FFNWeights, FFNWeights | None, torch.dtype]:
+    x: Tensor,
+    router_weight: Tensor,
+    experts: FFNWeights,
+    shared: FFNWeights | None,
+    shared_gate: Tensor | None,
+) -> tuple[Tensor, FFNWeights, FFNWeights | None, Tensor | None, torch.dtype]:
     """Weights as ``torch.autocast`` wants them, and the dtype that products run in.
 
     The router stays in the dtype of x; without autocast, or in float64, nothing changes.
     """
     kind = x.device.type
     if not _autocast_is_on(kind) or x.dtype == torch.float64:
-        return router_weight, experts, shared, x.dtype
+        return router_weight, experts, shared, shared_gate, x.dtype
     dtype = torch.get_autocast_dtype(kind)
     shared = None if shared is None else shared.to(dtype)
-    return router_weight.to(x.dtype), experts.to(dtype), shared, dtype
+    shared_gate = None if shared_gate is None else shared_gate.to(dtype)
+    return router_weight.to(x.dtype), experts.to(dtype), shared, shared_gate, dtype
 
 
 def run_stages(
@@ -359,11 +364,11 @@ def run_stages(
     router_weight: Tensor,
     experts: FFNWeights,
     shared: FFNWeights | None,
+    shared_gate: Tensor | None,
     compute_dtype: torch.dtype,
     *,
     segment_size: int,
     expert_scope: str,
-    shared_gate: Tensor | None,
     in_proj: tuple[Tensor, Tensor | None] | None,
     out_proj: tuple[Tensor, Tensor | None] | None,
     padding_mask: Tensor | None,
@@ -376,13 +381,13 @@ def run_stages(
     Args:
         stages: the module whose `routed_experts`, `shared_combine` and `combine` run.
         x: (..., T, D).
-        router_weight: from `autocast_weights`, as the next three.
+        router_weight: from `autocast_weights`, as the next four.
         experts: weights stacked over E.
         shared: weights of the shared expert or None.
+        shared_gate: its gate's weight or None.
         compute_dtype: of the products.
         segment_size: P.
         expert_scope: see `functional.seg_moe`, as for all that follow.
-        shared_gate: see there.
         in_proj: see there.
         out_proj: see there.
         padding_mask: see there.
@@ -422,7 +427,7 @@ def run_stages(
             expert_out,
             tokens.to(compute_dtype),
             shared,
-            shared_gate.to(compute_dtype),
+            shared_gate,
             segment_size=shared.up_proj.shape[-1] // d_model,
             activation=activation,
             dropout=dropout,
@@ -471,10 +476,9 @@ def seg_moe(
     return run_stages(
         sys.modules[__name__],
         x,
-        *autocast_weights(x, router_weight, experts, shared),
+        *autocast_weights(x, router_weight, experts, shared, shared_gate),
         segment_size=segment_size,
         expert_scope=expert_scope,
-        shared_gate=shared_gate,
         in_proj=in_proj,
         out_proj=out_proj,
         padding_mask=padding_mask,

@@ -220,6 +220,26 @@ def check_ffn(
         fail_value(function, f"{name}.gate_proj_bias", "come with gate_proj", "gate_proj=None")
 
 
+def check_weights(
+    function: str, x: Tensor, router_weight: Any, experts: Any, shared: Any, shared_gate: Any
+) -> None:
+    """Refuse what ``torch.autocast`` would make a weight of by casting it."""
+    if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
+        return
+    tensors = {"router_weight": router_weight}
+    if shared_gate is not None:
+        tensors["shared_gate"] = shared_gate
+    for name, weights in (("experts", experts), ("shared", shared)):
+        if weights is None and name == "shared":
+            continue
+        if not isinstance(weights, FFNWeights):
+            fail_type(function, name, "be FFNWeights", type(weights).__name__)
+        fields = weights._asdict().items()
+        tensors |= {f"{name}.{field}": value for field, value in fields if value is not None}
+    for name, tensor in tensors.items():
+        check_tensor(function, name, tensor)
+
+
 def check_programs(function: str, programs: int) -> None:
     """Refuse a launch that CUDA would skip without a word."""
     if programs > MAX_PROGRAMS:
@@ -295,9 +315,7 @@ def check_shared(
         rule = f"have a width of {widths[0]} (token) or {widths[1]} (segment)"
         fail_value("seg_moe", "shared.up_proj", rule, tuple(shared.up_proj.shape))
     check_ffn("seg_moe", "shared", shared, x, width, None)
-    if not isinstance(shared_gate, Tensor) or tuple(shared_gate.shape) != (1, width):
-        got = tuple(shared_gate.shape) if isinstance(shared_gate, Tensor) else shared_gate
-        fail_value("seg_moe", "shared_gate", f"have shape (1, {width})", got)
+    check_like("seg_moe", "shared_gate", shared_gate, x, (1, width))
 
 
 def check_shared_out(expert_out: Tensor, shared_out: Tensor, gate_logits: Tensor) -> None:
@@ -353,12 +371,12 @@ def check_stages(
     router_weight: Tensor,
     experts: FFNWeights,
     shared: FFNWeights | None,
+    shared_gate: Tensor | None,
     compute_dtype: torch.dtype,
     *,
     num_local: int | None = None,
     segment_size: int,
     expert_scope: str,
-    shared_gate: Tensor | None,
     in_proj: tuple[Tensor, Tensor | None] | None,
     out_proj: tuple[Tensor, Tensor | None] | None,
     activation: str,

@@ -92,6 +92,22 @@ def forward(x, mask=None):
     return call_layer(x=x) if mask is None else call_layer(padding_mask=mask)
 
 
+def autocast(call, *, on=True):
+    def run():
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            call()
+
+    return run
+
+
+def layer_with(**parts):
+    """A layer of which somebody has exchanged a part."""
+    other = copy.deepcopy(LAYER)
+    for name, part in parts.items():
+        setattr(other, name, part)
+    return other
+
+
 def permutation(**changes):
     return dataclasses.replace(PERMUTATION, **changes)
 
@@ -297,6 +313,30 @@ ROWS = [
         ValueError,
         ["shared.up_proj", "4 (token) or 12 (segment)", "(6, 8)"],
     ),
+    *(
+        (
+            f"seg_moe_gate_{kind}",
+            autocast(seg_moe(shared=SHARED, shared_gate=gate), on=kind == "autocast"),
+            exception,
+            ["shared_gate", *words],
+        )
+        for kind, gate, exception, words in (
+            ("meta", torch.ones(1, 4, device="meta"), ValueError, ["be on", "as x, got meta"]),
+            ("integer", torch.ones(1, 4, dtype=torch.int64), TypeError, ["float32", "int64"]),
+            ("complex", draw(1, 4).to(torch.complex64), TypeError, ["float32", "complex64"]),
+            ("sparse", draw(1, 4).to_sparse(), TypeError, ["a dense tensor", "sparse"]),
+            ("half", draw(1, 4).half(), TypeError, ["torch.float32 as x", "float16"]),
+            ("double", draw(1, 4).double(), TypeError, ["torch.float32 as x", "float64"]),
+            ("list", [1.0], TypeError, ["be a torch.Tensor", "list"]),
+            ("autocast", torch.ones(1, 4).bool(), TypeError, ["float32", "torch.bool"]),
+        )
+    ),
+    (
+        "seg_moe_experts_autocast",
+        autocast(seg_moe(experts=None)),
+        TypeError,
+        ["experts", "be FFNWeights", "NoneType"],
+    ),
     (
         "seg_moe_shared_gate",
         seg_moe(shared=SHARED, shared_gate=draw(4)),
@@ -333,6 +373,18 @@ ROWS = [
         lambda: validation.check_programs("route", 2**31),
         ValueError,
         ["2147483647", "2147483648", "Split the batch"],
+    ),
+    (
+        "forward_part",
+        lambda: layer_with(shared_expert=torch.nn.Linear(12, 12))(draw(2, 6, 4)),
+        TypeError,
+        ["shared_expert", "modules.FeedForward, or to wrap one", "got Linear"],
+    ),
+    (
+        "forward_dense_dtype",
+        lambda: SegMoE(4, 6, 0)(draw(2, 6, 4).double()),
+        TypeError,
+        ["shared_expert.up_proj", "torch.float64 as x", "float32"],
     ),
     ("loss_nothing", balance(routings=[]), TypeError, ["load_balancing_loss", "at least one"]),
     ("loss_tensor", balance(routings=draw(2, 3)), TypeError, ["routings", "Routing", "Tensor"]),
@@ -396,8 +448,12 @@ ROWS = [
         TypeError,
         ["out_proj", "(weight, bias or None)", "tuple"],
     ),
-    ("loss_reduction", balance(reduction="sum"), ValueError, ["'global', 'per_layer'", "'sum'"]),
-    ("loss_form", balance(normalization=None), ValueError, ["'official', 'switch'", "None"]),
+    (
+        "loss_form",
+        balance(normalization="official"),
+        ValueError,
+        ["'global', 'per_layer', 'switch'", "'official'"],
+    ),
     (
         "loss_mixed",
         balance(routings=[ROUTING, OTHER_ROUTING]),

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from bad_calls import LAYER, ROUTING, caller, draw
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from segmoe_kernels import SegMoE, collect_routing_stats
+from segmoe_kernels import SegMoE, collect_routing_stats, collect_routings
 from segmoe_kernels.stats import RoutingCollector
 from segmoe_kernels.stats_plots import plot_expert_load, plot_expert_usage, plot_segment_timeline
 from segmoe_kernels.stats_writers import CSVWriter, TensorBoardWriter, flatten_stats
@@ -14,6 +15,7 @@ from segmoe_kernels.stats_writers import CSVWriter, TensorBoardWriter, flatten_s
 ENTRY = {"step": 1, "epoch": 0, "global": {"entropy": 0.5}, "layers": {0: {"entropy": 0.5}}}
 OTHER = {**ENTRY, "layers": {}}
 
+routings = caller(collect_routings, model=LAYER)
 collect = caller(collect_routing_stats, model=LAYER)
 flatten = caller(flatten_stats)
 load_plot = caller(plot_expert_load, history=[ENTRY])
@@ -29,6 +31,12 @@ def load_state(change):
 
     call.wrong = RoutingCollector.load_state_dict, {"state"}
     return call
+
+
+def collect_without_graph():
+    layer = SegMoE(4, 6, 3)
+    with collect_routings(layer):
+        checkpoint(layer, draw(2, 5, 4).requires_grad_(), use_reentrant=True)
 
 
 def csv_row(*entries):
@@ -66,6 +74,9 @@ ROWS = [
         ValueError,
         ["model", "a SegMoE with experts inside", "Sequential"],
     ),
+    ("routings_model", routings(model=None), TypeError, ["model", "Module", "NoneType"]),
+    ("routings_no_layer", routings(model=nn.Linear(2, 2)), ValueError, ["a SegMoE with"]),
+    ("routings_no_graph", collect_without_graph, RuntimeError, ["no graph", "use_reentrant=False"]),
     ("stats_every_float", collect(every=0.5), TypeError, ["every", "be an int", "0.5 (float)"]),
     ("stats_every_0", collect(every=0), ValueError, ["every", "at least 1, got 0"]),
     ("stats_all_reduce", collect(all_reduce=1), TypeError, ["all_reduce", "True or False"]),

@@ -1,7 +1,7 @@
 """Wrong models and checkpoints for `replace_ffn` and its relatives; rows as in `bad_calls`."""
 
 import torch
-from bad_calls import LAYER, caller, draw
+from bad_calls import LAYER, caller, draw, layer_with
 from torch import nn
 
 from segmoe_kernels import (
@@ -191,6 +191,12 @@ ROWS = [
         ["layer", "have experts", "num_experts=0"],
     ),
     (
+        "shard_wrapped",
+        lambda: shard_experts(layer_with(experts=torch.nn.Sequential())),
+        TypeError,
+        ["layer", "without adapters, wrappers", "Sequential"],
+    ),
+    (
         "shard_alone",
         lambda: shard_experts(LAYER),
         RuntimeError,
@@ -210,10 +216,12 @@ ROWS = [
     ),
     (
         "scaler_type",
-        scale(scaler=1024.0),
+        scale(scaler="1024"),
         TypeError,
-        ["scaler", "have scale(loss)", "float"],
+        ["scaler", "a number, None, or have scale(loss)", "got str"],
     ),
+    ("scaler_zero", scale(scaler=0.0), ValueError, ["scaler", "positive, got 0"]),
+    ("scaler_flag", scale(scaler=True), TypeError, ["scaler", "True (bool)"]),
     ("convert_source_type", convert(source=1), TypeError, ["source", "be a str", "int"]),
     ("convert_source", convert(source="llama"), ValueError, ["source", "'time_moe'", "'llama'"]),
     ("convert_target", convert(target="x"), ValueError, ["target", "'segmoe'", "'x'"]),

@@ -390,7 +390,40 @@ def fully_sharded(rank, world):
         close(parameter.full_tensor(), whole.get_parameter(name), name)
 
 
-def dtensor_weights(rank, world):
+def fully_sharded_parts(rank, world):
+    """FSDP2 with parts of a layer as units of their own, inside a sharded model or alone."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    mesh = init_device_mesh("cpu", (world,))
+    for options, units, inside in (
+        ({"bias": True, "gated": True}, ("experts", "shared_expert", "router"), True),
+        ({}, ("shared_gate", "shared_expert.up_proj", "experts"), True),
+        ({"expert_scope": "projected"}, ("in_proj", "out_proj", "shared_expert"), True),
+        ({"causal": True, "shared_expert": "token"}, ("router", "experts"), False),
+    ):
+        whole = model_of(make(**options), make(aux_loss_weight=0.1, **options))
+        data = [(x, x.sum(-1, keepdim=True)) for x, _, _ in batches(world, [2], masked=False)]
+        model = copy.deepcopy(whole)
+        for layer in model[:2]:
+            for unit in units:
+                fully_shard(layer.get_submodule(unit), mesh=mesh)
+        if inside:
+            fully_shard(model, mesh=mesh)
+        assert isinstance(next(model[0].get_submodule(units[0]).parameters()), DTensor)
+        optimizers = [torch.optim.SGD(m.parameters(), lr=1e-2) for m in (model, whole)]
+        for _ in range(2):
+            if inside:
+                both_step(optimizers, model, whole, data, rank)
+            else:  # the other parameters are the loop's to add up: here all ranks see one batch
+                both_step(optimizers, model, whole, [data[0]] * world, rank)
+        for name, parameter in model.named_parameters():
+            full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            close(full, whole.get_parameter(name), f"{units} {name}")
+
+
+def dtensor_weights(_, world):
     """Weights replicated or sharded over a mesh, x replicated or sharded: results of plain ones."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -425,10 +458,10 @@ def dtensor_weights(rank, world):
         for name, parameter in layer.named_parameters():
             assert parameter.grad.placements == (weights,)
             close(parameter.grad.full_tensor(), plain.get_parameter(name).grad, name)
-    for wrong, kind in ((x, TypeError), (distribute_tensor(x, mesh, [Shard(1)]), ValueError)):
-        try:
-            layer(wrong)
-        except kind as error:
-            assert "expected x to be" in str(error)  # noqa: PT017  no pytest in a worker
-        else:
-            raise AssertionError(f"rank {rank}: {kind.__name__} was not raised")
+    raises(TypeError, "expected x to be a DTensor", lambda: layer(x))
+    beside = distribute_tensor(x, mesh, [Shard(1)])
+    raises(ValueError, "expected x to be replicated or sharded", lambda: layer(beside))
+    layer.experts.down_proj = nn.Parameter(plain.experts.down_proj.detach())
+    raises(TypeError, "a DTensor for every weight, as x is sharded", lambda: layer(spread))
+    layer.out_proj.register_forward_hook(lambda *_: None)
+    raises(ValueError, "plain torch.nn.Linear modules where", lambda: layer(spread))

@@ -46,7 +46,8 @@ def jobs(world):
     if world != 3:
         found.append(("fully_sharded", {}))
     if world == 2:
-        found += [("dtensor_weights", {}), ("dropout_and_checkpoints", {"backend": "triton"})]
+        found += [("dtensor_weights", {}), ("fully_sharded_parts", {})]
+        found += [("dropout_and_checkpoints", {"backend": "triton"})]
     if world == 4:  # two ranks without an expert
         found += [("autocast_as_one_process", {}), ("compiled_as_eager", {})]
     return found

@@ -1,0 +1,99 @@
+"""The layer around linear maps that are more than their weights: PyTorch calls them.
+
+An adapter, a quantised map, a subclass or a hook does something where it is called. So where one of
+the shared expert, its gate or the projections is of that kind, all of these are called, and the
+backend's stages run what is between them.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from segmoe_kernels import validation as check
+from segmoe_kernels.composed_ffn import segments
+from segmoe_kernels.functional import combine
+from segmoe_kernels.modules import FeedForward
+from segmoe_kernels.reference import valid_steps
+from segmoe_kernels.routing import FFNWeights, Routing
+
+__all__ = ["run_called"]
+
+
+def run_called(
+    run: Callable[..., tuple[Tensor, Routing]],
+    x: Tensor,
+    router_weight: Tensor,
+    experts: FFNWeights,
+    shared: FeedForward | None,
+    shared_gate: nn.Module | None,
+    in_proj: nn.Module | None,
+    out_proj: nn.Module | None,
+    *,
+    segment_size: int,
+    expert_scope: str,
+    padding_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Routing]:
+    """As `functional.seg_moe`, which ``run`` is, or what parallel layers have in its place.
+
+    Args:
+        run: runs router and experts.
+        x: (..., T, D).
+        router_weight: see `functional.seg_moe`, as for all that is not named here.
+        experts: see there.
+        shared: called on rows of ``P * D`` or D columns, or None.
+        shared_gate: called on the same rows; gives one column.
+        in_proj: called on (B, J, P * D); gives D columns. None but for "projected".
+        out_proj: called on (B, J, D); gives ``P * D`` columns.
+        segment_size: P.
+        expert_scope: see there.
+        padding_mask: (..., T) bool.
+        **options: see there.
+
+    Returns:
+        ``(y, routing)``.
+
+    Raises:
+        ValueError: for DTensors, on which the stages run locally, and a module can't.
+    """
+    if any(hasattr(tensor, "device_mesh") for tensor in (x, router_weight, experts.up_proj)):
+        rule = "have plain torch.nn.Linear modules where tensors are DTensors"
+        check.fail_value("SegMoE.forward", "layer", rule, "a subclass, an adapter or a hook")
+    length, d_model = x.shape[-2:]
+    tokens = x.reshape(math.prod(x.shape[:-2]), length, d_model)
+    mask = real = None if padding_mask is None else padding_mask.reshape(tokens.shape[:2])
+    steps = segment_size
+    if in_proj is not None:
+        rows = segments(tokens, segment_size, mask).flatten(-2)
+        real = None if mask is None else valid_steps(tokens, segment_size, mask).any(-1)
+        # Back from the autocast dtype: the router sees x's.
+        tokens = in_proj(rows).to(x.dtype)
+        steps, expert_scope = 1, "token"
+    y, routing = run(
+        tokens,
+        router_weight,
+        experts,
+        segment_size=steps,
+        expert_scope=expert_scope,
+        shared=None,
+        shared_gate=None,
+        in_proj=None,
+        out_proj=None,
+        padding_mask=real,
+        **options,
+    )
+    if shared is not None and shared_gate is not None:
+        wide = shared.d_model // tokens.shape[-1]
+        rows = segments(tokens, wide, real).flatten(-2)
+        out = shared.run(rows, options["activation"], options["dropout"])
+        logits = shared_gate(rows).squeeze(-1)
+        backend = options["backend"]
+        y = combine(y[None], out.to(y), logits.to(y), padding_mask=real, backend=backend)
+    if out_proj is not None:
+        y = out_proj(y).unflatten(-1, (segment_size, d_model)).flatten(1, 2)[:, :length]
+        y = y.to(x.dtype)
+        if mask is not None:
+            y = y.masked_fill(~mask[..., None], 0)
+    return y.contiguous().reshape(x.shape), routing
