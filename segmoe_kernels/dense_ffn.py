@@ -36,7 +36,7 @@ _ACTIVATIONS: dict[Any, str] = {
     "GELUTanh": "gelu_tanh",
     "PytorchGELUTanh": "gelu_tanh",
 }
-_COMPUTED = {
+_COMPUTED: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
     "gelu": F.gelu,
@@ -93,24 +93,31 @@ def read_ffn(module: nn.Module, parts: Mapping[str, str] | None = None) -> Dense
     """Describe a dense FFN; or say what a module lacks that looks like one; or return None."""
     if parts is not None:
         return _read_parts(module, parts)
-    children = dict(module.named_children())
-    function = getattr(module, "activation", None)
     if isinstance(module, nn.TransformerEncoderLayer):
-        own = module.linear1, module.linear2, None, function, _rate(module.dropout), None
-        kind = nn.TransformerEncoderLayer
-        return _describe(*own) if type(module) is kind else _extends(kind)
+        if type(module) is not nn.TransformerEncoderLayer:
+            return _extends(nn.TransformerEncoderLayer)
+        own = module.linear1, module.linear2, None, module.activation, _rate(module.dropout), None
+        return _describe(*own)
     if isinstance(module, nn.Sequential):
         return _read_sequential(module)
+    return _read_children(module, dict(module.named_children()))
+
+
+def _read_children(module: Any, children: dict[str, nn.Module]) -> DenseFFN | str | None:
+    """Know classes by their children; what these compute is tried later."""
+    function = getattr(module, "activation", None)
     if children.keys() - {"activation"} == _CONVOLUTIONAL:
         dropout = _rate(module.dropout)
         return _describe(module.conv1, module.conv2, None, function, dropout, None)
     if children.keys() - {"act_fn"} == {"up_proj", "gate_proj", "down_proj"}:
-        function = getattr(module, "act_fn", None)
-        gate = module.gate_proj
+        function, gate = getattr(module, "act_fn", None), module.gate_proj
         return _describe(module.up_proj, module.down_proj, gate, function, 0.0, None)
     sizes = {name: _size(child) for name, child in children.items() if _size(child)}
+    others = [child for name, child in children.items() if name not in sizes]
     if any(re.match("q|k_|key|v_|value", name) for name in sizes):
         return None  # attention
+    if any(next(child.parameters(), None) is not None for child in others):
+        return None  # a block with more inside
     for up, (narrow, wide) in sizes.items():
         for down, size in sizes.items():
             if size == (wide, narrow) and narrow < wide:
@@ -238,7 +245,7 @@ class _Attention(nn.Module):
 def difference(module: nn.Module, dense: DenseFFN) -> str | None:
     """Say how a module's own forward differs from what was read of it, on random weights and rows.
 
-    The weights are drawn in float64 on the CPU, so modules in any dtype, on any device can be tried.
+    The weights are drawn in float64 on the CPU, for modules of any dtype, on any device.
     In training mode a dropout is tried with relu in its place, so that its place is seen.
     """
     if type(module) is nn.TransformerEncoderLayer:
@@ -250,11 +257,11 @@ def difference(module: nn.Module, dense: DenseFFN) -> str | None:
 
     with ExitStack() as after:
         if isinstance(dense.up, nn.Conv1d):
-            after.callback(module._modules.__setitem__, "attention", module.attention)
+            after.callback(module._modules.__setitem__, "attention", module._modules["attention"])
             module._modules["attention"] = _Attention()
         for child in module.modules():
             if _rate(child):
-                hook = child.register_forward_hook(lambda own, rows, y: _drop(own, rows[0]))
+                hook = child.register_forward_hook(_drop)
                 after.callback(hook.remove)
         both = _Both(module, dense)
         after.enter_context(evaluating(both))
@@ -272,16 +279,16 @@ def difference(module: nn.Module, dense: DenseFFN) -> str | None:
                 part.training = training
             try:
                 actual, expected = functional_call(both, values, (x,))
-            except Exception as error:  # noqa: BLE001  whatever a module of others raises
+            except Exception as error:
                 return f"can't be tried on (B, T, D) rows: {type(error).__name__}: {error}"
             if not isinstance(actual, Tensor) or actual.shape != expected.shape:
                 return "returns something else than (..., T, D)"
-            error = (actual - expected).abs().amax(-1)
-            if not bool((error <= 1e-6 * expected.abs().amax(-1)).all()):
+            apart = (actual - expected).abs().amax(-1)
+            if not bool((apart <= 1e-6 * expected.abs().amax(-1)).all()):
                 when = " in training" if training else ""
                 return f"computes something else{when} than its parts say"
     return None
 
 
-def _drop(dropout: nn.Module, rows: Tensor) -> Tensor:
-    return rows.relu() if dropout.training else rows
+def _drop(dropout: nn.Module, args: tuple[Tensor], _: Tensor) -> Tensor:
+    return args[0].relu() if dropout.training else args[0]
