@@ -80,7 +80,7 @@ def _hidden(mask: Tensor) -> Tensor:
 
 def refuse_rows(place: str, _: nn.Module, args: tuple[Any, ...]) -> None:
     """Refuse rows without a batch of sequences around them, in place of an FFN of single rows."""
-    if isinstance(args[0], Tensor) and args[0].ndim == 2:
+    if args and isinstance(args[0], Tensor) and args[0].ndim == 2:
         rule = f"have shape (..., T, D) with a batch at {place!r}: rows alone are no sequence"
         check.fail_value("SegMoE.forward", "x", rule, tuple(args[0].shape))
 

@@ -44,7 +44,8 @@ def find_ffns(
         if reason is None and isinstance(dense, DenseFFN):
             found[place] = dense
         elif wanted is not None:
-            got = listed(model, {place: reason or f"can't {UNDERSTOOD}"})
+            lacks = f"can't {UNDERSTOOD}" if parts is None else f"lacks one of {dict(parts)}"
+            got = listed(model, {place: reason or lacks})
             check.fail_value(name, "match", "select what can be swapped", got)
         elif reason is not None:
             left[place] = reason
@@ -165,8 +166,9 @@ def inverted_at(named: dict[str, nn.Module], place: str) -> str | None:
     """Name of the module around that is known to take variates, not steps, as its rows."""
     for outer in _parents(place):
         kinds = [type(child).__name__ for child in named[outer].children()]
-        where = f"{type(named[outer]).__module__}.{type(named[outer]).__name__}".lower()
-        if "DataEmbedding_inverted" in kinds or "itransformer" in where:
+        kind = type(named[outer])
+        names = [kind.__name__.lower(), kind.__module__.rpartition(".")[2].lower()]
+        if "DataEmbedding_inverted" in kinds or "itransformer" in names:
             return outer
     return None
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import is_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -88,6 +89,8 @@ def check_inputs(inputs: Any) -> None:
         rule = "begin with a tensor of at least 2 sequences of at least 2 steps, (B, T, ...)"
         got = [tuple(tensor.shape) for tensor in tensors]
         check.fail_value(name, "example_inputs", rule, got)
+    if any(tensor.is_meta for tensor in tensors):
+        check.fail_value(name, "example_inputs", "have values", "tensors on meta")
     if bool((tensors[0] == tensors[0].flip(1)).all()) or bool((tensors[0][0] == tensors[0]).all()):
         rule = "have sequences that differ, and from their reverse, too"
         check.fail_value(name, "example_inputs", rule, "equal ones")
@@ -97,9 +100,11 @@ def _tensors(value: Any) -> list[Tensor]:
     """All tensors of arguments or outputs, in order."""
     if isinstance(value, Tensor):
         return [value]
-    inside = value.values() if isinstance(value, Mapping) else value
-    if not isinstance(value, Mapping | tuple | list):
-        return []
+    if is_dataclass(value) and not isinstance(value, Mapping):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    inside = value if isinstance(value, tuple | list) else ()
     return [tensor for part in inside for tensor in _tensors(part)]
 
 
@@ -125,7 +130,9 @@ def _trials(inputs: Any) -> Iterator[_Trial]:
 
     name = "independence of the sequences in a batch"
     yield _Trial(name, _changed(inputs, reverse_others), same_first)
-    for cut in sorted({1, length // 2, length - 1}):
+    # Behind each length that patches may have: an output may have one row for a patch.
+    cuts = {cut for cut in range(1, length) if length % cut == 0} | {length - 1}
+    for cut in sorted(cuts):
 
         def exchange_future(x: Tensor, cut: int = cut) -> Tensor:
             if x.ndim < 2 or x.shape[:2] != (batch, length):
@@ -133,8 +140,9 @@ def _trials(inputs: Any) -> Iterator[_Trial]:
             return torch.cat([x[:, :cut], x[:, cut:].roll(1, 0)], 1)
 
         def same_past(old: Tensor, new: Tensor, cut: int = cut) -> list[tuple[Tensor, Tensor]]:
-            fits = old.shape[:2] == (batch, length)
-            return [(old[:, :cut], new[:, :cut])] if fits else []
+            patches = old.shape[1] if old.ndim > 1 and old.shape[0] == batch else 0
+            past = cut * patches // length if patches and length % patches == 0 else 0
+            return [(old[:, :past], new[:, :past])] if past else []
 
         yield _Trial("causality", _changed(inputs, exchange_future), same_past)
     for dim in range(1, first.ndim):
@@ -211,8 +219,8 @@ def _holds(trial: _Trial, old: Sequence[Tensor], new: Sequence[Tensor]) -> list[
 
 def _close(expected: Tensor, actual: Tensor) -> bool:
     """Equal up to half of the dtype's digits, measured by the largest element."""
-    if expected.numel() == 0 or expected.shape != actual.shape:
-        return True
+    if expected.shape != actual.shape or expected.numel() == 0:
+        return expected.shape == actual.shape
     largest = expected.abs().amax() * torch.finfo(expected.dtype).eps ** 0.5
     return bool((expected - actual).abs().amax() <= largest)
 

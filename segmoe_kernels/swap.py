@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -87,8 +88,9 @@ def _build(
     if copy:
         _copy_into(layer, dense, noise)
         _compare(function, layer, dense, noise, {**own, **options})
-    # Frozen weights stay so; the router and the shared expert of a frozen FFN, too.
-    return layer.requires_grad_(dense.up.weight.requires_grad)
+    weights = [weight for linear in dense.linears().values() for weight in linear.parameters()]
+    # What stands for a frozen FFN is frozen, its router, too.
+    return layer.requires_grad_(any(weight.requires_grad for weight in weights))
 
 
 def _compare(
@@ -234,7 +236,7 @@ def replace_ffn(
     after = _count(model)
     # A warning, as logging shows no less by default, and a segment-wide shared expert is large.
     _LOGGER.warning(
-        "replace_ffn: %d FFNs became SegMoE; the model grew from %s to %s parameters (%.1f x)",
+        "replace_ffn: %d SegMoE in place of FFNs; from %s to %s parameters (%.1f x)",
         *(len(found), f"{before:,}", f"{after:,}", after / before),
     )
     return list(found)
@@ -312,7 +314,8 @@ def _apply_and_probe(
             vars(module).clear()
             vars(module).update({**own, "_modules": {**own["_modules"]}})
 
-    try:
+    with ExitStack() as undo:
+        undo.callback(restore)
         _apply(model, found, layers)
         broken = next(probe.broken(layers), None)
         if broken is not None:
@@ -329,9 +332,7 @@ def _apply_and_probe(
         if unseen is not None:
             rule = f"reach {unseen!r} with more than a segment, and to show in the outputs"
             check.fail_value("replace_ffn", "example_inputs", rule, "no change")
-    except BaseException:
-        restore()
-        raise
+        undo.pop_all()
 
 
 def _finish(model: nn.Module, layers: Mapping[str, SegMoE], causal: bool | None) -> None:

@@ -419,7 +419,7 @@ def test_growth_is_said(caplog):
     with caplog.at_level(logging.WARNING, "segmoe_kernels"):
         replace_ffn(model, **SIZES)
     after = sum(parameter.numel() for parameter in model.parameters())
-    growth = f"2 FFNs became SegMoE; the model grew from {before:,} to {after:,} parameters"
+    growth = f"2 SegMoE in place of FFNs; from {before:,} to {after:,} parameters"
     assert growth in caplog.text
     assert f"({after / before:.1f} x)" in caplog.text
 
@@ -480,7 +480,7 @@ def test_swapped_places_are_compiled_whole_and_copied():
         torch.testing.assert_close(other(x), model(x))
 
 
-class DataEmbedding_inverted(nn.Linear):  # noqa: N801  Time-Series-Library's name
+class DataEmbedding_inverted(nn.Linear):
     """Variates become rows."""
 
 
