@@ -116,12 +116,15 @@ def _read_children(module: Any, children: dict[str, nn.Module]) -> DenseFFN | st
     others = [child for name, child in children.items() if name not in sizes]
     if any(re.match("q|k_|key|v_|value", name) for name in sizes):
         return None  # attention
-    if any(next(child.parameters(), None) is not None for child in others):
-        return None  # a block with more inside
+    alone = all(next(child.parameters(), None) is None for child in others)
     for up, (narrow, wide) in sizes.items():
         for down, size in sizes.items():
-            if size == (wide, narrow) and narrow < wide:
+            if size != (wide, narrow) or narrow >= wide:
+                continue
+            if alone:
                 return f"needs parts={{'up': {up!r}, 'down': {down!r}, 'activation': ...}}"
+            if re.fullmatch(r"\D+1", up) and down == f"{up[:-1]}2":
+                return f"computes {up!r} and {down!r} in a forward of more: make them a module"
     return None
 
 
@@ -170,6 +173,8 @@ def _size(module: Any) -> tuple[int, ...]:
     """``(in, out)`` of a linear map of any class."""
     if isinstance(module, nn.Conv1d):
         return (module.in_channels, module.out_channels)
+    if type(module).__module__ == "transformers.pytorch_utils":  # Conv1D
+        return tuple(module.weight.shape)
     return (module.in_features, module.out_features) if isinstance(module, nn.Linear) else ()
 
 
@@ -193,12 +198,12 @@ def _describe(
 
 def _is_linear(module: Any) -> bool:
     """Whether it is a linear map of each step, and no subclass or packed weight."""
-    if is_traceable_wrapper_subclass(module.weight):
+    if type(module) not in {nn.Linear, nn.Conv1d} or is_traceable_wrapper_subclass(module.weight):
         return False
     if type(module) is nn.Conv1d:
         one = module.kernel_size == (1,) and module.stride == (1,) and module.groups == 1
         return one and module.padding in {(0,), "valid", "same"}
-    return type(module) is nn.Linear
+    return True
 
 
 @contextmanager

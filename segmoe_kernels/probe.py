@@ -21,12 +21,16 @@ Pairs = Callable[[Tensor, Tensor], list[tuple[Tensor, Tensor]]]
 
 
 class _Trial(NamedTuple):
-    """Changed inputs, and what of the outputs may not depend on the change."""
+    """Changed inputs, and what of the outputs may not depend on the change.
 
-    property: str
+    ``rows`` says whether a layer's rows on the old and the new inputs, (..., T, D), tell that they
+    are no steps; None where it can't say.
+    """
+
+    rule: str
     inputs: Any
-    pairs: Pairs
-    permutation: Tensor | None = None  # of a dimension that is not time
+    pairs: Pairs | None
+    rows: Callable[[Tensor, Tensor], bool | None]
 
 
 class _Seen(NamedTuple):
@@ -53,20 +57,23 @@ class Probe:
         ]
 
     def broken(self, layers: Mapping[str, SegMoE]) -> Iterator[tuple[str, str]]:
-        """``(module or "", property)`` of what no longer holds with the layers in the model."""
+        """``(module or "", rule)`` of what does not hold with the layers in the model."""
         layers = {place: layer for place, layer in layers.items() if mixes_steps(layer)}
         if not layers:
             return
         base = _run(self.model, self.inputs, layers, layers)
+        told: dict[tuple[str, str], list[bool]] = {}
         for trial, held in zip(self.trials, self.held, strict=True):
             changed = _run(self.model, trial.inputs, layers, layers)
-            if trial.permutation is not None:
-                for place, rows in changed.rows.items():
-                    if _permuted(base.rows[place], rows, trial.permutation):
-                        yield place, f"{trial.property}, as its rows are what is permuted"
+            for place, rows in changed.rows.items():
+                wrong = trial.rows(base.rows[place], rows)
+                if wrong is not None:
+                    told.setdefault((place, trial.rule), []).append(wrong)
             holds = _holds(trial, base.outputs, changed.outputs)
             if any(was and not now for was, now in zip(held, holds, strict=False)):
-                yield "", trial.property
+                yield "", trial.rule
+        # By chance one trial alone may look so, as where features are dead.
+        yield from (found for found, wrong in told.items() if all(wrong))
 
     def unseen(self, layers: Mapping[str, SegMoE]) -> Iterator[str]:
         """Layers that the example doesn't reach, or from which nothing reaches the outputs."""
@@ -128,8 +135,8 @@ def _trials(inputs: Any) -> Iterator[_Trial]:
     def same_first(old: Tensor, new: Tensor) -> list[tuple[Tensor, Tensor]]:
         return [(old[:1], new[:1])] if old.ndim and old.shape[0] == batch else []
 
-    name = "independence of the sequences in a batch"
-    yield _Trial(name, _changed(inputs, reverse_others), same_first)
+    name = "keep its independence of the sequences in a batch"
+    yield _Trial(name, _changed(inputs, reverse_others), same_first, _nothing)
     # Behind each length that patches may have: an output may have one row for a patch.
     cuts = {cut for cut in range(1, length) if length % cut == 0} | {length - 1}
     for cut in sorted(cuts):
@@ -140,11 +147,26 @@ def _trials(inputs: Any) -> Iterator[_Trial]:
             return torch.cat([x[:, :cut], x[:, cut:].roll(1, 0)], 1)
 
         def same_past(old: Tensor, new: Tensor, cut: int = cut) -> list[tuple[Tensor, Tensor]]:
-            patches = old.shape[1] if old.ndim > 1 and old.shape[0] == batch else 0
-            past = cut * patches // length if patches and length % patches == 0 else 0
+            past = _past(old.shape[1], cut, length) if old.ndim > 1 and len(old) == batch else 0
             return [(old[:, :past], new[:, :past])] if past else []
 
-        yield _Trial("causality", _changed(inputs, exchange_future), same_past)
+        def reorder_future(x: Tensor, cut: int = cut) -> Tensor:
+            # Not exchanged, so that a mean over time stays.
+            if x.ndim < 2 or x.shape[:2] != (batch, length):
+                return x
+            return torch.cat([x[:, :cut], x[:, cut:].roll(1, 1)], 1)
+
+        def time_is_width(old: Tensor, new: Tensor, cut: int = cut) -> bool | None:
+            past = _past(old.shape[-1], cut, length)
+            if past == 0 or cut == length - 1 or old.shape != new.shape:
+                return None
+            future = range(past, old.shape[-1])
+            kept = _close(old[..., :past], new[..., :past])
+            return kept and not any(_close(old[..., i], new[..., i]) for i in future)
+
+        yield _Trial("keep its causality", _changed(inputs, exchange_future), same_past, _nothing)
+        name = "have steps for the rows of its FFNs, not for their width"
+        yield _Trial(name, _changed(inputs, reorder_future), None, time_is_width)
     for dim in range(1, first.ndim):
         if first.shape[dim] < 2:
             continue
@@ -158,8 +180,24 @@ def _trials(inputs: Any) -> Iterator[_Trial]:
             dims = [d for d in range(1, old.ndim) if old.shape[d] == len(order)]
             return [(old, new), *((old.index_select(d, order), new) for d in dims)]
 
-        name = f"equivariance under permutations of dimension {dim}"
-        yield _Trial(name, _changed(inputs, permute), same, order if dim > 1 else None)
+        def permuted(old: Tensor, new: Tensor, order: Tensor = order) -> bool | None:
+            if old.shape[-2] != len(order) or old.shape != new.shape:
+                return None
+            return not _close(old, new) and _close(old.index_select(-2, order), new)
+
+        name = f"keep its equivariance under permutations of dimension {dim}"
+        if dim == 1:
+            name += " (steps have an order in models with positions)"
+        yield _Trial(name, _changed(inputs, permute), same, permuted if dim > 1 else _nothing)
+
+
+def _past(size: int, cut: int, length: int) -> int:
+    """How many of ``size`` steps or patches lie before a cut."""
+    return cut * size // length if length % size == 0 else 0
+
+
+def _nothing(*_: Tensor) -> None:
+    return None
 
 
 def _order(size: int) -> Tensor:
@@ -213,6 +251,8 @@ def _mix(layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
 
 
 def _holds(trial: _Trial, old: Sequence[Tensor], new: Sequence[Tensor]) -> list[bool]:
+    if trial.pairs is None:
+        return []
     pairs = [pair for tensors in zip(old, new, strict=True) for pair in trial.pairs(*tensors)]
     return [_close(*pair) for pair in pairs]
 
@@ -223,10 +263,3 @@ def _close(expected: Tensor, actual: Tensor) -> bool:
         return expected.shape == actual.shape
     largest = expected.abs().amax() * torch.finfo(expected.dtype).eps ** 0.5
     return bool((expected - actual).abs().amax() <= largest)
-
-
-def _permuted(old: Tensor, new: Tensor, order: Tensor) -> bool:
-    """Whether the rows of a layer changed their places, and nothing else."""
-    if old.shape[-2] != len(order) or old.shape != new.shape or _close(old, new):
-        return False
-    return _close(old.index_select(-2, order), new)

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -319,15 +319,15 @@ def _apply_and_probe(
         _apply(model, found, layers)
         broken = next(probe.broken(layers), None)
         if broken is not None:
-            place, lost = broken
+            place, rule = broken
             for one in () if place else layers:
                 restore()
                 _apply(model, found, {one: layers[one]})
-                if lost in {what for _, what in probe.broken({one: layers[one]})}:
+                if rule in {what for _, what in probe.broken({one: layers[one]})}:
                     place = one
                     break
             where = f"experts at {place!r}, which break it" if place else "experts that break it"
-            check.fail_value("replace_ffn", "model", f"keep its {lost}", where)
+            check.fail_value("replace_ffn", "model", rule, where)
         unseen = next(probe.unseen(layers), None)
         if unseen is not None:
             rule = f"reach {unseen!r} with more than a segment, and to show in the outputs"
@@ -376,7 +376,9 @@ def _swap_encoder_layer(old: nn.TransformerEncoderLayer, layer: SegMoE) -> None:
     # No shortcut for the FFN that was.
     old.activation_relu_or_gelu = 0
     old.__class__ = SegMoEEncoderLayer
-    old.seg_moe = layer
+    new = cast(SegMoEEncoderLayer, old)
+    new.may_look_ahead = True  # till `_finish`, so that a probe may try
+    new.seg_moe = layer
 
 
 def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -155,14 +155,18 @@ BROKEN = {
     "order of steps": (
         lambda: transformer(position=False),
         3,
-        "equivariance under permutations of dimension 1, got experts at 'ff'",
+        "equivariance under permutations of dimension 1 (steps have an order in models with positi",
     ),
     "inverted": (
         lambda: inverted(EncoderLayer()),
         3,
-        "equivariance under permutations of dimension 2, as its rows are what is permuted, got exp",
+        "equivariance under permutations of dimension 2, got experts at 'layer'",
     ),
-    "transposed": (mixer, 3, "as its rows are what is permuted, got experts at 'temporal'"),
+    "transposed": (
+        mixer,
+        3,
+        "steps for the rows of its FFNs, not for their width, got experts at 'temporal'",
+    ),
 }
 
 
