@@ -175,7 +175,8 @@ def _size(module: Any) -> tuple[int, ...]:
         return (module.in_channels, module.out_channels)
     if type(module).__module__ == "transformers.pytorch_utils":  # Conv1D
         return tuple(module.weight.shape)
-    return (module.in_features, module.out_features) if isinstance(module, nn.Linear) else ()
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return sizes if all(isinstance(size, int) for size in sizes) else ()
 
 
 def _describe(
@@ -189,7 +190,8 @@ def _describe(
         return None
     for name, part in linears.items():
         if not _is_linear(part):
-            return f"has a {name} that is no plain Linear but a {type(part).__name__}"
+            kind = f"{type(part).__module__}.{type(part).__name__}"
+            return f"has a {name} that is no plain Linear: {kind} of {type(part.weight).__name__}"
     if activation is None:
         kind = getattr(function, "__name__", type(function).__name__)
         return f"has an activation other than GELU, ReLU and SiLU of torch or transformers: {kind}"

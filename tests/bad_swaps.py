@@ -237,7 +237,7 @@ ROWS = [
         "swap_example_shape",
         swap(example_inputs=(torch.ones(1, 3, 4),)),
         ValueError,
-        ["example_inputs", "at least 2 sequences of at least 2 steps", "[(1, 3, 4)]"],
+        ["example_inputs", "at least 2 sequences, (B, T, ...)", "[(1, 3, 4)]"],
     ),
     (
         "swap_example_meta",

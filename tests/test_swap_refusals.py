@@ -71,6 +71,7 @@ def mixer():
     """As in TSMixer: one FFN over the transposed time axis, one over channels."""
 
     def forward(block, x):
+        x = (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True)
         x = x + block.temporal(x.mT).mT
         return block.head((x + block.channel(x)).mT).mT
 
@@ -277,6 +278,10 @@ class PreNorm(EncoderLayer):
         return x + y + self.dropout(self.conv2(hidden).mT), weights
 
 
+class Quantised(nn.Linear):
+    """A subclass of a part."""
+
+
 class Narrow(nn.TransformerEncoderLayer):
     """A subclass that may do anything."""
 
@@ -319,6 +324,10 @@ IMPOSTORS = {
     "pre hook": (lambda: hooked("register_forward_pre_hook"), "has hooks, of Linear"),
     "backward hook": (lambda: hooked("register_full_backward_hook"), "has hooks, of Sequential"),
     "weight hook": (lambda: hooked("weights"), "has hooks, of weights"),
+    "quantised": (
+        lambda: nn.Sequential(Quantised(D, F_), nn.GELU(), nn.Linear(F_, D)),
+        "has a up that is no plain Linear: test_swap_refusals.Quantised of Parameter",
+    ),
     "half frozen": (half_frozen, "some weights frozen and others not"),
 }
 
