@@ -85,19 +85,29 @@ def refuse_rows(place: str, _: nn.Module, args: tuple[Any, ...]) -> None:
         check.fail_value("SegMoE.forward", "x", rule, tuple(args[0].shape))
 
 
-def check_padding(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def check_padding(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Refuse a mask of floats that neither hides a step nor leaves it as it is.
 
     A pre-hook of what a user calls, as `torch.nn.TransformerEncoder` hands bool masks on as floats:
     so a GPU is waited for where the user's own mask has floats, and once a call.
     """
-    mask = kwargs.get("src_key_padding_mask", args[2] if len(args) > 2 else None)
-    if mask is None or not mask.is_floating_point() or torch.compiler.is_compiling():
-        return
-    if not bool((_hidden(mask) | (mask == 0)).all()):
+    inside = len(args) > 2
+    mask = args[2] if inside else kwargs.get("src_key_padding_mask")
+    if mask is None or not mask.is_floating_point():
+        return args, kwargs
+    odd = ~_hidden(mask) & (mask != 0)
+    if torch.compiler.is_compiling():
+        # Compiled code can't look and refuse: NaN in all outputs, rather than wrong ones.
+        mask = mask.masked_fill(odd, torch.nan)
+        if inside:
+            return (*args[:2], mask, *args[3:]), kwargs
+        return args, {**kwargs, "src_key_padding_mask": mask}
+    if bool(odd.any()):
         rule = "be 0 or below half of its dtype's lowest value, such as -inf (or use a bool mask)"
-        odd = mask[~_hidden(mask) & (mask != 0)][0].item()
-        check.fail_value(type(module).__name__, "src_key_padding_mask", rule, odd)
+        check.fail_value(type(module).__name__, "src_key_padding_mask", rule, mask[odd][0].item())
+    return args, kwargs
 
 
 class TSLibEncoderLayer(nn.Module):

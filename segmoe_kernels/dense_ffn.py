@@ -175,8 +175,8 @@ def _size(module: Any) -> tuple[int, ...]:
         return (module.in_channels, module.out_channels)
     if type(module).__module__ == "transformers.pytorch_utils":  # Conv1D
         return tuple(module.weight.shape)
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    return sizes if all(isinstance(size, int) for size in sizes) else ()
+    sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
+    return () if None in sizes else tuple(sizes)
 
 
 def _describe(

@@ -121,7 +121,10 @@ def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(value)
     if isinstance(value, Mapping):
         return {name: _changed(part, change) for name, part in value.items()}
-    return [_changed(part, change) for part in value] if isinstance(value, tuple | list) else value
+    if not isinstance(value, tuple | list):
+        return value
+    changed = [_changed(part, change) for part in value]
+    return tuple(changed) if isinstance(value, tuple) else changed
 
 
 def _trials(inputs: Any) -> Iterator[_Trial]:

@@ -225,14 +225,14 @@ def replace_ffn(
         own = {"num_experts": num_experts, "segment_size": size, "causal": bool(causal), **options}
         layers[place] = _build(name, dense, copy_weights, noise, own)
     _check_places(model, layers, causal)
+    if left:
+        warnings.warn(f"segmoe_kernels.{name} left {listed(model, left)}.", stacklevel=2)
     before = _count(model)
     if example_inputs is None:
         _apply(model, found, layers)
     else:
         _apply_and_probe(model, found, layers, example_inputs)
     _finish(model, layers, causal)
-    if left:
-        warnings.warn(f"segmoe_kernels.{name} left {listed(model, left)}.", stacklevel=2)
     after = _count(model)
     # A warning, as logging shows no less by default, and a segment-wide shared expert is large.
     _LOGGER.warning(
