@@ -175,7 +175,7 @@ def _size(module: Any) -> tuple[int, ...]:
         return (module.in_channels, module.out_channels)
     if type(module).__module__ == "transformers.pytorch_utils":  # Conv1D
         return tuple(module.weight.shape)
-    sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
+    sizes: list[Any] = [getattr(module, n, None) for n in ("in_features", "out_features")]
     return () if None in sizes else tuple(sizes)
 
 
