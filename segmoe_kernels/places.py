@@ -130,10 +130,12 @@ def _is_mixture(module: nn.Module) -> bool:
     children = dict(module.named_children())
     if any(re.search(r"(^|_)experts?(_list|s)?$", name) for name in children):
         return True
+    # Weights of a router have one row, or column, for each expert.
     routed = {
-        child.out_features
-        for name, child in children.items()
-        if isinstance(child, nn.Linear) and re.search("gat(e|ing)|router|switch", name)
+        size
+        for name, weight in module.named_parameters()
+        if re.fullmatch(r"\w*(gat(e|ing)|router|switch)\w*(\.weight)?", name)
+        for size in weight.shape
     }
     return any(
         isinstance(child, nn.ModuleList)
