@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PACKAGE = ROOT / "segmoe_kernels"
 # Modules with an ``__all__`` that only other modules of the package import.
-INSIDE = {"dense_ffn", "dtensor", "flops"}
+INSIDE = {"dense_ffn", "dtensor", "flops", "places", "probe"}
 MODULES = (
     "segmoe_kernels",
     *(

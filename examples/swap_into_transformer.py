@@ -141,7 +141,7 @@ def train(
     return Row(name, parameters, before, after, flops, statistics.median(seconds))
 
 
-def swap(model: nn.Module, options: argparse.Namespace) -> nn.Module:
+def swap(model: nn.Module, example: Tensor, options: argparse.Namespace) -> nn.Module:
     """The model with experts; a copy, as `replace_ffn` works in place."""
     model = copy.deepcopy(model)
     torch.manual_seed(3)
@@ -154,6 +154,7 @@ def swap(model: nn.Module, options: argparse.Namespace) -> nn.Module:
         copy_weights=options.upcycle,
         noise=0.01 if options.upcycle else 0.0,
         shared_expert=None if options.upcycle else options.shared_expert,
+        example_inputs=(example.to(next(model.parameters()).device),),
     )
     sizes = [layer.segment_size for layer in model.modules() if isinstance(layer, SegMoE)]
     print(f"  swapped {', '.join(f'{n} (P={p})' for n, p in zip(names, sizes, strict=True))}")
@@ -168,10 +169,11 @@ def compare(
     print(f"{name} on {device}, {options.steps} steps of {options.batch_size} windows", flush=True)
     torch.manual_seed(0)
     dense = build(series.values.shape[1])
+    past, _ = Windows(series, "train", LOOK_BACK, HORIZON).batch(slice(0, 4))
     if options.upcycle:
         rows = [train(f"{name}, dense", dense, series, options, device)]
-        return [*rows, train("  upcycled", swap(dense, options), series, options, device)]
-    experts = swap(dense, options)
+        return [*rows, train("  upcycled", swap(dense, past, options), series, options, device)]
+    experts = swap(dense, past, options)
     rows = [train(f"{name}, dense", dense, series, options, device)]
     return [*rows, train("  with experts", experts, series, options, device)]
 

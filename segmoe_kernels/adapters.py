@@ -11,14 +11,25 @@ from segmoe_kernels.layer import SegMoE
 __all__ = ["SegMoEEncoderLayer", "TSLibEncoderLayer", "WithRouterLogits"]
 
 
+def mixes_steps(layer: SegMoE) -> bool:
+    """Whether a step's output depends on other steps: not with plain FFNs or token-wise experts."""
+    return layer.num_experts > 0 and (layer.segment_size > 1 or layer.causal)
+
+
 class SegMoEEncoderLayer(nn.TransformerEncoderLayer):
     """`torch.nn.TransformerEncoderLayer` whose FFN is the `SegMoE` in ``seg_moe``.
 
     `replace_ffn` turns encoder layers into it. What ``src_key_padding_mask`` hides is padding for
-    the experts, too: it is not routed and comes out as 0 of the FFN.
+    the experts, too: it is not routed and comes out as 0 of the FFN. In a mask of floats, whatever
+    is below half of the dtype's lowest value hides a step.
+
+    Raises:
+        ValueError: for ``is_causal=True`` if the experts see later steps; see `replace_ffn`.
     """
 
     seg_moe: SegMoE
+    # Set where `replace_ffn` was told causal=False.
+    may_look_ahead = False
 
     def forward(
         self,
@@ -28,6 +39,15 @@ class SegMoEEncoderLayer(nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         """Attention and experts, each with its residual; arguments as in the base class."""
+        if (
+            is_causal
+            and mixes_steps(self.seg_moe)
+            and not (
+                self.seg_moe.causal or self.may_look_ahead or src.shape[_time_dim(self, src)] == 1
+            )
+        ):
+            rule = "be False where experts see later steps (swap with replace_ffn(causal=True))"
+            check.fail_value("SegMoEEncoderLayer", "is_causal", rule, True)
         padding = src_key_padding_mask
         if self.norm_first:
             x = src + self._sa_block(self.norm1(src), src_mask, padding, is_causal=is_causal)
@@ -41,13 +61,53 @@ class SegMoEEncoderLayer(nn.TransformerEncoderLayer):
     def _experts_block(self, x: Tensor, padding: Tensor | None) -> Tensor:
         real = None
         if padding is not None:
-            # A mask of floats is added to the attention's logits: -inf hides.
-            real = ~padding if padding.dtype == torch.bool else ~padding.isneginf()
-        batch_first = self.self_attn.batch_first or x.ndim == 2
+            real = ~_hidden(padding)
+        batch_first = _time_dim(self, x) == x.ndim - 2
         steps = x if batch_first else x.transpose(0, 1)
         y: Tensor = self.seg_moe(steps, real)
         dropped: Tensor = self.dropout2(y if batch_first else y.transpose(0, 1))
         return dropped
+
+
+def _time_dim(layer: SegMoEEncoderLayer, x: Tensor) -> int:
+    return 1 if layer.self_attn.batch_first and x.ndim == 3 else 0
+
+
+def _hidden(mask: Tensor) -> Tensor:
+    """Steps that a mask hides: a mask of floats is added to the attention's logits."""
+    return mask if mask.dtype == torch.bool else mask < torch.finfo(mask.dtype).min / 2
+
+
+def refuse_rows(place: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+    """Refuse rows without a batch of sequences around them, in place of an FFN of single rows."""
+    if args and isinstance(args[0], Tensor) and args[0].ndim == 2:
+        rule = f"have shape (..., T, D) with a batch at {place!r}: rows alone are no sequence"
+        check.fail_value("SegMoE.forward", "x", rule, tuple(args[0].shape))
+
+
+def check_padding(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Refuse a mask of floats that neither hides a step nor leaves it as it is.
+
+    A pre-hook of what a user calls, as `torch.nn.TransformerEncoder` hands bool masks on as floats:
+    so a GPU is waited for where the user's own mask has floats, and once a call.
+    """
+    inside = len(args) > 2
+    mask = args[2] if inside else kwargs.get("src_key_padding_mask")
+    if mask is None or not mask.is_floating_point():
+        return args, kwargs
+    odd = ~_hidden(mask) & (mask != 0)
+    if torch.compiler.is_compiling():
+        # Compiled code can't look and refuse: NaN in all outputs, rather than wrong ones.
+        mask = mask.masked_fill(odd, torch.nan)
+        if inside:
+            return (*args[:2], mask, *args[3:]), kwargs
+        return args, {**kwargs, "src_key_padding_mask": mask}
+    if bool(odd.any()):
+        rule = "be 0 or below half of its dtype's lowest value, such as -inf (or use a bool mask)"
+        check.fail_value(type(module).__name__, "src_key_padding_mask", rule, mask[odd][0].item())
+    return args, kwargs
 
 
 class TSLibEncoderLayer(nn.Module):

@@ -1,24 +1,44 @@
 """Segment-wise experts in models that exist: `replace_ffn` and `upcycle`."""
 
-import itertools
-import re
-from collections.abc import Callable, Sequence
-from typing import Any
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 
 from segmoe_kernels import validation as check
-from segmoe_kernels.adapters import SegMoEEncoderLayer, TSLibEncoderLayer
+from segmoe_kernels.adapters import (
+    SegMoEEncoderLayer,
+    TSLibEncoderLayer,
+    check_padding,
+    mixes_steps,
+    refuse_rows,
+)
 from segmoe_kernels.convert import segment_schedule
-from segmoe_kernels.dense_ffn import UNDERSTOOD, DenseFFN, read_ffn
+from segmoe_kernels.dense_ffn import UNDERSTOOD, DenseFFN, difference, evaluating, read_ffn
 from segmoe_kernels.layer import SegMoE
+from segmoe_kernels.places import (
+    Match,
+    decoder_at,
+    find_ffns,
+    inverted_at,
+    listed,
+    switch_cache_off,
+)
+from segmoe_kernels.probe import Probe, check_inputs
 
 __all__ = ["replace_ffn", "upcycle"]
 
+_LOGGER = logging.getLogger("segmoe_kernels")
+
 
 def _options_of(dense: DenseFFN) -> dict[str, Any]:
-    linears = [part for part in (dense.up, dense.down, dense.gate) if part is not None]
+    linears = dense.linears().values()
     return {
         "d_model": dense.up.weight.shape[1],
         "d_ff": dense.up.weight.shape[0],
@@ -32,18 +52,17 @@ def _options_of(dense: DenseFFN) -> dict[str, Any]:
 
 
 def _copy_into(layer: SegMoE, dense: DenseFFN, noise: float) -> None:
-    """Make every expert a copy of a dense FFN, plus noise of ``noise`` standard deviations."""
+    """Make every expert a copy of a dense FFN, plus noise relative to its weights' size."""
     experts = layer.experts
     assert experts is not None  # `_build` looked
     with torch.no_grad():
-        for name, linear in (("up", dense.up), ("down", dense.down), ("gate", dense.gate)):
-            if linear is None:
-                continue
+        for name, linear in dense.linears().items():
             weight = getattr(experts, f"{name}_proj")
             one = linear.weight.flatten(1)  # a convolution's last dimension is 1
             weight.copy_(one.expand_as(weight))
             if noise:
-                weight.add_(torch.randn_like(weight) * (noise * one.std()))
+                # Not the standard deviation, which a single weight has none of.
+                weight.add_(torch.randn_like(weight) * (noise * one.square().mean().sqrt()))
             bias = getattr(experts, f"{name}_proj_bias")
             if bias is not None:
                 bias.zero_() if linear.bias is None else bias.copy_(linear.bias.expand_as(bias))
@@ -68,7 +87,30 @@ def _build(
         if layer.num_experts == 0:
             check.fail_value(function, "num_experts", "be at least 1 where weights are copied", 0)
         _copy_into(layer, dense, noise)
-    return layer
+        _compare(function, layer, dense, noise, {**own, **options})
+    weights = [weight for linear in dense.linears().values() for weight in linear.parameters()]
+    # What stands for a frozen FFN is frozen, its router, too.
+    return layer.requires_grad_(any(weight.requires_grad for weight in weights))
+
+
+def _compare(
+    function: str, layer: SegMoE, dense: DenseFFN, noise: float, options: dict[str, Any]
+) -> None:
+    """Send some rows through the experts and the FFN that they were copied from."""
+    exact = not noise and options["renormalize"] is True and options["shared_expert"] is None
+    weight = dense.up.weight
+    if not exact or weight.is_meta or isinstance(weight, FakeTensor):
+        return
+    rows = torch.linspace(-1, 1, 2 * layer.d_model, dtype=weight.dtype, device=weight.device)
+    x = rows.view(1, 2, -1)
+    backend, layer.backend = layer.backend, "reference"
+    with evaluating(layer):
+        expected, actual = dense(x), layer(x)
+    layer.backend = backend
+    error = (actual - expected).abs().max()
+    if not error <= torch.finfo(x.dtype).eps ** 0.5 * expected.abs().max():
+        rule = "compute at first what the FFN does"
+        check.fail_value(function, "layer", rule, f"a difference of {error.item():.2g}")
 
 
 def upcycle(ffn: nn.Module, num_experts: int, *, noise: float = 0.0, **options: Any) -> SegMoE:
@@ -81,7 +123,8 @@ def upcycle(ffn: nn.Module, num_experts: int, *, noise: float = 0.0, **options: 
     Args:
         ffn: what `replace_ffn` understands.
         num_experts: E.
-        noise: standard deviations of the weights that are added to each expert, so that they part.
+        noise: relative size of normal noise on each expert's weights, measured by their root mean
+            square, so that the experts part.
         **options: of `SegMoE`, such as ``segment_size`` and ``top_k``.
 
     Returns:
@@ -96,13 +139,13 @@ def upcycle(ffn: nn.Module, num_experts: int, *, noise: float = 0.0, **options: 
     check.check_module("upcycle", "ffn", ffn)
     check.check_positive("upcycle", "noise", noise, zero=True)
     dense = read_ffn(ffn)
-    if dense is None:
-        check.fail_value("upcycle", "ffn", UNDERSTOOD, type(ffn).__name__)
+    if not isinstance(dense, DenseFFN):
+        got = type(ffn).__name__ if dense is None else f"{type(ffn).__name__}, which {dense}"
+        check.fail_value("upcycle", "ffn", UNDERSTOOD, got)
+    if (differs := difference(ffn, dense)) is not None:
+        check.fail_value("upcycle", "ffn", UNDERSTOOD, f"{type(ffn).__name__}, which {differs}")
     layer = _build("upcycle", dense, True, noise, {"num_experts": num_experts, **options})
     return layer.train(ffn.training)
-
-
-Match = str | Callable[[str, nn.Module], bool] | None
 
 
 def replace_ffn(
@@ -111,8 +154,11 @@ def replace_ffn(
     segment_sizes: int | str | Sequence[int],
     num_experts: int,
     match: Match = None,
+    parts: Mapping[str, str] | None = None,
     copy_weights: bool = False,
     noise: float = 0.0,
+    causal: bool | None = None,
+    example_inputs: Any = None,
     **options: Any,
 ) -> list[str]:
     """Swap the dense FFNs of a model for `SegMoE`, in place.
@@ -120,10 +166,17 @@ def replace_ffn(
     Understood are `torch.nn.TransformerEncoderLayer` (it becomes a `SegMoEEncoderLayer`), a
     ``Sequential(Linear, activation, [Dropout,] Linear[, Dropout])`` such as ``ff`` in Hugging
     Face's PatchTST and in neuralforecast's models, modules of ``gate_proj``, ``up_proj``,
-    ``down_proj`` and ``act_fn`` such as Llama's MLP, and Time-Series-Library's encoder layer (it
-    becomes a `TSLibEncoderLayer`). Width, hidden width, activation, gating,
-    biases, dropout, device and dtype are those of the FFN unless options say otherwise. Either all
-    are swapped or, on an error, none.
+    ``down_proj`` and ``act_fn`` such as Llama's MLP, Time-Series-Library's encoder layer (it
+    becomes a `TSLibEncoderLayer`), and what ``parts`` describes. Classes are taken exactly, and
+    each module is tried on random weights and rows against what was read of it. Width, hidden
+    width, activation, gating, biases, dropout, device, dtype and whether it is frozen are those of
+    the FFN unless options say otherwise. Either all are swapped or, on an error, none; an FFN that
+    must stay is warned about, with the reason. How many parameters the model gains is logged.
+
+    Experts of segments look at neighbouring rows, so rows have to be the time steps of a sequence.
+    With ``example_inputs`` the model is called before and after: sequences of a batch that did not
+    depend on each other, outputs that did not depend on later steps, and dimensions whose order did
+    not matter have to stay so. Use it wherever an example is at hand.
 
     Args:
         model: changed in place; what it returns keeps its shape.
@@ -132,97 +185,172 @@ def replace_ffn(
         num_experts: E.
         match: which modules: a regular expression that matches a module's whole name, or a
             function of name and module; None takes every FFN that is understood.
+        parts: describes FFNs of another class by the names of their children: "up", "down" and
+            "activation" (a child, an attribute, or a name that `SegMoE` knows), perhaps "gate"
+            (its output is activated, not that of "up") and "dropout" (on the hidden layer).
         copy_weights: start each expert from the FFN's weights, see `upcycle`.
         noise: see `upcycle`.
-        **options: of `SegMoE`, such as ``top_k``, ``aux_loss_weight`` and ``causal`` (which a model
-            that must not look ahead needs).
+        causal: see `SegMoE`; None: False, but refused in a decoder, whose experts would see the
+            future.
+        example_inputs: arguments of the model as a tuple, or as a dict by name; the first tensor
+            is (B, T, ...) with at least 2 sequences.
+        **options: of `SegMoE`, such as ``top_k`` and ``shared_expert``. ``aux_loss_weight`` and
+            ``z_loss_weight`` are divided by the number of layers made, so that the losses' sum has
+            the size of the official one.
 
     Returns:
         Names of the modules that were swapped.
 
     Raises:
         TypeError: for an argument of the wrong type.
-        ValueError: if nothing matches, a match is not understood, or sizes don't fit.
+        ValueError: if nothing matches, a match is not understood, sizes don't fit, or the model
+            would do something else than a model with experts of its time steps.
     """
     name = "replace_ffn"
     check.check_module(name, "model", model)
     check.check_flag(name, "copy_weights", copy_weights)
     check.check_positive(name, "noise", noise, zero=True)
-    found = _find(model, match)
+    check.check_flag(name, "causal", causal, optional=True)
+    _check_parts(parts)
+    if example_inputs is not None:
+        check_inputs(example_inputs)
+    found, left = find_ffns(model, match, parts)
     sizes = _sizes(segment_sizes, len(found))
-    layers = []
-    for dense, size in zip(found.values(), sizes, strict=True):
-        own = {"num_experts": num_experts, "segment_size": size, **options}
-        layers.append(_build(name, dense, copy_weights, noise, own))
+    for weight in ("aux_loss_weight", "z_loss_weight"):
+        if weight in options:
+            check.check_positive(name, weight, options[weight], zero=True)
+            options[weight] /= len(found)
+    layers: dict[str, SegMoE] = {}
+    for (place, dense), size in zip(found.items(), sizes, strict=True):
+        own = {"num_experts": num_experts, "segment_size": size, "causal": bool(causal), **options}
+        layers[place] = _build(name, dense, copy_weights, noise, own)
+    _check_places(model, layers, causal)
+    if left:
+        warnings.warn(f"segmoe_kernels.{name} left {listed(model, left)}.", stacklevel=2)
+    before = _count(model)
+    if example_inputs is None:
+        _apply(model, found, layers)
+    else:
+        _apply_and_probe(model, found, layers, example_inputs)
+    _finish(model, layers, causal)
+    after = _count(model)
+    # A warning, as logging shows no less by default, and a segment-wide shared expert is large.
+    _LOGGER.warning(
+        "replace_ffn: %d SegMoE in place of FFNs; from %s to %s parameters (%.1f x)",
+        *(len(found), f"{before:,}", f"{after:,}", after / before),
+    )
+    return list(found)
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _check_parts(parts: Any) -> None:
+    if parts is None:
+        return
+    name = "replace_ffn"
+    if not isinstance(parts, Mapping) or not all(isinstance(v, str) for v in parts.values()):
+        check.fail_type(name, "parts", "be a mapping of names to names", repr(parts))
+    needed, known = {"up", "down", "activation"}, {"up", "down", "activation", "gate", "dropout"}
+    if not needed <= parts.keys() <= known:
+        rule = "have 'up', 'down' and 'activation', perhaps 'gate' and 'dropout'"
+        check.fail_value(name, "parts", rule, sorted(map(str, parts)))
+
+
+def _check_places(model: nn.Module, layers: Mapping[str, SegMoE], causal: bool | None) -> None:
+    """Refuse what types and flags tell of rows that are no time steps, or may not look ahead."""
     named = dict(model.named_modules())
-    for (place, dense), layer in zip(found.items(), layers, strict=True):
+    for place, layer in layers.items():
+        if not mixes_steps(layer):
+            continue
+        outer = inverted_at(named, place)
+        if outer is not None:
+            rule = f"have time steps for rows at {place!r}"
+            got = f"{type(named[outer]).__name__}, whose rows are variates"
+            check.fail_value("replace_ffn", "model", rule, got)
+        outer = decoder_at(named, place) if causal is None else None
+        if outer is not None:
+            rule = f"be True or False for the decoder around {place!r} (False leaks the future)"
+            got = f"None for {type(named[outer]).__name__}"
+            check.fail_value("replace_ffn", "causal", rule, got)
+
+
+def _apply(model: nn.Module, found: Mapping[str, DenseFFN], layers: Mapping[str, SegMoE]) -> None:
+    """Put layers where FFNs are."""
+    named = dict(model.named_modules())
+    for place, layer in layers.items():
         old = named[place]
         layer.train(old.training)
         if isinstance(old, nn.TransformerEncoderLayer):
             _swap_encoder_layer(old, layer)
             continue
         new: nn.Module = layer
-        if isinstance(dense.up, nn.Conv1d):
+        if isinstance(found[place].up, nn.Conv1d):
             kept = (getattr(old, part) for part in ("norm1", "norm2", "dropout"))
             new = TSLibEncoderLayer(old.attention, layer, *kept).train(old.training)
-        elif dense.behind is not None:
-            new = nn.Sequential(layer, dense.behind)
+        else:
+            layer.register_forward_pre_hook(partial(refuse_rows, place))
+            behind = found[place].behind
+            new = layer if behind is None else nn.Sequential(layer, behind).train(old.training)
         _put(model, old, new)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
             # Its shortcut hands nested tensors to all layers, if only the first can take them.
             swapped = any(isinstance(layer, SegMoEEncoderLayer) for layer in module.layers)
             module.use_nested_tensor &= not swapped
-    return list(found)
 
 
-def _find(model: nn.Module, match: Match) -> dict[str, DenseFFN]:
-    """Name and description of each FFN to swap."""
-    wanted = _predicate(match)
-    found: dict[str, DenseFFN] = {}
-    taken: list[str] = []
-    for place, module in model.named_modules():
-        if any(place.startswith(f"{outer}." if outer else "") for outer in taken):
-            continue
-        if isinstance(module, SegMoE):
-            taken.append(place)
-            continue
-        if wanted is not None and not wanted(place, module):
-            continue
-        dense = read_ffn(module)
-        if dense is not None:
-            inside_model = place or isinstance(module, nn.TransformerEncoderLayer)
-            if not inside_model:
-                rule = "have the FFN inside; upcycle() makes a layer of an FFN alone"
-                check.fail_value("replace_ffn", "model", rule, type(module).__name__)
-            found[place] = dense
-            taken.append(place)
-        elif wanted is not None:
-            got = f"{type(module).__name__} at {place!r}"
-            check.fail_value("replace_ffn", "match", f"select what can {UNDERSTOOD}", got)
-    if not found:
-        modules = list(itertools.islice((n for n, _ in model.named_modules() if n), 6))
-        got = f"modules such as {modules}"
-        if match is None:
-            check.fail_value("replace_ffn", "model", f"have inside what can {UNDERSTOOD}", got)
-        check.fail_value("replace_ffn", "match", "select an FFN", f"{match!r} for {got}")
-    return found
+def _apply_and_probe(
+    model: nn.Module, found: Mapping[str, DenseFFN], layers: Mapping[str, SegMoE], inputs: Any
+) -> None:
+    """Put layers where FFNs are if the model keeps its properties; else leave it as it was."""
+    probe = Probe(model, inputs)
+    state = [(m, m.__class__, {**vars(m), "_modules": {**m._modules}}) for m in model.modules()]
+
+    def restore() -> None:
+        for module, kind, own in state:
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update({**own, "_modules": {**own["_modules"]}})
+
+    with ExitStack() as undo:
+        undo.callback(restore)
+        _apply(model, found, layers)
+        broken = next(probe.broken(layers), None)
+        if broken is not None:
+            place, rule = broken
+            for one in () if place else layers:
+                restore()
+                _apply(model, found, {one: layers[one]})
+                if rule in {what for _, what in probe.broken({one: layers[one]})}:
+                    place = one
+                    break
+            where = f"experts at {place!r}, which break it" if place else "experts that break it"
+            check.fail_value("replace_ffn", "model", rule, where)
+        unseen = next(probe.unseen(layers), None)
+        if unseen is not None:
+            rule = f"reach {unseen!r} with more than a segment, and to show in the outputs"
+            check.fail_value("replace_ffn", "example_inputs", rule, "no change")
+        undo.pop_all()
 
 
-def _predicate(match: Any) -> Callable[[str, nn.Module], bool] | None:
-    if match is None:
-        return None
-    if callable(match):
-        wanted: Callable[[str, nn.Module], bool] = match
-        return wanted
-    if not isinstance(match, str):
-        rule = "be a regular expression, a function or None"
-        check.fail_type("replace_ffn", "match", rule, type(match).__name__)
-    try:
-        pattern = re.compile(match)
-    except re.error as error:
-        check.fail_value("replace_ffn", "match", f"be a regular expression ({error})", repr(match))
-    return lambda place, _: pattern.fullmatch(place) is not None
+def _finish(model: nn.Module, layers: Mapping[str, SegMoE], causal: bool | None) -> None:
+    """Guard what can go wrong in later calls: masks, causal calls, caches."""
+    inside: set[nn.Module] = set()
+    for module in model.modules():  # an encoder comes before its layers
+        if isinstance(module, nn.TransformerEncoder):
+            inside.update(module.layers)
+            guarded = any(isinstance(layer, SegMoEEncoderLayer) for layer in module.layers)
+        else:
+            guarded = isinstance(module, SegMoEEncoderLayer) and module not in inside
+        hooks: Any = module._forward_pre_hooks
+        if guarded and check_padding not in hooks.values():
+            module.register_forward_pre_hook(check_padding, with_kwargs=True)
+        if isinstance(module, SegMoEEncoderLayer) and module.seg_moe in layers.values():
+            module.may_look_ahead = causal is False
+    if any(mixes_steps(layer) for layer in layers.values()):
+        switch_cache_off(model)
 
 
 def _sizes(segment_sizes: int | str | Sequence[int], count: int) -> list[int]:
@@ -248,7 +376,9 @@ def _swap_encoder_layer(old: nn.TransformerEncoderLayer, layer: SegMoE) -> None:
     # No shortcut for the FFN that was.
     old.activation_relu_or_gelu = 0
     old.__class__ = SegMoEEncoderLayer
-    old.seg_moe = layer
+    new = cast(SegMoEEncoderLayer, old)
+    new.may_look_ahead = True  # till `_finish`, so that a probe may try
+    new.seg_moe = layer
 
 
 def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -1,5 +1,7 @@
 """Wrong models and checkpoints for `replace_ffn` and its relatives; rows as in `bad_calls`."""
 
+from types import SimpleNamespace
+
 import torch
 from bad_calls import LAYER, caller, draw, layer_with
 from torch import nn
@@ -85,6 +87,71 @@ def forward(module):
     return run_experts(self=module)
 
 
+STEPS = torch.arange(40.0).view(2, 5, 4)
+
+
+class iTransformer(nn.Module):
+    """A model that is known to have variates for rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.ff = dense()
+
+    def forward(self, x):
+        """Apply the FFN alone."""
+        return self.ff(x)
+
+
+class Decoder(iTransformer):
+    """A model that says that it must not look ahead."""
+
+    is_causal = True
+
+
+class Cached(iTransformer):
+    """A model with a key-value cache."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(use_cache=False)
+
+    def get_input_embeddings(self):
+        """What tells a model of transformers."""
+
+
+class Backwards(nn.Sequential):
+    """A forward of its own."""
+
+
+class Twice(nn.Module):
+    """The children of a gated MLP, another function."""
+
+    def __init__(self):
+        super().__init__()
+        self.up_proj, self.gate_proj = nn.Linear(4, 6), nn.Linear(4, 6)
+        self.down_proj, self.act_fn = nn.Linear(6, 4), nn.SiLU()
+
+    def forward(self, x):
+        """Twice what the children say."""
+        return 2 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def swapped(host=None):
+    host = model() if host is None else host
+    replace_ffn(host, segment_sizes=3, num_experts=2)
+    return host
+
+
+def encoder_layer():
+    return swapped(nn.TransformerEncoderLayer(4, 2, 6, batch_first=True))
+
+
+def nan_ffn():
+    ffn = dense()
+    nn.init.constant_(ffn[0].weight, torch.nan)
+    return ffn
+
+
 convert = caller(convert_state_dict, state_dict=checkpoint(), source="mixtral")
 grow = caller(upcycle, ffn=dense(), num_experts=2)
 shard = caller(shard_experts, layer=LAYER)
@@ -105,25 +172,25 @@ ROWS = [
         "swap_match_nothing",
         swap(match="fff"),
         ValueError,
-        ["match", "select an FFN", "'fff'", "['ff', "],
+        ["match", "select an FFN", "'fff'", "'ff' (Sequential): is not selected"],
     ),
     (
         "swap_match_other",
         swap(match="head"),
         ValueError,
-        ["match", "TransformerEncoderLayer", "Linear at 'head'"],
+        ["match", "TransformerEncoderLayer", "'head' (Linear): can't be a"],
     ),
     (
         "swap_model_without",
         swap(model=nn.ModuleList([nn.Linear(4, 4)])),
         ValueError,
-        ["model", "have inside what can be", "['0']"],
+        ["model", "have inside what can be", "nothing that looks like an FFN"],
     ),
     (
         "swap_model_is_ffn",
         swap(model=dense()),
         ValueError,
-        ["model", "upcycle() makes a layer of an FFN alone", "Sequential"],
+        ["model", "(Sequential): is an FFN alone, of which upcycle() makes a layer"],
     ),
     ("swap_sizes_type", swap(segment_sizes=[2.5]), TypeError, ["segment_sizes", "int", "2.5"]),
     ("swap_sizes_value", swap(segment_sizes=0), ValueError, ["segment_sizes", "at least 1"]),
@@ -152,6 +219,122 @@ ROWS = [
         swap(copy_weights=True, num_experts=0),
         ValueError,
         ["num_experts", "at least 1 where weights are copied"],
+    ),
+    ("swap_causal", swap(causal=1), TypeError, ["causal", "True, False or None", "1 (int)"]),
+    ("swap_aux", swap(aux_loss_weight="1"), TypeError, ["aux_loss_weight", "a float", "'1' (str)"]),
+    ("swap_z", swap(z_loss_weight=-1.0), ValueError, ["z_loss_weight", "not negative", "-1.0"]),
+    ("swap_parts_type", swap(parts=["0"]), TypeError, ["parts", "names to names", "['0']"]),
+    (
+        "swap_parts_keys",
+        swap(parts={"up": "0", "down": "2", "wide": "1"}),
+        ValueError,
+        ["parts", "'up', 'down' and 'activation'", "['down', 'up', 'wide']"],
+    ),
+    (
+        "swap_parts_nothing",
+        swap(parts={"up": "wi", "down": "wo", "activation": "act"}, match="ff"),
+        ValueError,
+        ["match", "'ff' (Sequential): lacks one of {'up': 'wi',"],
+    ),
+    (
+        "swap_inverted",
+        lambda: replace_ffn(iTransformer(), segment_sizes=3, num_experts=2),
+        ValueError,
+        ["model", "time steps for rows at 'ff'", "iTransformer, whose rows are variates"],
+    ),
+    (
+        "swap_decoder",
+        lambda: replace_ffn(Decoder(), segment_sizes=3, num_experts=2),
+        ValueError,
+        ["causal", "for the decoder around 'ff'", "None for Decoder"],
+    ),
+    ("swap_example_type", swap(example_inputs=3), TypeError, ["example_inputs", "a tuple", "int"]),
+    (
+        "swap_example_shape",
+        swap(example_inputs=(torch.ones(1, 3, 4),)),
+        ValueError,
+        ["example_inputs", "at least 2 sequences, (B, T, ...)", "[(1, 3, 4)]"],
+    ),
+    (
+        "swap_example_meta",
+        swap(example_inputs=(torch.ones(2, 3, 4, device="meta"),)),
+        ValueError,
+        ["example_inputs", "have values", "tensors on meta"],
+    ),
+    (
+        "swap_example_equal",
+        swap(example_inputs=(torch.ones(2, 3, 4),)),
+        ValueError,
+        ["example_inputs", "sequences that differ", "equal ones"],
+    ),
+    (
+        "swap_example_breaks",
+        lambda: replace_ffn(
+            Decoder(), segment_sizes=3, num_experts=2, causal=False, example_inputs=(STEPS,)
+        ),
+        ValueError,
+        ["model", "keep its causality", "experts at 'ff', which break it"],
+    ),
+    (
+        "swap_example_unseen",
+        lambda: replace_ffn(
+            Decoder(),
+            segment_sizes=7,
+            num_experts=2,
+            causal=True,
+            shared_expert=None,
+            example_inputs=(STEPS,),
+        ),
+        ValueError,
+        ["example_inputs", "reach 'ff' with more than a segment", "no change"],
+    ),
+    (
+        "swapped_rows",
+        lambda: swapped()["ff"](draw(3, 4)),
+        ValueError,
+        ["SegMoE.forward", "x", "with a batch at 'ff'", "(3, 4)"],
+    ),
+    (
+        "swapped_mask",
+        lambda: encoder_layer()(draw(2, 5, 4), src_key_padding_mask=torch.full((2, 5), -1e9)),
+        ValueError,
+        ["src_key_padding_mask", "below half of its dtype's lowest", "-1000000000.0"],
+    ),
+    (
+        "swapped_causal",
+        lambda: encoder_layer()(draw(2, 5, 4), is_causal=True),
+        ValueError,
+        ["is_causal", "replace_ffn(causal=True)", "True"],
+    ),
+    (
+        "swapped_cache",
+        lambda: swapped(Cached())(use_cache=True),
+        ValueError,
+        ["Cached", "use_cache", "segments begin anew"],
+    ),
+    (
+        "swapped_past",
+        lambda: swapped(Cached())(past_key_values=[]),
+        ValueError,
+        ["Cached", "past_key_values", "be None", "list"],
+    ),
+    (
+        "upcycle_forward",
+        grow(ffn=Backwards(*dense())),
+        ValueError,
+        ["ffn", "Backwards, which extends Sequential"],
+    ),
+    (
+        "upcycle_differs",
+        grow(ffn=Twice()),
+        ValueError,
+        ["ffn", "Twice, which computes something else than its parts say"],
+    ),
+    (
+        "upcycle_nan",
+        lambda: upcycle(nan_ffn(), 2),
+        ValueError,
+        ["upcycle", "compute at first what the FFN does", "a difference of nan"],
     ),
     ("upcycle_type", grow(ffn="ffn"), TypeError, ["ffn", "torch.nn.Module", "str"]),
     ("upcycle_noise", grow(noise="0"), TypeError, ["noise", "be a float", "'0' (str)"]),

@@ -166,9 +166,15 @@ GIVEN = """
 import torch
 from torch import nn
 from segmoe_kernels import SegMoE
-model = nn.TransformerEncoder(
-    nn.TransformerEncoderLayer(64, 2, 32, batch_first=True), 6, enable_nested_tensor=False
-)
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(64, 2, 32, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
+        self.position = nn.Parameter(torch.randn(10, 64))
+    def forward(self, x):
+        return self.encoder(x + self.position)
+model, x = Model(), torch.randn(2, 10, 64)
 ffn = nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 64))
 scaler = torch.amp.GradScaler("cpu")
 state = {

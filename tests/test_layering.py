@@ -39,6 +39,8 @@ ARROWS = {
     "losses": {"routing", "validation"},
     "modules": {"composed_ffn", "routing"},
     "reference": {"composed_ffn", "grouped_ffn", "grouped_mm", "routing"},
+    "places": {"dense_ffn", "layer", "validation"},
+    "probe": {"adapters", "dense_ffn", "layer", "validation"},
     "parallel": {
         "composed_ffn",
         "functional",
@@ -52,7 +54,7 @@ ARROWS = {
     "stats": {"layer", "routing", "validation"},
     "stats_plots": {"routing", "validation"},
     "stats_writers": {"validation"},
-    "swap": {"adapters", "convert", "dense_ffn", "layer", "validation"},
+    "swap": {"adapters", "convert", "dense_ffn", "layer", "places", "probe", "validation"},
     "testing": {"layer", "reference", "routing"},
     "validation": {"routing"},
     "stages": {

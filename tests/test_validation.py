@@ -26,7 +26,7 @@ ROWS = [*bad_calls.ROWS, *bad_options.ROWS, *bad_swaps.ROWS, *bad_stats.ROWS]
 ROWS += bad_advise.ROWS
 PACKAGE = Path(segmoe_kernels.__file__).parent
 CHECKED = ["validation", "layer", "functional", "losses", "convert", "testing"]
-CHECKED += ["adapters", "dialects", "huggingface", "parallel", "swap"]
+CHECKED += ["adapters", "dialects", "huggingface", "parallel", "places", "probe", "swap"]
 CHECKED += ["advise", "stats", "stats_plots", "stats_writers"]
 # Messages about the machine; tested in test_functional.py, test_huggingface.py, parallel_jobs.py,
 # test_stats*.py, test_advise.py.
@@ -49,6 +49,9 @@ def test_bad_call_is_refused(call, exception, words):
 
 # Kinds of tensors that can't be fake.
 REAL_ONLY = {"forward_sparse", "forward_nested", "forward_jagged", "forward_quantised"}
+# Values that are looked at.
+REAL_ONLY |= {"swap_example_equal", "swap_example_breaks", "swap_example_unseen", "upcycle_nan"}
+REAL_ONLY |= {"swapped_mask"}
 
 
 @pytest.fixture(scope="module")

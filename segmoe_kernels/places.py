@@ -1,0 +1,232 @@
+"""Where a model's FFNs are, and what types, flags and configurations tell of the model around."""
+
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from segmoe_kernels import validation as check
+from segmoe_kernels.dense_ffn import UNDERSTOOD, DenseFFN, difference, read_ffn
+from segmoe_kernels.layer import SegMoE
+
+__all__ = ["Match", "decoder_at", "find_ffns", "inverted_at", "listed", "switch_cache_off"]
+
+# Of modules and of parameters.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_post_accumulate_grad_hooks",
+)
+
+Match = str | Callable[[str, nn.Module], bool] | None
+
+
+def find_ffns(
+    model: nn.Module, match: Match, parts: Mapping[str, str] | None
+) -> tuple[dict[str, DenseFFN], dict[str, str]]:
+    """Find FFNs by name, with their descriptions, and what must be left, with the reasons."""
+    name = "replace_ffn"
+    wanted = _predicate(match)
+    named = dict(model.named_modules())
+    found: dict[str, DenseFFN] = {}
+    left: dict[str, str] = {}
+    others: dict[str, str] = {}
+    for place, module, dense in _candidates(named, parts, found):
+        if wanted is not None and not wanted(place, module):
+            if dense is not None:
+                others[place] = "is not selected"
+            continue
+        reason = _reason(named, place, dense)
+        if reason is None and isinstance(dense, DenseFFN):
+            found[place] = dense
+        elif wanted is not None:
+            lacks = f"can't {UNDERSTOOD}" if parts is None else f"lacks one of {dict(parts)}"
+            got = listed(model, {place: reason or lacks})
+            check.fail_value(name, "match", "select what can be swapped", got)
+        elif reason is not None:
+            left[place] = reason
+    if not found:
+        argument, rule = "model", "have inside an FFN that can be swapped"
+        got = listed(model, left or others)
+        if not got:
+            rule, got = f"have inside what can {UNDERSTOOD}", "nothing that looks like an FFN"
+        if wanted is not None:
+            argument, rule, got = "match", "select an FFN", f"{match!r} and {got}"
+        check.fail_value(name, argument, rule, got)
+    return found, left
+
+
+def _candidates(
+    named: dict[str, nn.Module], parts: Mapping[str, str] | None, found: dict[str, DenseFFN]
+) -> Iterator[tuple[str, nn.Module, DenseFFN | str | None]]:
+    """Modules outside `SegMoE` and outside what was found, with what `read_ffn` says."""
+    taken: list[str] = []
+    for place, module in named.items():
+        if any(place.startswith(f"{outer}." if outer else "") for outer in [*taken, *found]):
+            continue
+        if isinstance(module, SegMoE):
+            taken.append(place)
+        elif not any(isinstance(child, SegMoE) for child in module.children()):
+            yield place, module, read_ffn(module, parts)
+
+
+def _reason(named: dict[str, nn.Module], place: str, dense: DenseFFN | str | None) -> str | None:
+    """Say why what looks like an FFN can't be swapped where it is."""
+    if not isinstance(dense, DenseFFN):
+        return dense
+    if not place and not isinstance(named[place], nn.TransformerEncoderLayer):
+        return "is an FFN alone, of which upcycle() makes a layer"
+    mixture = _mixture_at(named, place)
+    if mixture is not None:
+        return f"is inside the mixture of experts {mixture!r}, whose rows are gathered tokens"
+    return _obstacle(named, place, dense) or difference(named[place], dense)
+
+
+def listed(model: nn.Module, reasons: Mapping[str, str]) -> str:
+    """Modules and what is wrong with them, equal ones in one entry."""
+    named = dict(model.named_modules())
+    groups: dict[tuple[str, str], list[str]] = {}
+    for place, reason in reasons.items():
+        groups.setdefault((type(named[place]).__name__, reason), []).append(place)
+    return "; ".join(
+        f"{places[0]!r}{f' and {len(places) - 1} more' if places[1:] else ''} ({kind}): {reason}"
+        for (kind, reason), places in groups.items()
+    )
+
+
+def _predicate(match: Any) -> Callable[[str, nn.Module], bool] | None:
+    if match is None:
+        return None
+    if callable(match):
+        wanted: Callable[[str, nn.Module], bool] = match
+        return wanted
+    if not isinstance(match, str):
+        rule = "be a regular expression, a function or None"
+        check.fail_type("replace_ffn", "match", rule, type(match).__name__)
+    try:
+        pattern = re.compile(match)
+    except re.error as error:
+        check.fail_value("replace_ffn", "match", f"be a regular expression ({error})", repr(match))
+    return lambda place, _: pattern.fullmatch(place) is not None
+
+
+def _parents(place: str) -> Iterator[str]:
+    """Names of the modules around a module, from the nearest to the model itself."""
+    while place:
+        place = place.rpartition(".")[0]
+        yield place
+
+
+def _mixture_at(named: dict[str, nn.Module], place: str) -> str | None:
+    """Name of the mixture of experts around a module: there, rows are gathered tokens."""
+    return next((outer for outer in _parents(place) if _is_mixture(named[outer])), None)
+
+
+def _is_mixture(module: nn.Module) -> bool:
+    children = dict(module.named_children())
+    if any(re.search(r"(^|_)experts?(_list|s)?$", name) for name in children):
+        return True
+    # Weights of a router have one row, or column, for each expert.
+    routed = {
+        size
+        for name, weight in module.named_parameters()
+        if re.fullmatch(r"\w*(gat(e|ing)|router|switch)\w*(\.weight)?", name)
+        for size in weight.shape
+    }
+    return any(
+        isinstance(child, nn.ModuleList)
+        and len(child) > 1
+        and len(child) in routed
+        and all(isinstance(read_ffn(expert), DenseFFN) for expert in child)
+        for child in children.values()
+    )
+
+
+def decoder_at(named: dict[str, nn.Module], place: str) -> str | None:
+    """Name of the nearest module around, whose attention or configuration says it is causal."""
+    for outer in _parents(place):
+        flags = [
+            flag
+            for module in named[outer].modules()
+            for holder in (module, getattr(module, "config", None))
+            for name in ("is_causal", "mask_flag", "is_decoder")
+            if isinstance(flag := getattr(holder, name, None), bool)
+        ]
+        kinds = [type(module).__name__ for module in named[outer].modules()]
+        if any(flags) or any("Causal" in kind for kind in kinds):
+            return outer
+        if flags:
+            return None
+    return None
+
+
+def inverted_at(named: dict[str, nn.Module], place: str) -> str | None:
+    """Name of the module around that is known to take variates, not steps, as its rows."""
+    for outer in _parents(place):
+        kinds = [type(child).__name__ for child in named[outer].children()]
+        kind = type(named[outer])
+        names = [kind.__name__.lower(), kind.__module__.rpartition(".")[2].lower()]
+        if "DataEmbedding_inverted" in kinds or "itransformer" in names:
+            return outer
+    return None
+
+
+def _obstacle(named: dict[str, nn.Module], place: str, dense: DenseFFN) -> str | None:
+    """Say what would be lost or untied if an FFN were swapped."""
+    module = named[place]
+    own = list(dense.linears().values())
+    weights = [weight for part in own for weight in part.parameters()]
+    gone: list[nn.Module] = [*own, module]
+    if isinstance(module, nn.TransformerEncoderLayer):
+        gone[-1] = module.dropout
+    elif not isinstance(dense.up, nn.Conv1d):
+        gone = list(module.modules())
+    changed = [type(part).__name__ for part in [module, *gone] if "forward" in vars(part)]
+    hooked = [type(part).__name__ for part in gone if any(getattr(part, n, None) for n in _HOOKS)]
+    hooked += ["weights" for weight in weights if any(getattr(weight, n, None) for n in _HOOKS)]
+    held = [weight for holder in named.values() for weight in holder._parameters.values()]
+    if changed:
+        return f"has a forward set on an instance: of {changed[0]}"
+    if hooked:
+        return f"has hooks, of {hooked[0]}, which would be lost: remove them first"
+    if len({weight.requires_grad for weight in weights}) > 1:
+        return "has some weights frozen and others not"
+    if sum(weight is other for weight in weights for other in held) > len(weights):
+        return "shares weights with another module, which would not stay tied"
+    return None
+
+
+def switch_cache_off(model: nn.Module) -> None:
+    """Switch the key-value cache of a model off, and let none in by an argument."""
+    off = False
+    for module in model.modules():
+        for name in ("config", "generation_config"):
+            holder: Any = getattr(module, name, None)
+            if not hasattr(holder, "use_cache"):
+                continue
+            off |= holder.use_cache is not False  # None is the library's default
+            holder.use_cache = False
+            hooks: Any = module._forward_pre_hooks
+            if hasattr(module, "get_input_embeddings") and _refuse_cache not in hooks.values():
+                module.register_forward_pre_hook(_refuse_cache, with_kwargs=True)
+    if off:
+        message = (
+            "segmoe_kernels.replace_ffn: switched use_cache off in config and generation_config, "
+            "as segments would begin anew at every call with cached keys and values."
+        )
+        warnings.warn(message, stacklevel=4)  # of who calls replace_ffn
+
+
+def _refuse_cache(module: nn.Module, _: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse a key-value cache: a pre-hook of models whose segments would begin anew."""
+    name = type(module).__name__
+    if kwargs.get("use_cache"):
+        rule = "be False, as segments begin anew at every call"
+        check.fail_value(name, "use_cache", rule, kwargs["use_cache"])
+    if kwargs.get("past_key_values") is not None:
+        got = type(kwargs["past_key_values"]).__name__
+        check.fail_value(name, "past_key_values", "be None, as segments begin anew", got)

@@ -1,0 +1,272 @@
+"""What a model must go on doing when its FFNs become experts of segments: `Probe`."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import is_dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from segmoe_kernels import validation as check
+from segmoe_kernels.adapters import mixes_steps
+from segmoe_kernels.dense_ffn import evaluating
+from segmoe_kernels.layer import SegMoE
+
+__all__ = ["Probe", "check_inputs"]
+
+# Of an output, and of the output on changed inputs: what should be equal.
+Pairs = Callable[[Tensor, Tensor], list[tuple[Tensor, Tensor]]]
+
+
+class _Trial(NamedTuple):
+    """Changed inputs, and what of the outputs may not depend on the change.
+
+    ``rows`` says whether a layer's rows on the old and the new inputs, (..., T, D), tell that they
+    are no steps; None where it can't say.
+    """
+
+    rule: str
+    inputs: Any
+    pairs: Pairs | None
+    rows: Callable[[Tensor, Tensor], bool | None]
+
+
+class _Seen(NamedTuple):
+    """What a call gave, and which rows it sent to each layer."""
+
+    outputs: list[Tensor]
+    rows: dict[str, Tensor]
+
+
+class Probe:
+    """Properties of a model on example inputs, told before a swap and asked for after it.
+
+    Whether experts mix what they should not is a matter of structure; but what they mix may be seen
+    by chance only, and not at all where all start as copies of one FFN. So each output of a layer
+    gets a sum over what the layer may look at added to it.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Any) -> None:
+        self.model, self.inputs = model, inputs
+        self.trials = list(_trials(inputs))
+        base = _run(model, inputs).outputs
+        self.held = [
+            _holds(trial, base, _run(model, trial.inputs).outputs) for trial in self.trials
+        ]
+
+    def broken(self, layers: Mapping[str, SegMoE]) -> Iterator[tuple[str, str]]:
+        """``(module or "", rule)`` of what does not hold with the layers in the model."""
+        layers = {place: layer for place, layer in layers.items() if mixes_steps(layer)}
+        if not layers:
+            return
+        base = _run(self.model, self.inputs, layers, layers)
+        told: dict[tuple[str, str], list[bool]] = {}
+        for trial, held in zip(self.trials, self.held, strict=True):
+            changed = _run(self.model, trial.inputs, layers, layers)
+            for place, rows in changed.rows.items():
+                wrong = trial.rows(base.rows[place], rows)
+                if wrong is not None:
+                    told.setdefault((place, trial.rule), []).append(wrong)
+            holds = _holds(trial, base.outputs, changed.outputs)
+            if any(was and not now for was, now in zip(held, holds, strict=False)):
+                yield "", trial.rule
+        # By chance one trial alone may look so, as where features are dead.
+        yield from (found for found, wrong in told.items() if all(wrong))
+
+    def unseen(self, layers: Mapping[str, SegMoE]) -> Iterator[str]:
+        """Layers that the example doesn't reach, or from which nothing reaches the outputs."""
+        layers = {place: layer for place, layer in layers.items() if mixes_steps(layer)}
+        plain = _run(self.model, self.inputs).outputs
+        for place, layer in layers.items():
+            mixed = _run(self.model, self.inputs, {place: layer}, layers).outputs
+            if all(_close(*pair) for pair in zip(plain, mixed, strict=True)):
+                yield place
+
+
+def check_inputs(inputs: Any) -> None:
+    """Refuse example inputs in which nothing can be changed."""
+    name = "replace_ffn"
+    if not isinstance(inputs, Mapping | tuple | list):
+        rule = "be a tuple of arguments or a dict of keyword arguments"
+        check.fail_type(name, "example_inputs", rule, type(inputs).__name__)
+    tensors = _tensors(inputs)
+    if not tensors or tensors[0].ndim < 2 or len(tensors[0]) < 2:
+        rule = "begin with a tensor of at least 2 sequences, (B, T, ...)"
+        got = [tuple(tensor.shape) for tensor in tensors]
+        check.fail_value(name, "example_inputs", rule, got)
+    if any(tensor.is_meta for tensor in tensors):
+        check.fail_value(name, "example_inputs", "have values", "tensors on meta")
+    if _reversed(tensors[0]).equal(tensors[0]) or tensors[0].roll(1, 0).equal(tensors[0]):
+        rule = "have sequences that differ, and from their reverse, too"
+        check.fail_value(name, "example_inputs", rule, "equal ones")
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All tensors of arguments or outputs, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if is_dataclass(value) and not isinstance(value, Mapping):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    inside = value if isinstance(value, tuple | list) else ()
+    return [tensor for part in inside for tensor in _tensors(part)]
+
+
+def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Arguments with each tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: _changed(part, change) for name, part in value.items()}
+    if not isinstance(value, tuple | list):
+        return value
+    changed = [_changed(part, change) for part in value]
+    return tuple(changed) if isinstance(value, tuple) else changed
+
+
+def _trials(inputs: Any) -> Iterator[_Trial]:
+    """Sequences are dimension 0 of the first tensor, time is 1; values stay valid token ids."""
+    first = _tensors(inputs)[0]
+    batch, length = first.shape[:2]
+
+    def reverse_others(x: Tensor) -> Tensor:
+        return torch.cat([x[:1], _reversed(x[1:])]) if x.ndim > 1 and len(x) == batch else x
+
+    def same_first(old: Tensor, new: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return [(old[:1], new[:1])] if old.ndim and old.shape[0] == batch else []
+
+    name = "keep its independence of the sequences in a batch"
+    yield _Trial(name, _changed(inputs, reverse_others), same_first, _nothing)
+    # Behind each length that patches may have: an output may have one row for a patch.
+    cuts = {cut for cut in range(1, length) if length % cut == 0 or cut == length - 1}
+    for cut in sorted(cuts):
+
+        def exchange_future(x: Tensor, cut: int = cut) -> Tensor:
+            if x.ndim < 2 or x.shape[:2] != (batch, length):
+                return x
+            return torch.cat([x[:, :cut], x[:, cut:].roll(1, 0)], 1)
+
+        def same_past(old: Tensor, new: Tensor, cut: int = cut) -> list[tuple[Tensor, Tensor]]:
+            past = _past(old.shape[1], cut, length) if old.ndim > 1 and len(old) == batch else 0
+            return [(old[:, :past], new[:, :past])] if past else []
+
+        def reorder_future(x: Tensor, cut: int = cut) -> Tensor:
+            # Not exchanged, so that a mean over time stays.
+            if x.ndim < 2 or x.shape[:2] != (batch, length):
+                return x
+            return torch.cat([x[:, :cut], x[:, cut:].roll(1, 1)], 1)
+
+        def time_is_width(old: Tensor, new: Tensor, cut: int = cut) -> bool | None:
+            past = _past(old.shape[-1], cut, length)
+            if past == 0 or cut == length - 1 or old.shape != new.shape:
+                return None
+            future = range(past, old.shape[-1])
+            kept = _close(old[..., :past], new[..., :past])
+            return kept and not any(_close(old[..., i], new[..., i]) for i in future)
+
+        yield _Trial("keep its causality", _changed(inputs, exchange_future), same_past, _nothing)
+        name = "have steps for the rows of its FFNs, not for their width"
+        yield _Trial(name, _changed(inputs, reorder_future), None, time_is_width)
+    for dim in range(1, first.ndim):
+        if first.shape[dim] < 2:
+            continue
+        order = _order(first.shape[dim]).to(first.device)
+
+        def permute(x: Tensor, dim: int = dim, order: Tensor = order) -> Tensor:
+            fits = x.ndim > dim and x.shape[dim] == len(order)
+            return x.index_select(dim, order) if fits else x
+
+        def same(old: Tensor, new: Tensor, order: Tensor = order) -> list[tuple[Tensor, Tensor]]:
+            dims = [d for d in range(1, old.ndim) if old.shape[d] == len(order)]
+            return [(old, new), *((old.index_select(d, order), new) for d in dims)]
+
+        def permuted(old: Tensor, new: Tensor, order: Tensor = order) -> bool | None:
+            if old.shape[-2] != len(order) or old.shape != new.shape:
+                return None
+            return not _close(old, new) and _close(old.index_select(-2, order), new)
+
+        name = f"keep its equivariance under permutations of dimension {dim}"
+        if dim == 1:
+            name += " (steps have an order in models with positions)"
+        yield _Trial(name, _changed(inputs, permute), same, permuted if dim > 1 else _nothing)
+
+
+def _reversed(x: Tensor) -> Tensor:
+    return x.flip(tuple(range(1, x.ndim)))
+
+
+def _past(size: int, cut: int, length: int) -> int:
+    """How many of ``size`` steps or patches lie before a cut."""
+    return cut * size // length if length % size == 0 else 0
+
+
+def _nothing(*_: Tensor) -> None:
+    return None
+
+
+def _order(size: int) -> Tensor:
+    """A permutation that is no rotation, under which circular convolutions are equivariant, too."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.arange(size)
+    while True:
+        order = torch.randperm(size, generator=generator)
+        if ((order - start) % size != order[0]).any() or (size == 2 and order[0] == 1):
+            return order
+
+
+def _run(
+    model: nn.Module,
+    inputs: Any,
+    mixed: Mapping[str, SegMoE] | None = None,
+    watched: Mapping[str, SegMoE] | None = None,
+) -> _Seen:
+    """Call a model in eval mode, the same random numbers each time."""
+    rows: dict[str, Tensor] = {}
+    with ExitStack() as after:
+        after.enter_context(evaluating(model))
+        cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        after.enter_context(torch.random.fork_rng(cuda))
+        torch.manual_seed(0)
+        for place, layer in (watched or {}).items():
+
+            def keep(_: nn.Module, args: tuple[Any, ...], place: str = place) -> None:
+                rows[place] = args[0]
+
+            after.callback(layer.register_forward_pre_hook(keep).remove)
+        for layer in (mixed or {}).values():
+            after.callback(layer.register_forward_hook(_mix).remove)
+        out = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+    return _Seen([tensor for tensor in _tensors(out) if tensor.is_floating_point()], rows)
+
+
+def _mix(layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+    """Add to each step a sum over the segment that decides its experts."""
+    assert isinstance(layer, SegMoE)
+    x, size = args[0], layer.segment_size
+    length = x.shape[-2]
+    segments = F.pad(x, (0, 0, 0, -length % size)).unflatten(-2, (-1, size))
+    # A weight for each place, so that an order inside a segment matters.
+    weights = torch.linspace(1, 2, size, dtype=x.dtype, device=x.device)[:, None]
+    seen = (segments * weights).sum(-2, keepdim=True)
+    if layer.causal:
+        seen = F.pad(seen, (0, 0, 0, 0, 1, 0))[..., :-1, :, :]
+    mixed: Tensor = y + seen.expand(segments.shape).flatten(-3, -2)[..., :length, :]
+    return mixed
+
+
+def _holds(trial: _Trial, old: Sequence[Tensor], new: Sequence[Tensor]) -> list[bool]:
+    if trial.pairs is None:
+        return []
+    pairs = [pair for tensors in zip(old, new, strict=True) for pair in trial.pairs(*tensors)]
+    return [_close(*pair) for pair in pairs]
+
+
+def _close(expected: Tensor, actual: Tensor) -> bool:
+    """Equal up to half of the dtype's digits, measured by the largest element."""
+    if expected.shape != actual.shape or expected.numel() == 0:
+        return expected.shape == actual.shape
+    largest = expected.abs().amax() * torch.finfo(expected.dtype).eps ** 0.5
+    return bool((expected - actual).abs().amax() <= largest)

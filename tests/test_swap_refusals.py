@@ -1,0 +1,594 @@
+"""What `replace_ffn` must not swap, and what a swap must not change without a word."""
+
+import copy
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_swap import F_, D, EncoderLayer, GatedMLP, T, encoder, layers_of, sequential
+from torch import nn
+
+from segmoe_kernels import SegMoE, load_balancing_loss, replace_ffn, upcycle
+
+SIZES = {"segment_sizes": 3, "num_experts": 2, "shared_expert": "token"}
+
+
+def holding(ffn):
+    return nn.ModuleDict({"ff": ffn})
+
+
+class Block(nn.Module):
+    """A module made of children and a forward, as of a model that we don't know."""
+
+    def __init__(self, forward, **children):
+        super().__init__()
+        for name, child in children.items():
+            setattr(self, name, child)
+        self.how = forward
+
+    def forward(self, *args):
+        """As it was told."""
+        return self.how(self, *args)
+
+
+def attention(block, x, mask=None):
+    return block.attention(x, x, x, attn_mask=mask, need_weights=False)[0]
+
+
+def transformer(mask=None, position=True, channels=3):
+    """(B, T, C) to (B, T, C): a block of attention and an FFN; ``mask`` of the attention."""
+
+    def forward(block, x):
+        x = block.embed(x)
+        if position:
+            x = x + block.position
+        x = x + attention(block, x, None if mask is None else mask(x.shape[1]))
+        return block.head(x + block.ff(x))
+
+    torch.manual_seed(0)
+    block = Block(
+        forward, embed=nn.Linear(channels, D), ff=sequential(), head=nn.Linear(D, channels),
+        attention=nn.MultiheadAttention(D, 2, batch_first=True),
+    )  # fmt: skip
+    block.position = nn.Parameter(torch.randn(T, D))
+    return block
+
+
+def future(length):
+    return torch.ones(length, length, dtype=torch.bool).triu(1)
+
+
+def inverted(encoder_layer, width=T):
+    """As in iTransformer: a row is a variate, its embedding the whole look-back."""
+    return Block(
+        lambda block, x: block.head(block.layer(block.embed(x.mT), tau=1, delta=1)[0]).mT,
+        embed=nn.Linear(width, D), layer=encoder_layer, head=nn.Linear(D, width),
+    )  # fmt: skip
+
+
+def mixer():
+    """As in TSMixer: one FFN over the transposed time axis, one over channels."""
+
+    def forward(block, x):
+        x = (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True)
+        x = x + block.temporal(x.mT).mT
+        return block.head((x + block.channel(x)).mT).mT
+
+    torch.manual_seed(0)
+    return Block(
+        forward, head=nn.Linear(T, 5),
+        temporal=nn.Sequential(nn.Linear(T, 16), nn.ReLU(), nn.Linear(16, T), nn.Dropout(0.1)),
+        channel=nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 3), nn.Dropout(0.1)),
+    )  # fmt: skip
+
+
+def mixture(router, experts):
+    """The parts of a mixture of experts of tokens."""
+    block = Block(None, **{experts: nn.ModuleList([GatedMLP(), GatedMLP()])})
+    setattr(block, router, nn.Parameter(torch.ones(D, 2)) if "w_" in router else nn.Linear(D, 2))
+    return block
+
+
+def unchanged(model, call, *args, **options):
+    """That a refused swap leaves the model as it was, bit for bit; returns the message."""
+    kinds = [type(module) for module in model.modules()]
+    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
+    modes = [module.training for module in model.modules()]
+    keys = list(model.state_dict())
+    with pytest.raises(ValueError, match="segmoe_kernels") as caught:
+        call(model, *args, **options)
+    assert [type(module) for module in model.modules()] == kinds
+    assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
+    assert [module.training for module in model.modules()] == modes
+    assert list(model.state_dict()) == keys
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("names", [("gate", "experts"), ("router", "ffns"), ("w_gate", "mlps")])
+def test_experts_of_another_mixture_are_left(names):
+    model = nn.ModuleList([mixture(*names), GatedMLP()])
+    message = unchanged(model[:1], replace_ffn, **SIZES)
+    assert (
+        f"'0.{names[1]}.0' and 1 more (GatedMLP): is inside the mixture of experts '0'" in message
+    )
+    message = unchanged(model, replace_ffn, match=r"0\..*\.1", **SIZES)
+    assert f"'0.{names[1]}.1' (GatedMLP): is inside the mixture" in message
+    with pytest.warns(UserWarning, match=rf"left '0.{names[1]}.0' and 1 more"):
+        assert replace_ffn(model, **SIZES) == ["1"]
+
+
+def test_a_list_of_ffns_is_no_mixture_without_a_router():
+    model = nn.ModuleDict({"ffs": nn.ModuleList([GatedMLP(), GatedMLP()]), "head": nn.Linear(D, 2)})
+    assert replace_ffn(model, **SIZES) == ["ffs.0", "ffs.1"]
+
+
+def test_rows_without_a_sequence_are_refused():
+    def pooled():
+        return Block(lambda block, x: block.proj(x.mean(1)), proj=sequential())
+
+    model, x = pooled(), torch.randn(4, T, D)
+    words = "have shape (..., T, D) with a batch at 'proj': rows alone are no sequence, got (4, 16)"
+    assert words in unchanged(model, replace_ffn, example_inputs=(x,), **SIZES)
+    assert model(x).shape == (4, D)
+    replace_ffn(model, **SIZES)
+    for swapped in (model, copy.deepcopy(model)):
+        with pytest.raises(ValueError, match="rows alone are no sequence"):
+            swapped(x)
+    model.proj(x)
+
+
+BROKEN = {
+    "batch": (
+        lambda: Block(lambda block, x: block.ff(x.flatten(0, 1)[None]).view_as(x), ff=sequential()),
+        D,
+        "independence of the sequences in a batch, got experts at 'ff'",
+    ),
+    "future": (lambda: transformer(future), 3, "causality, got experts at 'ff'"),
+    "order of steps": (
+        lambda: transformer(position=False),
+        3,
+        "equivariance under permutations of dimension 1 (steps have an order in models with positi",
+    ),
+    "inverted": (
+        lambda: inverted(EncoderLayer()),
+        3,
+        "equivariance under permutations of dimension 2, got experts at 'layer'",
+    ),
+    "transposed": (
+        mixer,
+        3,
+        "steps for the rows of its FFNs, not for their width, got experts at 'temporal'",
+    ),
+}
+
+
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_property_that_would_break_is_named(case, copies):
+    """Also where all experts start alike, so that the routing shows in no output yet."""
+    build, width, words = BROKEN[case]
+    model = build()
+    x = torch.randn(3, T, width)
+    before, state = model.eval()(x), torch.get_rng_state()
+    shared = None if copies else "token"
+    options = {**SIZES, "copy_weights": copies, "shared_expert": shared, "example_inputs": (x,)}
+    message = unchanged(model.train(), replace_ffn, **options)
+    assert words in message
+    assert torch.equal(model.eval()(x), before)
+    # One expert of each step alone breaks nothing.
+    torch.set_rng_state(state)
+    assert replace_ffn(model, **{**options, "segment_sizes": 1})
+
+
+def test_the_module_that_breaks_a_property_is_named_among_others():
+    model = nn.Sequential(transformer(), transformer(future))
+    block = Block(lambda block, x: block.b(x) + 0 * block.a(x), a=model[0], b=model[1])
+    message = unchanged(block, replace_ffn, example_inputs=(torch.randn(2, T, 3),), **SIZES)
+    assert "causality, got experts at 'b.ff'" in message
+
+
+KEPT = {
+    "encoder with positions": (transformer, {}, 3),
+    "decoder": (lambda: transformer(future), {"causal": True}, 3),
+    "channels of a mixer": (mixer, {"match": "channel"}, 3),
+    "block of Time-Series-Library": (
+        lambda: Block(
+            lambda block, x: block.layer(x + block.position, tau=1, delta=1)[0],
+            layer=EncoderLayer(), position=nn.Embedding(T, D).weight,
+        ),
+        {},
+        D,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_a_model_that_keeps_its_properties_is_swapped(case):
+    build, options, width = KEPT[case]
+    model, x = build(), torch.randn(3, T, width)
+    state = torch.get_rng_state()
+    probed = copy.deepcopy(model)
+    replace_ffn(probed, example_inputs=(x,), **options, **SIZES)
+    torch.set_rng_state(state)
+    replace_ffn(model, **options, **SIZES)
+    assert torch.equal(probed.eval()(x), model.eval()(x))  # probing draws no random number
+
+
+def test_an_example_must_show_what_it_is_asked_for():
+    gated = Block(lambda block, x: x + block.zero * block.ff(x), ff=sequential())
+    gated.zero = nn.Parameter(torch.zeros(()))
+    x = torch.randn(2, T, D)
+    message = unchanged(gated, replace_ffn, example_inputs=(x + x.flip(1) * 2,), **SIZES)
+    assert "expected example_inputs to reach 'ff'" in message
+    short = transformer(future)
+    short.position = nn.Parameter(short.position[:3])
+    x = torch.randn(2, 3, 3)
+    message = unchanged(short, replace_ffn, example_inputs=(x,), causal=True, **SIZES)
+    assert "expected example_inputs to reach 'ff'" in message
+
+
+class Residual(nn.Sequential):
+    """A subclass with a forward of its own."""
+
+    def forward(self, x):
+        """Residual."""
+        return x + super().forward(x)
+
+
+class Clamped(GatedMLP):
+    """Other than its children say, for large values alone."""
+
+    def forward(self, x):
+        """Clamp the gate."""
+        return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=7) * self.up_proj(x))
+
+
+class Dropping(GatedMLP):
+    """Other than its children say in training alone."""
+
+    def forward(self, x):
+        """Drop outputs."""
+        return F.dropout(super().forward(x), 0.1, self.training)
+
+
+class GELUActivation(nn.Module):
+    """The name that transformers gives another function."""
+
+    def forward(self, x):
+        """Quick GELU."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+class PreNorm(EncoderLayer):
+    """The children of Time-Series-Library's layer in another order."""
+
+    def forward(self, x, attn_mask=None, tau=None, delta=None):
+        """Norm first."""
+        y, weights = self.attention(self.norm1(x), x, x, attn_mask=attn_mask, tau=tau, delta=delta)
+        hidden = self.dropout(self.activation(self.conv1(self.norm2(x + y).mT)))
+        return x + y + self.dropout(self.conv2(hidden).mT), weights
+
+
+class Quantised(nn.Linear):
+    """A subclass of a part."""
+
+
+class Narrow(nn.TransformerEncoderLayer):
+    """A subclass that may do anything."""
+
+
+def patched():
+    ffn = GatedMLP()
+    ffn.forward = lambda x: x
+    return ffn
+
+
+def hooked(name):
+    ffn = sequential()
+    if name == "weights":
+        ffn[0].weight.register_hook(lambda grad: grad)
+    else:
+        getattr(ffn[0] if "pre" in name else ffn, name)(lambda *_: None)
+    return ffn
+
+
+def half_frozen():
+    ffn = sequential()
+    ffn[0].weight.requires_grad_(False)
+    return ffn
+
+
+IMPOSTORS = {
+    "residual": (lambda: Residual(*sequential()), "extends Sequential, so its forward may do more"),
+    "clamped": (Clamped, "computes something else than its parts say"),
+    "dropping": (Dropping, "computes something else in training than its parts say"),
+    "activation": (lambda: sequential(activation=GELUActivation()), "transformers: GELUActivation"),
+    "own": (lambda: sequential(activation=nn.Tanh()), "transformers: Tanh"),
+    "norm inside": (
+        lambda: nn.Sequential(nn.Linear(D, F_), nn.LayerNorm(F_), nn.GELU(), nn.Linear(F_, D)),
+        "other parts than Linear, activation, Dropout and Linear: ['Linear', 'LayerNorm'",
+    ),
+    "pre-norm": (PreNorm, "computes something else than its parts say"),
+    "encoder layer": (lambda: Narrow(D, 2, F_), "extends TransformerEncoderLayer"),
+    "instance": (patched, "has a forward set on an instance: of GatedMLP"),
+    "forward hook": (lambda: hooked("register_forward_hook"), "has hooks, of Sequential"),
+    "pre hook": (lambda: hooked("register_forward_pre_hook"), "has hooks, of Linear"),
+    "backward hook": (lambda: hooked("register_full_backward_hook"), "has hooks, of Sequential"),
+    "weight hook": (lambda: hooked("weights"), "has hooks, of weights"),
+    "quantised": (
+        lambda: nn.Sequential(Quantised(D, F_), nn.GELU(), nn.Linear(F_, D)),
+        "has a up that is no plain Linear: test_swap_refusals.Quantised of Parameter",
+    ),
+    "half frozen": (half_frozen, "some weights frozen and others not"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSTORS)
+def test_what_only_looks_like_an_ffn_is_refused_with_the_reason(case):
+    build, words = IMPOSTORS[case]
+    model = holding(build())
+    for match in (None, "ff"):
+        message = unchanged(model, replace_ffn, match=match, **SIZES)
+        assert "'ff' (" in message
+        assert words in message
+
+
+def test_upcycle_refuses_a_forward_of_its_own():
+    for ffn in (Residual(*sequential()), Clamped(), Dropping()):
+        with pytest.raises(ValueError, match=r"upcycle: expected ffn .* which (extends|computes)"):
+            upcycle(ffn, 2)
+
+
+def test_weights_tied_between_ffns_are_refused():
+    first, second = sequential(), sequential()
+    second[0].weight = first[0].weight
+    message = unchanged(nn.ModuleList([first, second]), replace_ffn, **SIZES)
+    assert "'0' and 1 more (Sequential): shares weights with another module" in message
+    gated = GatedMLP()
+    gated.gate_proj.weight = gated.up_proj.weight
+    assert "shares weights" in unchanged(holding(gated), replace_ffn, **SIZES)
+
+
+def test_a_frozen_ffn_stays_frozen():
+    model = nn.ModuleList([sequential().requires_grad_(False), sequential()])
+    replace_ffn(model, copy_weights=True, segment_sizes=3, num_experts=2)
+    assert not any(parameter.requires_grad for parameter in model[0].parameters())
+    assert all(parameter.requires_grad for parameter in model[1].parameters())
+
+
+def wi_wo(dropout=0.0, behind=False):
+    def forward(block, x):
+        y = F.gelu(block.inner.wi(x), approximate="tanh") * block.wi_0(x)
+        return block.drop(block.wo(y)) if behind else block.wo(block.drop(y))
+
+    return Block(
+        forward, inner=nn.ModuleDict({"wi": nn.Linear(D, F_)}), wi_0=nn.Linear(D, F_),
+        wo=nn.Linear(F_, D), drop=nn.Dropout(dropout),
+    )  # fmt: skip
+
+
+def test_parts_describe_ffns_of_other_classes():
+    torch.manual_seed(0)
+    model = nn.ModuleList([wi_wo(0.25), sequential()]).double()
+    old = copy.deepcopy(model).eval()
+    parts = {"up": "wi_0", "gate": "inner.wi", "down": "wo", "activation": "gelu_tanh"}
+    swap = {"segment_sizes": 3, "num_experts": 2, "copy_weights": True}
+    message = unchanged(model, replace_ffn, parts=parts, **swap)
+    assert "'0' (Block): has beside its parts 'drop', which would be lost" in message
+    parts["dropout"] = "drop"
+    for wrong in ({"up": "inner.wi", "gate": "wi_0"}, {"activation": "gelu"}):
+        message = unchanged(model, replace_ffn, parts={**parts, **wrong}, **swap)
+        assert "'0' (Block): computes something else than its parts say" in message
+    message = unchanged(holding(wi_wo(0.25, behind=True)), replace_ffn, parts=parts, **swap)
+    assert "computes something else in training" in message
+    assert replace_ffn(model, parts=parts, **swap) == ["0"]
+    assert (model[0].dropout, model[0].activation, model[0].gated) == (0.25, "gelu_tanh", True)
+    x = torch.randn(2, T, D, dtype=torch.float64)
+    torch.testing.assert_close(model.eval()[0](x), old[0](x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_refusal_lists_what_looks_like_an_ffn():
+    def mlp():
+        return Block(None, fc1=nn.Linear(D, F_), fc2=nn.Linear(F_, D))
+
+    projections = Block(None, q_proj=nn.Linear(D, F_), o_proj=nn.Linear(F_, D))
+    others = {"odd": sequential(activation=nn.Tanh()), "attention": projections}
+    model = nn.ModuleDict({**{str(i): mlp() for i in range(8)}, **others})
+    message = unchanged(model, replace_ffn, **SIZES)
+    assert (
+        "'0' and 7 more (Block): needs parts={'up': 'fc1', 'down': 'fc2', 'activation'" in message
+    )
+    assert "'odd' (Sequential): has an activation other than GELU" in message
+    assert "attention" not in message
+
+
+@pytest.mark.parametrize("name", ["aux_loss_weight", "z_loss_weight"])
+def test_weights_of_losses_are_shared_among_the_layers(name):
+    model = encoder(layers=4)
+    replace_ffn(model, **{**SIZES, name: 0.02})
+    assert [getattr(layer, name) for layer in layers_of(model)] == [0.005] * 4
+    if name == "aux_loss_weight":
+        routings = []
+        for layer in layers_of(model):
+            layer._observers = (lambda _, routing, __: routings.append(routing),)
+        model(torch.randn(2, T, D, dtype=torch.float64))
+        total = sum(layer.aux_loss for layer in layers_of(model))
+        mean = load_balancing_loss(routings, reduction="per_layer")
+        torch.testing.assert_close(total, 0.02 * mean.detach())
+
+
+def test_growth_is_said(caplog):
+    model = encoder(layers=2)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    with caplog.at_level(logging.WARNING, "segmoe_kernels"):
+        replace_ffn(model, **SIZES)
+    after = sum(parameter.numel() for parameter in model.parameters())
+    growth = f"2 SegMoE in place of FFNs; from {before:,} to {after:,} parameters"
+    assert growth in caplog.text
+    assert f"({after / before:.1f} x)" in caplog.text
+
+
+def test_noise_on_a_single_weight_is_finite():
+    ffn = nn.Sequential(nn.Linear(1, 1), nn.GELU(), nn.Linear(1, 1))
+    ups = upcycle(ffn, 500, noise=0.1).experts.up_proj
+    assert ups.std().item() == pytest.approx(0.1 * ffn[0].weight.abs().item(), rel=0.2)
+
+
+MASKS = {"-inf": -torch.inf, "lowest": None, "1e9": -1e9, "nan": torch.nan, "bias": 0.5}
+
+
+@pytest.mark.parametrize("value", MASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("alone", [False, True])
+def test_mask_of_floats_hides_a_step_from_experts_or_is_refused(value, dtype, alone):
+    model = encoder(1)
+    model = (model.layers[0] if alone else model).to(dtype).eval()
+    replace_ffn(model, **SIZES)
+    x = torch.randn(2, T, D, dtype=dtype)
+    hidden = torch.zeros(2, T, dtype=torch.bool)
+    hidden[0, 7:] = True
+    low = torch.finfo(dtype).min if value == "lowest" else MASKS[value]
+    mask = torch.zeros(2, T, dtype=dtype).masked_fill(hidden, low)
+    if value in {"-inf", "lowest"}:
+        expected = model(x, src_key_padding_mask=hidden)[~hidden]
+        assert torch.equal(model(x, src_key_padding_mask=mask)[~hidden], expected)
+        return
+    for args, kwargs in [((x,), {"src_key_padding_mask": mask}), ((x, None, mask), {})]:
+        with pytest.raises(ValueError, match="src_key_padding_mask to be 0 or below half"):
+            model(*args, **kwargs)
+    if (
+        alone and value == "bias" and dtype == torch.float32
+    ):  # what compiled code can't refuse is no number
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert compiled(x, None, mask)[0].isnan().all()
+        assert compiled(x, src_key_padding_mask=mask)[0].isnan().all()
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_causal_call_of_an_encoder_that_looks_ahead_is_refused(alone):
+    x = torch.randn(2, T, D, dtype=torch.float64)
+    mask = nn.Transformer.generate_square_subsequent_mask(T, dtype=torch.float64)
+    for causal in (None, False, True):
+        model = encoder(1)
+        model = model.layers[0] if alone else model
+        replace_ffn(model, causal=causal, **SIZES)
+        model(x)
+        model(x[:, :1], mask[:1, :1], is_causal=True)
+        if causal is None:
+            with pytest.raises(ValueError, match="is_causal to be False where experts see later"):
+                model(x, mask, is_causal=True)
+        else:
+            model(x, mask, is_causal=True)
+
+
+def test_swapped_places_are_compiled_whole_and_copied():
+    model = nn.Sequential(nn.Linear(D, D), sequential(dropout=0.1, behind=True)).eval()
+    replace_ffn(model, **SIZES)
+    assert isinstance(model[1][0], SegMoE)
+    x = torch.randn(2, T, D)
+    for other in (copy.deepcopy(model), torch.compile(model, backend="eager", fullgraph=True)):
+        torch.testing.assert_close(other(x), model(x))
+
+
+class DataEmbedding_inverted(nn.Linear):
+    """Variates become rows."""
+
+
+@pytest.mark.parametrize("known", ["embedding", "class"])
+def test_known_inverted_models_are_refused_without_an_example(known):
+    model = inverted(EncoderLayer())
+    if known == "embedding":
+        model.embed = DataEmbedding_inverted(T, D)
+    else:
+        model.__class__ = type("iTransformer", (Block,), {})
+    message = unchanged(model, replace_ffn, **SIZES)
+    assert "expected model to have time steps for rows at 'layer'" in message
+    assert "whose rows are variates" in message
+    assert replace_ffn(model, **{**SIZES, "segment_sizes": 1}) == ["layer"]
+
+
+def llama(layers=1):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=D, intermediate_size=F_, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=2, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config)
+
+
+def test_shared_expert_of_qwen_is_left():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen2MoeConfig(
+        hidden_size=D, intermediate_size=32, moe_intermediate_size=8, num_hidden_layers=1,
+        shared_expert_intermediate_size=16, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=20, num_experts=4, num_experts_per_tok=2, eos_token_id=0,
+    )  # fmt: skip
+    model = transformers.Qwen2MoeModel(config)
+    message = unchanged(model, replace_ffn, causal=True, **SIZES)
+    assert "'layers.0.mlp.shared_expert' (Qwen2MoeMLP): is inside the mixture" in message
+
+
+def test_decoder_needs_a_word_on_causality():
+    model = llama()
+    ids = torch.randint(1, 50, (2, T))
+    message = unchanged(model, replace_ffn, **SIZES)
+    assert (
+        "expected causal to be True or False for the decoder around 'model.layers.0.mlp'" in message
+    )
+    message = unchanged(model, replace_ffn, causal=False, example_inputs=(ids,), **SIZES)
+    assert "causality, got experts at 'model.layers.0.mlp'" in message
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with pytest.warns(UserWarning, match="use_cache"):
+        assert replace_ffn(model, causal=True, example_inputs=inputs, **SIZES)
+    token_wise = llama()
+    assert replace_ffn(token_wise, segment_sizes=1, num_experts=2)  # nothing to leak
+    assert token_wise.config.use_cache
+
+
+def test_only_the_decoder_of_two_stacks_must_not_look_ahead():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        vocab_size=20, d_model=D, d_ff=F_, d_kv=8, num_layers=1, num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    model = transformers.T5Model(config)
+    parts = {"up": "wi_1", "gate": "wi_0", "down": "wo", "activation": "act", "dropout": "dropout"}
+    message = unchanged(model, replace_ffn, parts=parts, **SIZES)
+    assert "for the decoder around 'decoder.block.0" in message
+    with pytest.warns(UserWarning, match="switched use_cache off"):
+        names = replace_ffn(model, parts=parts, match="encoder.*Dense.*", **SIZES)
+    assert names == ["encoder.block.0.layer.1.DenseReluDense"]
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_cache_is_switched_off_and_none_let_in(size):
+    model = llama(2).eval()
+    with pytest.warns(UserWarning, match="switched use_cache off in config and generation_config"):
+        replace_ffn(model, **{**SIZES, "segment_sizes": size}, causal=True)
+    assert model.config.use_cache is model.generation_config.use_cache is False
+    ids = torch.randint(1, 50, (1, 6))
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    text = model.generate(ids, **options)
+    for _ in range(6):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(text, ids)
+    for caller in (model, model.model, copy.deepcopy(model)):
+        with pytest.raises(ValueError, match="expected use_cache to be False, as segments begin"):
+            caller(ids, use_cache=True)
+        with pytest.raises(ValueError, match="expected past_key_values to be None"):
+            caller(ids[:, -1:], past_key_values=object())
+    with pytest.raises(ValueError, match="expected use_cache to be False"):
+        model.generate(ids, use_cache=True, **options)
+
+
+def test_patchtst_keeps_its_properties():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.PatchTSTConfig(
+        num_input_channels=3, context_length=64, patch_length=8, patch_stride=8, d_model=D,
+        ffn_dim=F_, num_hidden_layers=2, num_attention_heads=2, prediction_length=8,
+    )  # fmt: skip
+    model = transformers.PatchTSTForPrediction(config)
+    names = replace_ffn(model, example_inputs={"past_values": torch.randn(3, 64, 3)}, **SIZES)
+    assert names == [f"model.encoder.layers.{i}.ff" for i in range(2)]
