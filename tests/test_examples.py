@@ -35,18 +35,6 @@ TINY = [
 ]
 
 
-def find_real_data():
-    """The folder with ETTh1, where this machine has one."""
-    folders = [os.environ.get("SEGMOE_DATA"), ROOT.parent / "shared" / "data"]
-    for folder in (Path(folder) for folder in folders if folder):
-        if (folder / "ETTh1.csv").is_file() or (folder / "ETTh1.csv.gz").is_file():
-            return folder
-    return None
-
-
-REAL_DATA = find_real_data()
-
-
 @pytest.fixture
 def no_files(monkeypatch, tmp_path):
     """An empty cache, no data folder, no network."""
@@ -66,11 +54,11 @@ def csv_text(values):
     return "\n".join([header, *lines, ""])
 
 
-def serve(monkeypatch, content):
-    """Make every download return ``content``."""
+def serve(monkeypatch, content, length=None):
+    """Make every download return ``content``, said to have that length."""
 
     class Response(io.BytesIO):
-        headers = {"Content-Length": str(len(content))}  # noqa: RUF012
+        headers = {"Content-Length": length}  # noqa: RUF012
 
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_args, **_kwargs: Response(content))
 
@@ -158,18 +146,16 @@ def test_linear_recovers_a_linear_rule():
     assert data.score_repeat(windows["val"]).mse > 0.1
 
 
-@pytest.mark.skipif(REAL_DATA is None, reason="needs ETTh1.csv in SEGMOE_DATA")
-def test_repeat_and_linear_rows_reproduce_the_known_scores_on_etth1():
-    series = data.load_series("ETTh1", REAL_DATA)
+def test_repeat_and_linear_rows_reproduce_the_known_scores_on_etth1(real_data):
+    series = data.load_series("ETTh1", real_data)
     rows = script.baseline_rows(series, model.ForecasterConfig())
     found = [(f"{row['test_mse']:.4f}", f"{row['test_mae']:.4f}") for row in rows]
     assert found[1] == ("0.3672", "0.3915")
     assert [f"{rows[0][key]:.3f}" for key in ("test_mse", "test_mae")] == ["1.294", "0.713"]
 
 
-@pytest.mark.skipif(REAL_DATA is None, reason="needs ETTh1.csv in SEGMOE_DATA")
-def test_digest_of_etth1_is_the_real_one():
-    path = sources.find_local("ETTh1", REAL_DATA)
+def test_digest_of_etth1_is_the_real_one(real_data):
+    path = sources.find_local("ETTh1", real_data)
     content = path.read_bytes()
     content = gzip.decompress(content) if path.suffix == ".gz" else content
     assert hashlib.sha256(content).hexdigest() in sources.DATASETS["ETTh1"].sha256
@@ -183,12 +169,10 @@ def test_digest_of_etth1_is_the_real_one():
     ],
 )
 def test_the_heads_of_ecl_and_traffic_are_read_and_known_to_be_no_whole_files(
-    no_files, monkeypatch, name, file, rows
+    no_files, monkeypatch, name, file, rows, real_data
 ):
-    if REAL_DATA is None or not (REAL_DATA / file).is_file():
-        pytest.skip(f"needs {file}")
     dataset = sources.DATASETS[name]
-    (no_files / f"{dataset.stem}.csv.gz").write_bytes((REAL_DATA / file).read_bytes())
+    (no_files / f"{dataset.stem}.csv.gz").write_bytes((real_data / file).read_bytes())
     channels = dataset.shape[1]
     rule = f"{name} must have {dataset.shape[0]} rows of {channels} channels, got {rows} rows of"
     with pytest.raises(ValueError, match=rule):
@@ -224,17 +208,20 @@ def test_read_values_takes_plain_and_gzipped_csv(tmp_path, zipped):
     assert np.array_equal(data.load_series(str(path)).mean, values[:3].mean(0))
 
 
-def test_read_values_keeps_the_first_row_of_a_file_without_header(tmp_path):
-    path = tmp_path / "rates.csv"
-    path.write_text("1.5,2\n3,4\n")
-    assert sources.read_values(path).tolist() == [[1.5, 2.0], [3.0, 4.0]]
-
-
-def test_read_values_refuses_missing_values(tmp_path):
-    path = tmp_path / "holes.csv"
-    path.write_text("a,b\n1,2\n3,\n")
-    with pytest.raises(ValueError, match="without missing values"):
-        sources.read_values(path)
+def test_the_forecaster_says_what_it_read_and_what_is_constant(tmp_path, capsys):
+    path = tmp_path / "some.csv"
+    wave = np.sin(np.arange(1000))
+    # Constant in the train rows, but for rounding errors of their mean.
+    tides = ["low", "high"] * 500
+    rows = [f"{i}:00,{tides[i]},{wave[i]},{14.62 + (i > 850) / 2}" for i in range(1000)]
+    path.write_text("\n".join(["hour,tide,a,b", *rows]))
+    series = data.load_series(str(path))
+    said = capsys.readouterr().err
+    assert "some.csv: Channels: a, b." in said
+    assert "some.csv: Left out: hour (text), tide (text)." in said
+    assert "some.csv: constant in the train rows, so not divided by a deviation: channel 2" in said
+    assert series.std[1] == 1.0
+    assert series.values[900] == pytest.approx([(wave[900] - series.mean[0]) / series.std[0], 0.5])
 
 
 def test_data_dir_comes_before_environment_and_cache(no_files, monkeypatch):
@@ -262,9 +249,24 @@ def test_download_verifies_then_names_the_file(no_files, monkeypatch):
     assert os.listdir(path.parent) == ["some.csv"]
 
 
-def test_download_refuses_other_content_and_leaves_no_file(no_files, monkeypatch):
-    serve(monkeypatch, b"not the data")
-    with pytest.raises(sources.DataUnavailableError, match=r"sha256 f18de3ad.*nothing was kept"):
+@pytest.mark.parametrize(
+    ("content", "length", "words"),
+    [
+        (b"not the data", "12", "sha256 f18de3ad.*nothing was kept"),
+        (gzip.compress(b"a" * 99)[:-9], "20", "the answer is a damaged gzip file"),
+        (b"a" * 1001, "1001", "more than 1000 bytes; nothing was kept"),
+        (b"a" * 1001, None, "more than 1000 bytes"),
+        (gzip.compress(b"a" * 1001), None, "more than 1000 bytes"),
+        (b"a", "abc", "the answer is of the Content-Length 'abc', which is no number"),
+    ],
+    ids=["other", "cut", "large", "large, no length", "large unzipped", "no number"],
+)
+def test_download_refuses_other_content_and_leaves_no_file(
+    no_files, monkeypatch, content, length, words
+):
+    serve(monkeypatch, content, length)
+    monkeypatch.setattr(sources, "_MAX_BYTES", 1000)
+    with pytest.raises(sources.DataUnavailableError, match=words):
         sources.find_or_download("ETTh1")
     assert [path for path in no_files.rglob("*") if path.is_file()] == []
 

@@ -24,11 +24,11 @@ ROWS += bad_advise.ROWS
 PACKAGE = Path(segmoe_kernels.__file__).parent
 CHECKED = ["validation", "layer", "functional", "losses", "convert", "testing"]
 CHECKED += ["adapters", "dialects", "huggingface", "parallel", "swap"]
-CHECKED += ["advise", "stats", "stats_plots", "stats_writers"]
+CHECKED += ["advise", "series", "stats", "stats_plots", "stats_writers"]
 # Messages about the machine; tested in test_functional.py, test_huggingface.py, parallel_jobs.py,
-# test_stats*.py, test_advise.py.
+# test_stats*.py, test_advise.py, test_series.py.
 ELSEWHERE = {"resolve_backend", "register_experts", "check_group", "__reduce__"}
-ELSEWHERE |= {"_check_equal", "_figure", "_summary_writer", "plot_advice"}
+ELSEWHERE |= {"_check_equal", "_figure", "_summary_writer", "plot_advice", "unzip"}
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_every_public_function_has_bad_calls():
     public += ["replace_ffn", "upcycle", "convert_state_dict", "experts_forward"]
     public += ["set_loss_scaler", "shard_experts", "collect_routing_stats", "plot_expert_load"]
     public += ["RoutingCollector.load_state_dict", "plot_expert_usage", "plot_segment_timeline"]
-    public += ["CSVWriter.write", "flatten_stats"]
+    public += ["CSVWriter.write", "flatten_stats", "read_table"]
     public.remove("resolve_backend")  # named by who calls it
     assert {name: counts[name] for name in public if counts[name] < 2} == {}
 
