@@ -28,7 +28,7 @@ CHECKED += ["advise", "series", "stats", "stats_plots", "stats_writers"]
 # Messages about the machine; tested in test_functional.py, test_huggingface.py, parallel_jobs.py,
 # test_stats*.py, test_advise.py, test_series.py.
 ELSEWHERE = {"resolve_backend", "register_experts", "check_group", "__reduce__"}
-ELSEWHERE |= {"_check_equal", "_figure", "_summary_writer", "plot_advice", "unzip"}
+ELSEWHERE |= {"_check_equal", "_figure", "_summary_writer", "plot_advice", "unzip", "_append"}
 
 
 @pytest.mark.parametrize(
