@@ -291,12 +291,18 @@ class Trainer:
             path: written by `save`.
 
         Raises:
-            ValueError: if the checkpoint is of another run.
+            ValueError: if the checkpoint is of another run, or no whole one.
         """
-        state = torch.load(path, map_location=self.options.device, weights_only=True)
-        if state["version"] != CHECKPOINT_VERSION or state["identity"] != self.identity:
-            rule = f"must come from a run with {self.identity}"
-            raise ValueError(f"checkpoint {path} {rule}, got {state['identity']}")
+        try:
+            state = dict(torch.load(path, map_location=self.options.device, weights_only=True))
+            version, identity = state["version"], state["identity"]
+        except Exception as error:  # torch.load raises whatever the bytes lead it to
+            kind = type(error).__name__
+            rule = "must be a whole one of this program (delete it to start anew)"
+            raise ValueError(f"checkpoint {path} {rule}, got a {kind} on loading it") from error
+        if version != CHECKPOINT_VERSION or identity != self.identity:
+            rule = f"must come from a run with {self.identity}, version {CHECKPOINT_VERSION}"
+            raise ValueError(f"checkpoint {path} {rule}, got {identity}, version {version}")
         self.model.load_state_dict(state["model"])
         self.best_state, self.best_epoch = state["best_state"], state["best_epoch"]
         self.optimizer.load_state_dict(state["optimizer"])

@@ -37,6 +37,16 @@ def csv_row(*entries):
     return call
 
 
+def csv_on(content):
+    def call():
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "x.csv")
+            path.write_bytes(content)
+            CSVWriter(path)
+
+    return call
+
+
 HISTORIES = [
     ("type", ENTRY, TypeError, ["history", "a sequence of entries", "got dict"]),
     ("text", "steps", TypeError, ["history", "a sequence of entries", "got str"]),

@@ -364,6 +364,22 @@ def test_restore_refuses_the_checkpoint_of_another_run(tmp_path):
         make_trainer(None, seed=1).restore(tmp_path / "a.pt")
 
 
+@pytest.mark.parametrize("foreign", ["cut", "text", "tensor", "weights"])
+def test_resume_from_what_is_no_checkpoint_says_so_in_one_line(tmp_path, capsys, foreign):
+    path = tmp_path / "checkpoint.pt"
+    make_trainer(path).save(path)
+    if foreign == "cut":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif foreign == "text":
+        path.write_text("epoch 1: good\n")
+    else:
+        torch.save(torch.ones(3) if foreign == "tensor" else {"weight": torch.ones(3)}, path)
+    assert script.main([*TINY, "--no-plots", "--out", str(tmp_path), "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: checkpoint {path} must be a whole one of this program")
+    assert said.count("\n") == 1
+
+
 def test_resume_of_a_finished_run_scores_it_again(tmp_path, capsys):
     results = []
     for more in ([], ["--resume"]):
