@@ -11,7 +11,7 @@ from segmoe_kernels.layer import SegMoE, set_loss_scaler
 from segmoe_kernels.losses import load_balancing_loss, router_z_loss
 from segmoe_kernels.parallel import shard_experts
 from segmoe_kernels.routing import FFNWeights, Permutation, RouterOutput, Routing
-from segmoe_kernels.stats import collect_routing_stats
+from segmoe_kernels.stats import collect_routing_stats, collect_routings
 from segmoe_kernels.swap import replace_ffn, upcycle
 
 __version__ = "0.1.0"
@@ -23,6 +23,7 @@ __all__ = [
     "Routing",
     "SegMoE",
     "collect_routing_stats",
+    "collect_routings",
     "convert_state_dict",
     "load_balancing_loss",
     "load_official",

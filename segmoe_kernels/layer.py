@@ -9,25 +9,17 @@ from torch import Tensor, nn
 from segmoe_kernels import reference
 from segmoe_kernels import validation as check
 from segmoe_kernels.functional import resolve_backend, seg_moe
-from segmoe_kernels.losses import inject_loss, load_balancing_loss, router_z_loss
+from segmoe_kernels.losses import (
+    inject_loss,
+    load_balancing_loss,
+    remember_scaler,
+    router_z_loss,
+    scale_loss,
+)
 from segmoe_kernels.modules import Experts, FeedForward, SegmentRouter, reset_linear
 from segmoe_kernels.routing import Routing
 
 __all__ = ["SegMoE", "set_loss_scaler"]
-
-
-def _value_of(loss: Tensor) -> Tensor:
-    """The loss as a plain tensor, which outlives transforms of ``torch.func`` and inference mode.
-
-    A module that kept what they wrap could be neither copied nor saved, nor its buffer written.
-    """
-    value = loss.detach()
-    if not torch.compiler.is_compiling():
-        value = torch.func.debug_unwrap(value)
-        if value.is_inference():
-            with torch.inference_mode(False):
-                value = value.clone()
-    return value
 
 
 class SegMoE(nn.Module):
@@ -65,8 +57,11 @@ class SegMoE(nn.Module):
         renormalize: divide the chosen probabilities by their sum. None: only where top_k > 1.
             Official checkpoints older than 2026-06-28 were trained with True at top_k = 1.
         causal: route segment j on segment j - 1, so that ``y[t]`` never depends on ``x[>t]``.
-        aux_loss_weight: weight of the load-balancing loss, whose gradient the returned tensor
-            carries in training (the training loop stays as it is); 0.02 in the official recipe.
+        aux_loss_weight: weight of this layer's own load-balancing loss, whose gradient the
+            returned tensor carries in training (the training loop stays as it is). The official
+            recipe is another loss, 0.02 times one that pools the routing of all layers; layers
+            with a weight of 0.02 each add about as many times that as there are layers. For the
+            official one leave this at 0 and see `stats.collect_routings`.
         z_loss_weight: likewise for the router z-loss.
         backend: "auto", "triton" or "reference"; see `functional.resolve_backend`.
         device: of the parameters.
@@ -74,8 +69,8 @@ class SegMoE(nn.Module):
 
     Attributes:
         aux_loss: () tensor, detached: the weighted auxiliary losses of the last call in training.
-        loss_scaler: what scales the task's loss, such as ``torch.amp.GradScaler``, or None; see
-            `set_loss_scaler`. Copies and pickles have none.
+        loss_scaler: what scales the task's loss: ``torch.amp.GradScaler``, a number, or None; see
+            `set_loss_scaler`. Copies and pickles keep a number only.
 
     Raises:
         TypeError: for an argument of the wrong type.
@@ -146,9 +141,9 @@ class SegMoE(nn.Module):
         self.shared_gate: nn.Linear | None = None
         self.in_proj: nn.Linear | None = None
         self.out_proj: nn.Linear | None = None
-        self.register_buffer("_aux_loss", torch.zeros((), device=device), persistent=False)
         if num_experts == 0:
             self.shared_expert = feed_forward(1, d_ff)
+            self._aux_loss = self._no_loss()
             return
         wide = d_model * segment_size
         projected = expert_scope == "projected"
@@ -176,6 +171,8 @@ class SegMoE(nn.Module):
                 d_model * factor, 1, bias=False, device=device, dtype=dtype
             )
             reset_linear(self.shared_gate)
+        # Neither buffer nor parameter: no state dict, broadcast or loader has to know it.
+        self._aux_loss = self._no_loss()
 
     def _check_options(self) -> None:
         name = "SegMoE"
@@ -220,8 +217,20 @@ class SegMoE(nn.Module):
     @property
     def aux_loss(self) -> Tensor:
         """() tensor, detached: the weighted auxiliary losses of the last call in training."""
-        loss: Tensor = self._aux_loss
-        return loss
+        # A copy, as compiled code writes in place. Who loads a layer that was made on the meta
+        # device puts parameters into it, nothing else.
+        return self._no_loss() if self._aux_loss.is_meta else self._aux_loss.clone()
+
+    def _no_loss(self) -> Tensor:
+        """A loss of 0 in the dtype that losses have here, beside the parameters."""
+        beside = next(self.parameters())
+        dtype = torch.float64 if beside.dtype == torch.float64 else torch.float32
+        return torch.zeros((), dtype=dtype, device=beside.device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "SegMoE":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._keep_loss(self.aux_loss.to(self._no_loss()))
+        return self
 
     def reset_parameters(self) -> None:
         """Initialise every parameter anew (a meta-device module needs it once it has memory)."""
@@ -231,7 +240,7 @@ class SegMoE(nn.Module):
         for linear in (self.shared_gate, self.in_proj, self.out_proj):
             if linear is not None:
                 reset_linear(linear)
-        nn.init.zeros_(self._aux_loss)
+        self._aux_loss = self._no_loss()
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Apply the layer.
@@ -327,15 +336,32 @@ class SegMoE(nn.Module):
             loss = loss + self.aux_loss_weight * load_balancing_loss(routing)
         if self.z_loss_weight:
             loss = loss + self.z_loss_weight * router_z_loss(routing)
-        self._aux_loss = _value_of(loss)
-        if self.loss_scaler is not None:
-            loss = self.loss_scaler.scale(loss)
-        return inject_loss(y, loss) if torch.is_grad_enabled() else y
+        self._keep_loss(loss.detach())
+        if not torch.is_grad_enabled():
+            return y
+        return inject_loss(y, scale_loss(loss, self.loss_scaler))
+
+    def _keep_loss(self, value: Tensor) -> None:
+        kept = self._aux_loss
+        if not torch.compiler.is_compiling():
+            # A plain tensor, which outlives transforms of torch.func and inference mode: a module
+            # that kept what they wrap could be neither copied nor saved.
+            value = torch.func.debug_unwrap(value)
+            if value.is_inference():
+                with torch.inference_mode(False):
+                    value = value.clone()
+        elif (kept.device, kept.dtype) == (value.device, value.dtype):
+            # In place: inside a checkpoint the compiler refuses a new attribute. By ``data``, as
+            # the checkpoint takes what is written for one of its inputs.
+            kept.data.copy_(value)
+            return
+        self._aux_loss = value
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         # A copied scaler would go on with the scale of the moment, an observer watch two layers.
-        return {**state, "loss_scaler": None, "_observers": ()}
+        scaler = self.loss_scaler if isinstance(self.loss_scaler, int | float) else None
+        return {**state, "loss_scaler": scaler, "_observers": ()}
 
     def extra_repr(self) -> str:
         """The options, for ``repr``."""
@@ -352,24 +378,31 @@ class SegMoE(nn.Module):
 def set_loss_scaler(model: nn.Module, scaler: Any) -> None:
     """Tell all layers of a model what scales the task's loss.
 
-    The gradient of an injected auxiliary loss has the scale 1. With float16 and
-    ``torch.amp.GradScaler`` the task's has another, which the scaler takes out of all gradients
-    before the optimizer's step; so the layers have to put it in::
+    The gradient of an injected auxiliary loss has the scale 1, whatever the training loop does to
+    the task's loss. Where that is divided by N to accumulate gradients over N micro batches, or
+    multiplied by ``torch.amp.GradScaler``, which takes the scale out of all gradients before the
+    optimizer's step, the layers have to do the same::
 
+        set_loss_scaler(model, 1 / N)       # N micro batches; once, then train as ever
         scaler = torch.amp.GradScaler()
-        set_loss_scaler(model, scaler)      # once; then train as ever
+        set_loss_scaler(model, scaler)      # float16
 
     Args:
         model: with `SegMoE` layers inside.
-        scaler: has ``scale(loss)``; None takes it away.
+        scaler: a positive number, an object with ``scale(loss)`` that multiplies, or None.
 
     Raises:
-        TypeError: if model is not a module, or scaler has no ``scale``.
+        TypeError: if model is not a module, or scaler neither a number nor has ``scale``.
+        ValueError: if the number is not positive and finite.
     """
     check.check_module("set_loss_scaler", "model", model)
-    if scaler is not None and not callable(getattr(scaler, "scale", None)):
-        rule = "have scale(loss), as torch.amp.GradScaler has, or be None"
-        check.fail_type("set_loss_scaler", "scaler", rule, type(scaler).__name__)
+    if isinstance(scaler, int | float):
+        check.check_positive("set_loss_scaler", "scaler", scaler)
+    elif scaler is not None:
+        if not callable(getattr(scaler, "scale", None)):
+            rule = "be a number, None, or have scale(loss), as torch.amp.GradScaler has"
+            check.fail_type("set_loss_scaler", "scaler", rule, type(scaler).__name__)
+        remember_scaler(scaler)
     for module in model.modules():
         if isinstance(module, SegMoE):
             module.loss_scaler = scaler

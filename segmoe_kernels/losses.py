@@ -1,7 +1,8 @@
 """Auxiliary losses of the router, as pure functions, and their injection through autograd."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -9,24 +10,21 @@ from torch import Tensor
 from segmoe_kernels import validation as check
 from segmoe_kernels.routing import Routing
 
-__all__ = ["inject_loss", "load_balancing_loss", "router_z_loss"]
+__all__ = ["inject_loss", "load_balancing_loss", "remember_scaler", "router_z_loss", "scale_loss"]
 
 
 def _as_sequence(function: str, routings: Any) -> Sequence[Routing]:
     if isinstance(routings, Routing):
         return [routings]
-    layers: list[Routing] = list(routings)
+    layers = list(routings) if isinstance(routings, Iterable) else []
     if not layers or not all(isinstance(layer, Routing) for layer in layers):
-        got = [type(layer).__name__ for layer in layers]
+        got = [type(layer).__name__ for layer in layers] or type(routings).__name__
         check.fail_type(function, "routings", "be a Routing or a sequence of at least one", got)
     return layers
 
 
 def load_balancing_loss(
-    routings: Routing | Sequence[Routing],
-    *,
-    reduction: str = "global",
-    normalization: str = "official",
+    routings: Routing | Sequence[Routing], *, normalization: str = "global"
 ) -> Tensor:
     """Switch load balancing, ``E * sum_e f_e * P_e``, over the routed segments.
 
@@ -34,11 +32,12 @@ def load_balancing_loss(
     router dropout). The gradient flows through ``P_e`` only; perfectly balanced routing gives 1.
 
     Args:
-        routings: of one layer, or of several with the same number of experts.
-        reduction: "global" pools the segments of all layers before ``f * P`` (official);
-            "per_layer" averages the layers' losses.
-        normalization: "official" has ``sum_e f_e = 1``; "switch" has ``f_e = count / segments``,
-            which sums to top_k (Hugging Face, Time-MoE; balanced routing gives top_k).
+        routings: of one layer, or of several with the same number of experts, such as
+            `stats.collect_routings` gives.
+        normalization: "global" pools the segments of all layers before ``f * P``: one loss for
+            the whole model (official). "per_layer" is the mean of the layers' own losses. "switch"
+            pools as "global" does and has ``f_e = count / segments``, which sums to top_k
+            (Hugging Face, Time-MoE; balanced routing gives top_k).
 
     Returns:
         () float32 (float64 where the routing is). Zero where nothing was routed.
@@ -51,8 +50,7 @@ def load_balancing_loss(
     evortigosa/segmoe_forecast.
     """
     layers = _as_sequence("load_balancing_loss", routings)
-    check.check_choice("load_balancing_loss", "reduction", reduction, ("global", "per_layer"))
-    choices = ("official", "switch")
+    choices = ("global", "per_layer", "switch")
     check.check_choice("load_balancing_loss", "normalization", normalization, choices)
     sizes = {layer.router_probs.shape[1] for layer in layers}
     if len(sizes) > 1:
@@ -61,12 +59,12 @@ def load_balancing_loss(
     sums = [layer.router_probs.sum(0) for layer in layers]
     counts = [layer.expert_counts.to(layer.router_probs.dtype) for layer in layers]
     segments = [(layer.topk_ids[:, :1] >= 0).sum().to(layer.router_probs.dtype) for layer in layers]
-    if reduction == "global":
+    if normalization != "per_layer":
         sums, counts = [torch.stack(sums).sum(0)], [torch.stack(counts).sum(0)]
         segments = [torch.stack(segments).sum()]
     losses = []
     for prob_sum, count, number in zip(sums, counts, segments, strict=True):
-        share = count / (count.sum() if normalization == "official" else number).clamp_min(1)
+        share = count / (number if normalization == "switch" else count.sum()).clamp_min(1)
         losses.append(prob_sum.shape[0] * (share * prob_sum).sum() / number.clamp_min(1))
     return torch.stack(losses).mean()
 
@@ -88,13 +86,53 @@ def router_z_loss(routings: Routing | Sequence[Routing]) -> Tensor:
     layers = _as_sequence("router_z_loss", routings)
     total = number = None
     for layer in layers:
-        routed = layer.topk_ids[:, 0] >= 0
+        routed = (layer.topk_ids >= 0).any(-1)  # False for a layer without experts
         squares = torch.where(routed, torch.logsumexp(layer.router_logits, dim=-1).square(), 0)
         total = squares.sum() if total is None else total + squares.sum()
         count = routed.sum().to(squares.dtype)
         number = count if number is None else number + count
     assert total is not None and number is not None  # noqa: PT018  there is at least one layer
     return total / number.clamp_min(1)
+
+
+# Scalers by their id, as an operator takes no other object.
+_SCALERS: WeakValueDictionary[int, Any] = WeakValueDictionary()
+
+
+# Opaque to torch.compile, which refuses to trace torch.amp.GradScaler.
+@torch.library.custom_op("segmoe_kernels::loss_scale", mutates_args=())
+def _loss_scale(like: Tensor, scaler: int) -> Tensor:
+    # A copy, as an operator must not return what is kept elsewhere.
+    return torch.empty_like(like).copy_(_SCALERS[scaler].scale(torch.ones_like(like)))
+
+
+@_loss_scale.register_fake
+def _(like: Tensor, scaler: int) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(like)
+
+
+def remember_scaler(scaler: Any) -> None:
+    """Let compiled code find a scaler that `scale_loss` is called with."""
+    _SCALERS[id(scaler)] = scaler
+
+
+def scale_loss(loss: Tensor, scaler: Any) -> Tensor:
+    """Scale a loss as the task's is.
+
+    Args:
+        loss: ().
+        scaler: a number, None for 1, or an object with ``scale(loss)`` that is linear.
+
+    Returns:
+        ().
+    """
+    if scaler is None:
+        return loss
+    if isinstance(scaler, int | float):
+        return loss * scaler
+    traced = torch.compiler.is_compiling()
+    scaled: Tensor = loss * _loss_scale(loss.detach(), id(scaler)) if traced else scaler.scale(loss)
+    return scaled
 
 
 class _InjectLoss(torch.autograd.Function):

@@ -8,11 +8,14 @@
             entry = stats.end_step()        # None but every 100th step, which alone waits
         stats.end_epoch()
     plot_expert_load(stats.step_history)    # stats_plots; CSVWriter and others in stats_writers
+
+`collect_routings` hands out the routing itself, for losses of the whole model.
 """
 
 import copy
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +26,7 @@ from segmoe_kernels import validation as check
 from segmoe_kernels.layer import SegMoE
 from segmoe_kernels.routing import Routing
 
-__all__ = ["RoutingCollector", "collect_routing_stats"]
+__all__ = ["RoutingCollector", "collect_routing_stats", "collect_routings"]
 
 # Behind two sums for each expert (choices, probability): of all segments and calls of a layer.
 _SCALARS = ("entropy", "segments", "switches", "pairs", "aux_loss", "z_loss", "calls")
@@ -261,10 +264,7 @@ class RoutingCollector(AbstractContextManager["RoutingCollector"]):
     def close(self) -> None:
         """Stop counting; what was counted can still be read."""
         for layer, counter in zip(self._layers.values(), self._counters, strict=True):
-            others = tuple(seen for seen in layer._observers if seen is not counter)
-            layer.__dict__.pop("_observers", None)
-            if others:
-                layer._observers = others
+            _stop_observing(layer, counter)
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -334,6 +334,80 @@ def _layers_of(model: nn.Module) -> dict[str, SegMoE]:
     }
 
 
+def _layers_with_experts(function: str, model: Any) -> dict[str, SegMoE]:
+    check.check_module(function, "model", model)
+    layers = _layers_of(model)
+    if not layers:
+        rule = "have a SegMoE with experts inside"
+        check.fail_value(function, "model", rule, type(model).__name__)
+    return layers
+
+
+def _stop_observing(layer: SegMoE, observer: Any) -> None:
+    others = tuple(seen for seen in layer._observers if seen is not observer)
+    layer.__dict__.pop("_observers", None)
+    if others:
+        layer._observers = others
+
+
+def collect_routings(model: nn.Module) -> AbstractContextManager[list[Routing]]:
+    """Get the routing of every call of a model's `SegMoE` layers, with its graph.
+
+    The official load-balancing loss pools the routing of all layers into one loss; no layer sees
+    that alone. A training step with it::
+
+        with collect_routings(model) as routings:
+            y = model(x)
+        loss = task_loss(y) + 0.02 * load_balancing_loss(routings)
+        loss.backward()
+
+    Layers then keep an ``aux_loss_weight`` of 0. The second forward pass of activation
+    checkpointing, inside backward, adds nothing.
+
+    Args:
+        model: with `SegMoE` layers inside, plain, sharded, in adapters or wrapped, or one of them.
+
+    Returns:
+        A context manager that gives a list, which grows by a Routing with each call of a layer
+        with experts. Afterwards no layer refers to it.
+
+    Raises:
+        TypeError: if model is not a module.
+        ValueError: if it has no layer with experts.
+        RuntimeError: from a layer in training that is called with gradients switched off, though
+            they were on where the collection began: what it decides would have no graph, as under
+            ``checkpoint(..., use_reentrant=True)``.
+    """
+    return _collecting(_layers_with_experts("collect_routings", model).values())
+
+
+@contextmanager
+def _collecting(layers: Iterable[SegMoE]) -> Iterator[list[Routing]]:
+    routings: list[Routing] = []
+    with_graph = torch.is_grad_enabled()
+
+    def observe(layer: SegMoE, routing: Routing, _: int) -> None:
+        if with_graph and layer.training and not torch.is_grad_enabled():
+            raise RuntimeError(
+                "segmoe_kernels.collect_routings: a layer was called in training with gradients "
+                "switched off, so its routing has no graph. Pass use_reentrant=False to "
+                "torch.utils.checkpoint; where no graph is wanted, call collect_routings under "
+                "torch.no_grad() too."
+            )
+        # Inside a backward pass, a forward pass is activation checkpointing's second one.
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            routings.append(routing)
+
+    layers = list(layers)
+    for layer in layers:
+        layer._observers = (*layer._observers, observe)
+    try:
+        yield routings
+    finally:
+        for layer in layers:
+            _stop_observing(layer, observe)
+
+
 def collect_routing_stats(
     model: nn.Module, *, every: int = 1, all_reduce: bool = False, group: Any = None
 ) -> RoutingCollector:
@@ -360,14 +434,11 @@ def collect_routing_stats(
             this rank not in the group.
     """
     name = "collect_routing_stats"
-    check.check_module(name, "model", model)
     check.check_integer(name, "every", every, 1)
     check.check_flag(name, "all_reduce", all_reduce)
     if group is not None and not all_reduce:
         check.fail_value(name, "group", "be None without all_reduce=True", group)
     if all_reduce:
         check.check_group(name, group)
-    if not _layers_of(model):
-        rule = "have a SegMoE with experts inside"
-        check.fail_value(name, "model", rule, type(model).__name__)
+    _layers_with_experts(name, model)
     return RoutingCollector(model, every, all_reduce, group)

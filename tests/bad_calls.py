@@ -321,9 +321,15 @@ ROWS = [
     ("loss_nothing", balance(routings=[]), TypeError, ["load_balancing_loss", "at least one"]),
     ("loss_tensor", balance(routings=draw(2, 3)), TypeError, ["routings", "Routing", "Tensor"]),
     ("z_loss_nothing", lambda: router_z_loss([]), TypeError, ["router_z_loss", "at least one"]),
+    ("z_loss_none", lambda: router_z_loss(None), TypeError, ["router_z_loss", "got NoneType"]),
     ("z_loss_dict", lambda: router_z_loss([{}]), TypeError, ["router_z_loss", "dict"]),
-    ("loss_reduction", balance(reduction="sum"), ValueError, ["'global', 'per_layer'", "'sum'"]),
-    ("loss_form", balance(normalization=None), ValueError, ["'official', 'switch'", "None"]),
+    ("loss_none", balance(routings=None), TypeError, ["routings", "Routing", "got NoneType"]),
+    (
+        "loss_form",
+        balance(normalization="official"),
+        ValueError,
+        ["'global', 'per_layer', 'switch'", "'official'"],
+    ),
     (
         "loss_mixed",
         balance(routings=[ROUTING, OTHER_ROUTING]),

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from bad_calls import LAYER, ROUTING, caller, draw
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from segmoe_kernels import SegMoE, collect_routing_stats
+from segmoe_kernels import SegMoE, collect_routing_stats, collect_routings
 from segmoe_kernels.stats_plots import plot_expert_load, plot_expert_usage, plot_segment_timeline
 from segmoe_kernels.stats_writers import CSVWriter, TensorBoardWriter, flatten_stats
 
@@ -26,6 +27,12 @@ def load_state(change):
             stats.load_state_dict(change(stats.state_dict()))
 
     return call
+
+
+def collect_without_graph():
+    layer = SegMoE(4, 6, 3)
+    with collect_routings(layer):
+        checkpoint(layer, draw(2, 5, 4).requires_grad_(), use_reentrant=True)
 
 
 def csv_row(*entries):
@@ -63,6 +70,9 @@ ROWS = [
         ValueError,
         ["model", "a SegMoE with experts inside", "Sequential"],
     ),
+    ("routings_model", lambda: collect_routings(None), TypeError, ["model", "Module", "NoneType"]),
+    ("routings_no_layer", lambda: collect_routings(nn.Linear(2, 2)), ValueError, ["a SegMoE with"]),
+    ("routings_no_graph", collect_without_graph, RuntimeError, ["no graph", "use_reentrant=False"]),
     ("stats_every_float", collect(every=0.5), TypeError, ["every", "be an int", "0.5 (float)"]),
     ("stats_every_0", collect(every=0), ValueError, ["every", "at least 1, got 0"]),
     ("stats_all_reduce", collect(all_reduce=1), TypeError, ["all_reduce", "True or False"]),

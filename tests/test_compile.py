@@ -7,6 +7,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from segmoe_kernels import set_loss_scaler
 from segmoe_kernels.testing import make_inputs
 
 CASES = {
@@ -94,14 +95,31 @@ def test_compiled_layer_under_autocast_equals_eager():
         assert_same_training(run_compiled(layer, x, dy), expected)
 
 
-def test_compiled_layer_updates_the_loss():
-    layer = make_layer(aux_loss_weight=0.1)
-    x = make_inputs(2, 12, 4).x
-    layer(x)
-    expected = layer.aux_loss.clone()
-    layer(torch.zeros_like(x))
-    torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
-    assert torch.equal(layer.aux_loss, expected)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_checkpoint_updates_the_loss_and_scales_it(backend):
+    layer = make_layer(aux_loss_weight=0.1).double().float()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    set_loss_scaler(layer, scaler)
+
+    def call(x):
+        return checkpoint(layer, x, use_reentrant=False)
+
+    compiled = torch.compile(call, fullgraph=True, backend=backend)
+    for scale in (4.0, 8.0):
+        x = make_inputs(2, 12, 4, seed=int(scale)).x.requires_grad_()
+        scaler.scale(torch.ones(()))
+        scaler.update(scale)
+        found = []
+        for run in (layer, compiled):
+            layer.zero_grad()
+            (0 * run(x)).sum().backward()
+            found.append((layer.aux_loss, layer.router.weight.grad.clone()))
+            layer(torch.zeros_like(x))  # leaves another loss behind, and none before
+            assert not torch.equal(found[-1][0], layer.aux_loss)
+        (loss, grad), (compiled_loss, compiled_grad) = found
+        assert torch.equal(compiled_loss, loss)
+        assert torch.equal(compiled_grad, grad)
+        assert grad.any()
 
 
 @pytest.mark.parametrize("scope", ["token", "projected"])

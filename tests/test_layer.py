@@ -121,6 +121,24 @@ def test_state_dict_leaves_out_the_loss():
     assert not [key for key in layer.state_dict() if "loss" in key]
 
 
+@pytest.mark.parametrize("name", ["default", "dense"])
+def test_layer_made_on_meta_is_loaded_moved_and_keeps_its_loss(name):
+    options = {**STATES[name][0], "aux_loss_weight": 0.1}
+    source, layer = make_layer(**options), make_layer(**options, device="meta")
+    assert layer.aux_loss.is_meta
+    layer.load_state_dict(source.state_dict(), assign=True)
+    assert layer.aux_loss == 0
+    x = make_inputs(2, 12, D).x
+    assert torch.equal(layer.to("cpu")(x), source(x))
+    assert torch.equal(layer.aux_loss, source.aux_loss)
+    kept = layer.aux_loss
+    layer.double()
+    assert layer.aux_loss.dtype == torch.float64
+    assert layer.aux_loss == kept
+    layer(x.double())
+    assert layer.to("meta").aux_loss.is_meta
+
+
 SUBSET_LAYER = {
     "bias": True,
     "gated": True,

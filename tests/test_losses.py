@@ -1,12 +1,22 @@
 """Auxiliary losses against numbers worked by hand, and their gradients."""
 
+import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
-from torch import tensor
+from torch import nn, tensor
+from torch.utils.checkpoint import checkpoint
 
-from segmoe_kernels import Routing, SegMoE, load_balancing_loss, router_z_loss
+from segmoe_kernels import (
+    Routing,
+    SegMoE,
+    collect_routings,
+    load_balancing_loss,
+    router_z_loss,
+)
 from segmoe_kernels.losses import inject_loss
 
 
@@ -30,6 +40,7 @@ TOP2 = make_routing([[0.6, 0.3, 0.1], [0.4, 0.2, 0.4]], [[0, 1], [0, 2]])
 # The second segment is masked: as if it weren't there.
 MASKED = make_routing([[0.6, 0.3, 0.1], [0, 0, 0], [0.4, 0.2, 0.4]], [[0, 1], [-1, -1], [0, 2]])
 NOTHING = make_routing([[0.0, 0.0, 0.0]], [[-1]])
+DENSE = SegMoE(2, 2, 0).double().forward_with_routing(torch.zeros(3, 2, dtype=torch.float64))[1]
 
 
 @pytest.mark.parametrize(
@@ -39,18 +50,19 @@ NOTHING = make_routing([[0.0, 0.0, 0.0]], [[-1]])
         ([FIRST], {}, 1.05),
         (FIRST, {"normalization": "switch"}, 1.05),
         (SECOND, {}, 1.8),
-        ([FIRST, SECOND], {"reduction": "per_layer"}, (1.05 + 1.8) / 2),
+        ([FIRST, SECOND], {"normalization": "per_layer"}, (1.05 + 1.8) / 2),
         # All six segments: f = (2, 1, 3) / 6, P = (1.8, 2.0, 2.2) / 6.
         ([FIRST, SECOND], {}, 3 * (2 * 1.8 + 1 * 2.0 + 3 * 2.2) / 36),
-        ((FIRST, SECOND), {"reduction": "global"}, 3 * (2 * 1.8 + 1 * 2.0 + 3 * 2.2) / 36),
+        ((FIRST, SECOND), {"normalization": "global"}, 3 * (2 * 1.8 + 1 * 2.0 + 3 * 2.2) / 36),
         (TOP2, {}, 3 * (0.5 * 0.5 + 0.25 * 0.25 * 2)),
         (TOP2, {"normalization": "switch"}, 3 * (1.0 * 0.5 + 0.5 * 0.25 * 2)),
         (MASKED, {}, 3 * (0.5 * 0.5 + 0.25 * 0.25 * 2)),
         (MASKED, {"normalization": "switch"}, 3 * (1.0 * 0.5 + 0.5 * 0.25 * 2)),
         ([TOP2, MASKED], {}, 3 * (0.5 * 0.5 + 0.25 * 0.25 * 2)),
         (NOTHING, {}, 0.0),
+        (DENSE, {}, 0.0),
         ([FIRST, NOTHING], {}, 1.05),
-        ([FIRST, NOTHING], {"reduction": "per_layer"}, 1.05 / 2),
+        ([FIRST, NOTHING], {"normalization": "per_layer"}, 1.05 / 2),
     ],
 )
 def test_load_balancing_loss_worked(routings, options, expected):
@@ -98,6 +110,101 @@ def test_load_balancing_loss_equals_the_layer_by_hand():
     torch.testing.assert_close(load_balancing_loss(routing), expected, rtol=1e-14, atol=0)
 
 
+class Stack(nn.Module):
+    """Four layers of different segment sizes in residual blocks, checkpointed where asked."""
+
+    def __init__(self, **options):
+        super().__init__()
+        torch.manual_seed(3)
+        options = {"top_k": 2, "router_dropout": 0.2, "dtype": torch.float64, **options}
+        sizes = (5, 4, 3, 1)
+        self.layers = nn.ModuleList(SegMoE(6, 8, 4, segment_size=p, **options) for p in sizes)
+        self.dense = SegMoE(6, 8, 0, dtype=torch.float64)  # routes nothing
+        self.checkpointed = False
+
+    def forward(self, x):  # noqa: D102
+        for layer in self.layers:
+            x = x + (checkpoint(layer, x, use_reentrant=False) if self.checkpointed else layer(x))
+        return self.dense(x)
+
+
+def official_loss(routings):
+    """The official code's words: all layers' rows side by side, then f times P."""
+    probs = torch.cat([routing.router_probs for routing in routings])
+    ids = torch.cat([routing.topk_ids for routing in routings]).long()
+    rows, experts = probs.shape
+    mask = nn.functional.one_hot(ids, experts).to(probs.dtype)
+    fraction = mask.sum(dim=(0, 1)) / (rows * ids.shape[1])
+    return experts * (fraction * probs.mean(dim=0)).sum()
+
+
+def train_pooled(model, x, loss):
+    model.zero_grad()
+    torch.manual_seed(1)
+    with collect_routings(model) as routings:
+        y = model(x)
+    value = 0.02 * loss(routings)
+    (y.square().mean() + value).backward()
+    assert len(routings) == 4  # checkpointing's second pass adds none
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return value.detach(), grads
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_pooled_loss_of_a_model_is_the_official_one(checkpointed):
+    model, x = Stack(), torch.randn(3, 17, 6, dtype=torch.float64)
+    expected, expected_grads = train_pooled(model, x, official_loss)
+    model.checkpointed = checkpointed
+    value, grads = train_pooled(model, x, load_balancing_loss)
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+    for name, grad in expected_grads.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-6, atol=1e-12, msg=name)
+    none = train_pooled(model, x, lambda routings: 0 * official_loss(routings))[1]
+    for i in range(4):
+        name = f"layers.{i}.router.weight"
+        assert (grads[name] - none[name]).norm() > 1e-4 * none[name].norm()  # it does act
+
+
+def test_collected_routings_are_of_each_call_and_nothing_else_keeps_them():
+    model, x = Stack(backend="reference"), torch.randn(2, 7, 6, dtype=torch.float64)
+    before = [dict(vars(layer)) for layer in model.layers]
+    with collect_routings(model) as routings:
+        model(x)
+        copied = copy.deepcopy(model)
+        with collect_routings(model) as inner:
+            model(x)
+        model(x)
+        copied(x)
+    model(x)
+    rows = [2 * -(-7 // p) for p in (5, 4, 3, 1)]
+    assert [len(routing.topk_ids) for routing in routings] == rows * 3
+    assert all(one is two for one, two in zip(inner, routings[4:8], strict=True))
+    assert [layer._observers for layer in model.layers] == [()] * 4
+    assert [vars(layer).keys() for layer in model.layers] == [state.keys() for state in before]
+    gone = [weakref.ref(routing.router_probs) for routing in routings]
+    del routings, inner
+    gc.collect()
+    assert not any(one() is not None for one in gone)
+
+
+def test_collected_routings_in_compiled_models_and_without_gradients():
+    x = torch.randn(2, 7, 6, dtype=torch.float64)
+    model = SegMoE(6, 8, 4, segment_size=3, dtype=torch.float64)
+    with collect_routings(model) as expected:
+        model(x)
+    with collect_routings(model) as routings:
+        torch.compile(model, backend="eager", fullgraph=True)(x)
+    torch._dynamo.reset()
+    torch.testing.assert_close(load_balancing_loss(routings), load_balancing_loss(expected))
+    assert routings[0].router_probs.requires_grad
+    with torch.no_grad(), collect_routings(model) as routings:
+        model(x)
+    model.eval()
+    with collect_routings(model) as more, torch.no_grad():
+        model(x)
+    assert len(routings) == len(more) == 1
+
+
 Z_FIRST = make_routing([[0.5, 0.5]] * 2, [[0], [1]], logits=[[0.0, 0.0], [1.0, 1.0]])
 Z_SECOND = make_routing([[0.5, 0.5]], [[0]], logits=[[-math.log(2), -math.log(2)]])
 Z_MASKED = make_routing([[0.5, 0.5], [0, 0]], [[0], [-1]], logits=[[0.0, 0.0], [0.0, 0.0]])
@@ -113,6 +220,7 @@ LN2 = math.log(2)
         (Z_MASKED, LN2**2),
         ([Z_MASKED, Z_FIRST], (2 * LN2**2 + (1 + LN2) ** 2) / 3),
         (NOTHING, 0.0),
+        (DENSE, 0.0),
     ],
 )
 def test_router_z_loss_worked(routings, expected):

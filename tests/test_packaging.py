@@ -142,6 +142,7 @@ from segmoe_kernels import (
     Routing,
     SegMoE,
     collect_routing_stats,
+    collect_routings,
     convert_state_dict,
     functional,
     load_balancing_loss,
@@ -174,7 +175,7 @@ class Block(nn.Module):
 def loss(x: torch.Tensor, router: torch.Tensor, experts: FFNWeights) -> torch.Tensor:
     y, routing = functional.seg_moe(x, router, experts, segment_size=5, top_k=2)
     reveal_type(routing.topk_ids)
-    reveal_type(load_balancing_loss(routing, reduction="per_layer"))
+    reveal_type(load_balancing_loss(routing, normalization="per_layer"))
     return y.square().mean()
 
 
@@ -189,6 +190,8 @@ reveal_type(WithRouterLogits(model.ffn))
 reveal_type(model.ffn.aux_loss)
 with collect_routing_stats(model, every=10) as stats:
     reveal_type(stats)
+with collect_routings(model) as routings:
+    reveal_type(routings)
 set_loss_scaler(model, torch.amp.GradScaler())
 register_experts("segmoe")
 # What mypy has to find:
@@ -233,7 +236,7 @@ def test_mypy_knows_the_types_of_what_a_user_writes(environment, tmp_path):
         *(tensor, "segmoe_kernels.routing.Routing", tensor, tensor),
         *("list[str]", layer, layer, "list[str]", layer, "list[int]"),
         *("segmoe_kernels.adapters.WithRouterLogits", tensor),
-        "segmoe_kernels.stats.RoutingCollector",
+        *("segmoe_kernels.stats.RoutingCollector", "list[segmoe_kernels.routing.Routing]"),
     ]
     errors = [(int(line), text) for line, kind, text in said if kind == "error"]
     assert [text for _, text in errors] == ERRORS.strip().splitlines(), done.stdout

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from layers import D, make_layer
 from torch import nn
 
-from segmoe_kernels import set_loss_scaler
+from segmoe_kernels import load_balancing_loss, router_z_loss, set_loss_scaler
 from segmoe_kernels.testing import make_inputs
 
 AUX = {"aux_loss_weight": 0.5, "z_loss_weight": 0.1, "top_k": 2}
@@ -43,6 +43,40 @@ def test_auxiliary_losses_keep_their_size_under_a_loss_scaler():
     difference = (wrong["router.weight"] - expected["router.weight"]).abs().max()
     assert difference > 0.1 * expected["router.weight"].abs().max()
     assert torch.equal(model[0].aux_loss, plain.aux_loss)
+
+
+def accumulated(model, x, weight, *, explicit=False):
+    """Gradients of four micro batches, as trainers accumulate them."""
+    model.zero_grad()
+    parts = x.chunk(4)
+    for part in parts:
+        y, routing = model[0].forward_with_routing(part)
+        loss = (y * weight).mean()
+        if explicit:
+            loss = loss + 0.3 * load_balancing_loss(routing) + 0.2 * router_z_loss(routing)
+        (loss / len(parts)).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_injected_losses_of_micro_batches_are_those_of_the_batch():
+    model = nn.Sequential(make_layer(aux_loss_weight=0.3, z_loss_weight=0.2, dtype=torch.float64))
+    plain = nn.Sequential(make_layer(dtype=torch.float64))
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(8, 10, D, dtype=torch.float64)
+    weight = torch.randn(D, dtype=torch.float64)
+    set_loss_scaler(model, 1 / 4)
+    found = accumulated(model, x, weight)
+    for name, value in accumulated(plain, x, weight, explicit=True).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12, msg=name)
+    # Four times the same sequences: one batch of them.
+    found = accumulated(model, x[:2].repeat(4, 1, 1), weight)
+    for clone in (copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))):
+        assert clone(model)[0].loss_scaler == 1 / 4
+    set_loss_scaler(model, None)
+    model.zero_grad()
+    (model(x[:2]) * weight).mean().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-10, atol=1e-12, msg=name)
 
 
 def test_copies_have_no_scaler():

@@ -86,6 +86,7 @@ def test_every_public_function_has_bad_calls():
     public += ["load_balancing_loss", "router_z_loss", *functional.__all__]
     public += ["replace_ffn", "upcycle", "convert_state_dict", "experts_forward"]
     public += ["set_loss_scaler", "shard_experts", "collect_routing_stats", "plot_expert_load"]
+    public += ["collect_routings"]
     public += ["RoutingCollector.load_state_dict", "plot_expert_usage", "plot_segment_timeline"]
     public += ["CSVWriter.write", "flatten_stats", "read_table"]
     public.remove("resolve_backend")  # named by who calls it
