@@ -17,7 +17,7 @@ from forecaster_data import Score, Windows
 from torch import Tensor, nn
 from tqdm import tqdm
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 
 
 class DivergedError(RuntimeError):
@@ -147,7 +147,8 @@ class Trainer:
     """Trains one model; all of its state can be saved and restored.
 
     Args:
-        model: to train, already on its device.
+        model: to train, already on its device; a `Forecaster`, or what has its
+            ``forward_with_loss``.
         train: windows of the train split.
         val: windows of the validation split; they alone decide when to stop and what to keep.
         options: see `TrainOptions`.
@@ -253,8 +254,9 @@ class Trainer:
         past, truth = self.train_windows.batch(ids)
         past, truth = past.to(self.options.device), truth.to(self.options.device)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(self.model(past), truth)
-        loss.backward()
+        forecast, balancing = self.model.forward_with_loss(past)
+        loss = self.loss(forecast, truth)
+        (loss + balancing).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
         self.optimizer.step()
         self.scheduler.step()

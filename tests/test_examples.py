@@ -1,5 +1,6 @@
 """The examples: data and splits, downloads, the closed-form rows, training, resuming, FLOPs."""
 
+import copy
 import dataclasses
 import gzip
 import hashlib
@@ -320,6 +321,41 @@ def make_trainer(checkpoint, *, seed=0):
     torch.manual_seed(options.seed)
     forecaster = model.Forecaster(config)
     return training.Trainer(forecaster, windows["train"], windows["val"], options, checkpoint)
+
+
+def test_the_forecaster_trains_with_the_official_pooled_loss():
+    """Against the formula by hand, over the segments of four layers at once."""
+    config = model.ForecasterConfig(
+        look_back=64, horizon=8, d_model=8, d_ff=8, segment_sizes=(3, 2, 5, 1), dropout=0.0,
+        head_dropout=0.0,
+    )  # fmt: skip
+    series = data.make_series("x", data.multiscale(700, 2))
+    windows = script.make_windows(series, config, torch.float64)
+    torch.manual_seed(0)
+    forecaster = model.Forecaster(config).double()
+    plain = copy.deepcopy(forecaster)
+    options = training.TrainOptions(clip=1e9)
+    trainer = training.Trainer(forecaster, windows["train"], windows["val"], options)
+    task = trainer._step(torch.arange(4))
+
+    past, truth = windows["train"].batch(torch.arange(4))
+    tokens, probs, chosen = plain._embed(plain._normalise(past)[0]), [], []
+    for block in plain.blocks:
+        tokens = tokens + block.attention(block.attention_norm(tokens))
+        y, routing = block.ffn.forward_with_routing(block.ffn_norm(tokens))
+        tokens = tokens + y
+        probs.append(routing.router_probs)
+        chosen.append(routing.topk_ids[:, 0])
+    probs, chosen = torch.cat(probs), torch.cat(chosen)
+    assert len(probs) == 4 * 2 * (3 + 4 + 2 + 8)
+    balancing = 4 * sum((chosen == e).double().mean() * probs[:, e].mean() for e in range(4))
+    expected = training.LOSSES["huber"]()(plain(past), truth)
+    assert task.item() == pytest.approx(expected.item(), rel=1e-12)
+    (expected + 0.02 * balancing).backward()
+    for (name, found), by_hand in zip(
+        forecaster.named_parameters(), plain.parameters(), strict=True
+    ):
+        torch.testing.assert_close(found.grad, by_hand.grad, rtol=1e-6, atol=1e-12, msg=name)
 
 
 class _StopError(Exception):
