@@ -93,8 +93,8 @@ def read_series(path: str | Path) -> Array:
 def read_table(path: str | Path) -> SeriesTable:
     """Read a CSV file: a row for each step, a column for each channel.
 
-    Columns are separated by commas, semicolons or tabs; with the latter two numbers may have
-    decimal commas. Words above numbers are a header, and so is 0, 1, 2, ... above decimals, as
+    Columns are separated by commas, tabs or semicolons; with the latter numbers may have decimal
+    commas. Words above numbers are a header, and so is 0, 1, 2, ... above decimals, as
     pandas writes it. Left out are columns of dates and of text, numbers under a name such as
     "timestamp", and the nameless column of row numbers that pandas writes.
 
@@ -179,7 +179,14 @@ def unzip(content: bytes, most: int) -> bytes:
 
 
 def constant_channels(values: Array) -> npt.NDArray[np.bool_]:
-    """Which channels move by rounding errors only, relative to their size; (N, C) to (C,) bool."""
+    """Which channels move by less than a billionth of their size, as rounding errors do.
+
+    Args:
+        values: (N, C).
+
+    Returns:
+        (C,) bool.
+    """
     constant: npt.NDArray[np.bool_] = np.ptp(values, axis=0) <= CONSTANT * np.abs(values).max(0)
     return constant
 
@@ -267,7 +274,7 @@ def _part(cells: Sequence[str], delimiter: str, marks: set[str]) -> Array | list
     """Cells as numbers where all of them are, and the decimal marks that these have."""
     text = "\n".join(cells)
     found = {mark for mark in ".," if mark in text}
-    if set(text) - {","} <= _PLAIN and (delimiter != "," or "," not in found):
+    if set(text) - {","} <= _PLAIN and (delimiter == ";" or "," not in found):
         try:
             points = text.replace(",", ".").split("\n") if "," in found else cells
             values = np.array([float(cell) for cell in points])
@@ -352,7 +359,11 @@ def _bad_cell(column: Column, delimiter: str) -> tuple[int, str] | None:
 def _left_out(name: str, kind: str, column: Column, *, index: bool) -> str | None:
     """What a column holds that is no channel; None if it is one."""
     if kind == "text":
-        return "text"
+        numbers = (
+            isinstance(part, np.ndarray) or any(_kind_of_cell(cell) == "number" for cell in part)
+            for part in column
+        )
+        return "text and numbers" if any(numbers) else "text"
     if kind == "time" or re.sub(r"[(\[].*|[^a-z]", "", name.lower()) in TIME_NAMES:
         return "time stamps"
     if index:

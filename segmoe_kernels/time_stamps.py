@@ -24,7 +24,14 @@ _EPOCH = datetime(1970, 1, 1)
 
 
 def matches(text: str) -> bool:
-    """Whether this is a date, a time of the day, or both."""
+    """Whether this is a date, a time of the day, or both.
+
+    Args:
+        text: of a cell.
+
+    Returns:
+        bool.
+    """
     return bool(_STAMP.fullmatch(text) or _TIME.fullmatch(text))
 
 

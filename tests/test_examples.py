@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import forget_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -145,6 +146,13 @@ def test_linear_recovers_a_linear_rule():
     weight = data.fit_linear(windows["train"])
     assert data.score_linear(weight, windows["val"]).mse < 1e-10
     assert data.score_repeat(windows["val"]).mse > 0.1
+
+
+def test_the_folder_with_real_data_is_kept_when_settings_are_forgotten():
+    environ = {"SEGMOE_DATA": "/somewhere", "SEGMOE_PLAN": "block", "HOME": "/"}
+    for _ in range(2):  # in the workers of pytest-xdist again
+        forget_settings(environ)
+        assert environ == {"REAL_DATA": "/somewhere", "HOME": "/"}
 
 
 def test_repeat_and_linear_rows_reproduce_the_known_scores_on_etth1(real_data):

@@ -41,7 +41,7 @@ TAKEN = {
         [[3.807, 22.75], [5.076, 22]], "MT_001,MT_002",
     ),
     "semicolons": ("a;b\n1.5;2\n2.5;3\n", [[1.5, 2], [2.5, 3]], "a,b"),
-    "tabs": ("a\tb\n1,5\t2\n2,5\t3\n", [[1.5, 2], [2.5, 3]], "a,b"),
+    "tabs": ("a\tb\n1.5\t2\n2.5\t3\n", [[1.5, 2], [2.5, 3]], "a,b"),
     "decimal commas, no header": ("1,5;2\n2,5;3\n", [[1.5, 2], [2.5, 3]], "column 1,column 2"),
     "minus U+2212": (
         "date,a,t\nd1,1.5,\u22123.5\nd2,2.5,\u22124.5\n", [[1.5, -3.5], [2.5, -4.5]], "a,t",
@@ -99,6 +99,7 @@ REFUSED = {
     "thousands by points": (
         "a;b\n1,5;1.234,5\n2,5;1.235,5\n", [NUMBER, "'1.234,5' in row 2, column 2"],
     ),
+    "commas and tabs": ("a\tb\n1,234\t1\n1,235\t2\n", [NUMBER, "'1,234' in row 2"]),
     "thousands by blanks": ("a\n1\u00a0234\n1\u00a0235\n", [NUMBER, "row 2"]),
     "thousands by apostrophes": ("a\n1'234\n1'235\n", [NUMBER, "row 2"]),
     "two decimal marks": (
@@ -174,6 +175,8 @@ def test_what_is_left_out_is_said(tmp_path):
     assert table.describe() == ["Channels: c0, c1, c2, c3, c4, c5, c6, c7 and 2 more."]
     with pytest.warns(UserWarning, match="d.csv: No header: the first row was read as values"):
         assert read_series(write(tmp_path, "1.5\n2.5\n")).tolist() == [[1.5], [2.5]]
+    table = read_table(write(tmp_path, "a,b\n1,low\n2,bad\n3,7.5\n"))
+    assert table.left_out == {"b": "text and numbers"}
     assert read_table(write(tmp_path, "a;b\n1,5;2\n")).notes == ("Numbers have decimal commas.",)
 
 
