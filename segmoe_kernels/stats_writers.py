@@ -81,7 +81,7 @@ class CSVWriter(AbstractContextManager["CSVWriter"]):
         start = self._file.read(len(_START))
         if start != _START[: len(start)]:
             self._file.close()
-            rule = f"be a new file, or one that begins with {_START.decode()}"
+            rule = f"be a new file, or one that begins with {_START.decode()!r}"
             check.fail_value("CSVWriter", "path", rule, f"{start!r} in {self._path}")
         self._header = b""
 

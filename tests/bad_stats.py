@@ -110,7 +110,7 @@ ROWS = [
     ),
     ("timeline_list", timeline(series=[0.0] * 5), TypeError, ["series", "torch.Tensor", "list"]),
     ("timeline_series", timeline(series=draw(6)), ValueError, ["series", "(T=5, C)", "(6,)"]),
-    ("csv_other", csv_on(b"a,b\n"), ValueError, ["path", "begins with step,epoch,", "b'a,b"]),
+    ("csv_other", csv_on(b"a,b\n"), ValueError, ["path", "begins with 'step,epoch,'", "b'a,b"]),
     ("csv_path", lambda: CSVWriter(3), TypeError, ["CSVWriter", "path", "be a path", "got int"]),
     ("csv_type", csv_row([ENTRY]), TypeError, ["CSVWriter.write", "entry", "a dict", "got list"]),
     ("csv_keys", csv_row({"step": 1}), ValueError, ["entry of RoutingCollector", "['step']"]),
