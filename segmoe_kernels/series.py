@@ -14,6 +14,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import NoReturn
 
@@ -71,7 +72,7 @@ class SeriesTable:
         return [*said, *self.notes]
 
 
-def read_series(path: str | Path) -> Array:
+def read_series(path: str | PathLike[str]) -> Array:
     """Read the numbers of a CSV file; what `read_table` notes is a warning.
 
     Args:
@@ -82,6 +83,7 @@ def read_series(path: str | Path) -> Array:
 
     Raises:
         OSError: as `read_table`.
+        TypeError: as `read_table`.
         ValueError: as `read_table`.
     """
     table = read_table(path)
@@ -90,7 +92,7 @@ def read_series(path: str | Path) -> Array:
     return table.values
 
 
-def read_table(path: str | Path) -> SeriesTable:
+def read_table(path: str | PathLike[str]) -> SeriesTable:
     """Read a CSV file: a row for each step, a column for each channel.
 
     Columns are separated by commas, tabs or semicolons; with the latter numbers may have decimal
@@ -106,10 +108,13 @@ def read_table(path: str | Path) -> SeriesTable:
 
     Raises:
         OSError: if the file can't be read.
+        TypeError: if path is not a path.
         ValueError: for a file in another encoding, a damaged one, one of more than 1 GiB or without
             numbers, rows of different lengths, a first row that may be names or values, and a
             missing, infinite or ambiguous value (1,234 in quotes, 45%, 1_100).
     """
+    if not isinstance(path, str | PathLike):
+        check.fail_type("read_table", "path", "be a path", type(path).__name__)
     file = Path(path)
     text = _text(file)
     delimiter = _delimiter(text)

@@ -31,6 +31,7 @@ ROWS = [
     ("advise_flat", ask(values=SERIES[:, 0]), ValueError, ["values", "(N, C)", "(400,)"]),
     ("advise_nan", ask(values=SERIES * np.nan), ValueError, ["values", "finite", "NaN"]),
     ("advise_short", ask(patch=16), ValueError, ["at least 576 steps", "9 patches", "got 400"]),
+    ("series_path", lambda: read_series(3), TypeError, ["path", "be a path", "got int"]),
     ("series_empty", read(""), ValueError, ["path", "columns of numbers", "series.csv"]),
     ("series_hole", read('x\n1\n""\n'), ValueError, ["a number everywhere", "''", "row 3"]),
 ]
