@@ -33,7 +33,6 @@ setup(
             "hypothesis>=6.100",
             "matplotlib>=3.8",
             "mypy==2.4.1",
-            "pandas>=2.2",
             "pdoc>=15",
             "pytest>=8",
             "pytest-benchmark>=5",

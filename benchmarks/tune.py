@@ -158,6 +158,18 @@ def neighbours(tile: Tile, fields: Iterable[str]) -> Iterator[Tile]:
                 yield tile._replace(**{field: other})
 
 
+def fault_of(path: Path) -> ValueError | None:
+    """Why winners could not be put into a file; None if they can."""
+    from segmoe_kernels._triton import tuned
+
+    try:
+        if path.exists():
+            tuned.read_tiles(str(path))
+    except ValueError as error:
+        return error
+    return None
+
+
 def write_tiles(path: Path, arch: str, questions: Iterable[str], fields: dict[str, int]) -> None:
     """Put a winner into a file for SEGMOE_TILES; what else is in it stays.
 
@@ -278,6 +290,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", metavar="FOLDER", help="of the result file")
     parser.add_argument("--write", type=Path, metavar="FILE", help="winners, for SEGMOE_TILES")
     args = parser.parse_args(arguments)
+    if args.write is not None and (fault := fault_of(args.write)) is not None:
+        print(f"error: {fault}", file=sys.stderr)
+        return 2
     started = time.monotonic()
     print("  ".join(f"{key} {value}" for key, value in environment().items()))
     device = torch.device(args.device)

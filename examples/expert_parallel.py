@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from segmoe_kernels import SegMoE, shard_experts
+from segmoe_kernels import SegMoE, collect_routings, load_balancing_loss, shard_experts
 from segmoe_kernels.parallel import expert_parameter_names
 
 LOOK_BACK, HORIZON, D_MODEL = 96, 24, 32
@@ -32,10 +32,7 @@ class Forecaster(nn.Module):
     def __init__(self, num_experts: int) -> None:
         super().__init__()
         self.embed = nn.Linear(1, D_MODEL)
-        layers = (
-            SegMoE(D_MODEL, 64, num_experts, top_k=2, segment_size=size, aux_loss_weight=0.02)
-            for size in (4, 8)
-        )
+        layers = (SegMoE(D_MODEL, 64, num_experts, top_k=2, segment_size=size) for size in (4, 8))
         self.layers = nn.ModuleList(layers)
         self.norms = nn.ModuleList(nn.LayerNorm(D_MODEL) for _ in self.layers)
         self.head = nn.Linear(LOOK_BACK * D_MODEL, HORIZON)
@@ -72,9 +69,10 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(1 + rank)
     for step in range(1, options.steps + 1):
         past, future = (part.to(device) for part in draw(options.batch_size, generator))
-        loss = F.mse_loss(wrapped(past), future)
+        with collect_routings(model) as routings:
+            loss = F.mse_loss(wrapped(past), future)
         optimizer.zero_grad()
-        loss.backward()
+        (loss + 0.02 * load_balancing_loss(routings)).backward()
         optimizer.step()
         mean = loss.detach().clone()
         dist.all_reduce(mean)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ import torch
 from forecaster_sources import DATASETS, check_shape, find_or_download, read_values
 from stress_series import STRESS
 from torch import Tensor
+
+from segmoe_kernels.series import constant_channels
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -93,8 +96,14 @@ def make_series(name: str, values: FloatArray) -> Series:
     """
     splits = make_splits(name, len(values))
     train = values[slice(*splits.train)]
-    mean, std = train.mean(axis=0), train.std(axis=0)
-    std = np.where(std == 0, 1.0, std)
+    constant = constant_channels(train)
+    if constant.any():
+        numbers = ", ".join(str(channel + 1) for channel in np.flatnonzero(constant))
+        print(
+            f"{name}: constant in the train rows, so not divided by a deviation: channel {numbers}",
+            file=sys.stderr,
+        )
+    mean, std = train.mean(axis=0), np.where(constant, 1.0, train.std(axis=0))
     return Series(name, (values - mean) / std, splits, mean, std)
 
 

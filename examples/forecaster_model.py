@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from segmoe_kernels import Routing, SegMoE
+from segmoe_kernels import Routing, SegMoE, collect_routings, load_balancing_loss
 
 _EPSILON = 1e-5
 
@@ -50,7 +50,7 @@ class ForecasterConfig:
         hidden_dropout: inside the FFN.
         head_dropout: before the head.
         router_dropout: on the router's probabilities.
-        aux_loss_weight: of the load-balancing loss.
+        aux_loss_weight: of the official load-balancing loss, which pools the routing of all layers.
         linear_skip: add a linear map from look-back to horizon, for all kinds alike.
     """
 
@@ -121,7 +121,6 @@ def make_ffn(config: ForecasterConfig, layer: int) -> SegMoE:
         renormalize={"auto": None, "on": True, "off": False}[config.renormalize],
         dropout=config.hidden_dropout,
         router_dropout=config.router_dropout,
-        aux_loss_weight=config.aux_loss_weight,
     )
 
 
@@ -223,6 +222,14 @@ class Forecaster(nn.Module):
         if self.skip is not None:
             y = y + self.skip(x)
         return y.view(*past.shape[:-1], -1) * spread + centre
+
+    def forward_with_loss(self, past: Tensor) -> tuple[Tensor, Tensor]:
+        """Forecast, and the weighted load-balancing loss to add to the task's; 0 if dense."""
+        if self.config.ffn == "dense":
+            return self(past), past.new_zeros(())
+        with collect_routings(self) as routings:
+            y = self(past)
+        return y, self.config.aux_loss_weight * load_balancing_loss(routings)
 
     @torch.no_grad()
     def routing(self, past: Tensor) -> list[Routing]:

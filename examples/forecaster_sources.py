@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import hashlib
 import http.client
 import os
+import sys
 import tempfile
 import urllib.request
-import zlib
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 from tqdm import tqdm
+
+from segmoe_kernels.series import read_table, unzip
 
 _ETT = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small"
 _EXCHANGE = "https://raw.githubusercontent.com/laiguokun/multivariate-time-series-data/master"
 _AUTOFORMER = "the Google Drive folder linked from https://github.com/thuml/Autoformer"
 _CHUNK_BYTES = 1 << 16
 _TIMEOUT_S = 20
-_DOWNLOAD_ERRORS = (OSError, EOFError, zlib.error, http.client.HTTPException)
+# Six times the largest file with an address, unzipped.
+_MAX_BYTES = 64 << 20
 
 
 class DataUnavailableError(RuntimeError):
@@ -147,7 +148,7 @@ def find_or_download(name: str, data_dir: Path | None = None) -> Path:
         raise DataUnavailableError(_three_ways(name, reason))
     try:
         return download(dataset, cache_dir())
-    except (*_DOWNLOAD_ERRORS, DataUnavailableError) as error:
+    except (OSError, http.client.HTTPException, DataUnavailableError) as error:
         reason = f"downloading {dataset.url} failed: {error}"
         raise DataUnavailableError(_three_ways(name, reason)) from error
 
@@ -164,14 +165,16 @@ def download(dataset: Dataset, folder: Path) -> Path:
 
     Raises:
         OSError: if the address cannot be read.
-        DataUnavailableError: if the content is not the expected one; no file is left.
+        DataUnavailableError: if the content is not the expected one, damaged or too large; no file
+            is left.
     """
     if dataset.url is None:
         raise ValueError(f"dataset must have an address, got none for {dataset.stem}")
     folder.mkdir(parents=True, exist_ok=True)
-    content = _fetch(dataset.url)
-    if dataset.url.endswith(".gz"):
-        content = gzip.decompress(content)
+    try:
+        content = unzip(_fetch(dataset.url), _MAX_BYTES)
+    except ValueError as error:
+        raise DataUnavailableError(f"the answer is {error}; nothing was kept") from None
     digest = hashlib.sha256(content).hexdigest()
     if digest not in dataset.sha256:
         raise DataUnavailableError(
@@ -190,13 +193,17 @@ def download(dataset: Dataset, folder: Path) -> Path:
 
 
 def _fetch(url: str) -> bytes:
+    """Download; stops behind `_MAX_BYTES`, whatever the server says of the length."""
     parts = []
     with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as response:
         size = response.headers.get("Content-Length")
-        total = int(size) if size else None
+        if size is not None and not size.isdecimal():
+            raise ValueError(f"of the Content-Length {size[:40]!r}, which is no number")
+        total, left = int(size) if size else None, _MAX_BYTES + 1
         with tqdm(total=total, unit="B", unit_scale=True, desc=Path(url).name) as progress:
-            while chunk := response.read(_CHUNK_BYTES):
+            while left and (chunk := response.read(min(_CHUNK_BYTES, left))):
                 parts.append(chunk)
+                left -= len(chunk)
                 progress.update(len(chunk))
     return b"".join(parts)
 
@@ -231,27 +238,18 @@ def check_shape(name: str, values: npt.NDArray[np.float64]) -> None:
 
 
 def read_values(path: Path) -> npt.NDArray[np.float64]:
-    """Read a plain or gzipped csv: every numeric column, dates left out.
-
-    A file whose first line is all numbers has no header (the upstream exchange rates).
+    """Read a csv file as `segmoe_kernels.series.read_table` does, and print what it says of it.
 
     Args:
-        path: of the file; gzip is recognised by its content.
+        path: of the file, plain or gzipped.
 
     Returns:
         (N, C) float64.
 
     Raises:
-        ValueError: if there is no numeric column, or a value is missing.
+        ValueError: for what can't be read as numbers, with row and column.
     """
-    with path.open("rb") as stream:
-        zipped = stream.read(2) == b"\x1f\x8b"
-    compression = "gzip" if zipped else None
-    first = pd.read_csv(path, header=None, nrows=1, compression=compression)
-    headerless = all(pd.api.types.is_numeric_dtype(kind) for kind in first.dtypes)
-    table = pd.read_csv(path, header=None if headerless else 0, compression=compression)
-    numbers = table.select_dtypes("number")
-    if numbers.shape[1] == 0 or numbers.isna().to_numpy().any():
-        rule = "must have numeric columns without missing values"
-        raise ValueError(f"{path} {rule}, got {numbers.shape[1]} numeric columns")
-    return numbers.to_numpy(dtype=np.float64)
+    table = read_table(path)
+    for sentence in table.describe():
+        print(f"{path.name}: {sentence}", file=sys.stderr)
+    return table.values

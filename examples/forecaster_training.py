@@ -17,7 +17,7 @@ from forecaster_data import Score, Windows
 from torch import Tensor, nn
 from tqdm import tqdm
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 
 
 class DivergedError(RuntimeError):
@@ -147,7 +147,8 @@ class Trainer:
     """Trains one model; all of its state can be saved and restored.
 
     Args:
-        model: to train, already on its device.
+        model: to train, already on its device; a `Forecaster`, or what has its
+            ``forward_with_loss``.
         train: windows of the train split.
         val: windows of the validation split; they alone decide when to stop and what to keep.
         options: see `TrainOptions`.
@@ -253,8 +254,9 @@ class Trainer:
         past, truth = self.train_windows.batch(ids)
         past, truth = past.to(self.options.device), truth.to(self.options.device)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(self.model(past), truth)
-        loss.backward()
+        forecast, balancing = self.model.forward_with_loss(past)
+        loss = self.loss(forecast, truth)
+        (loss + balancing).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
         self.optimizer.step()
         self.scheduler.step()
@@ -291,12 +293,18 @@ class Trainer:
             path: written by `save`.
 
         Raises:
-            ValueError: if the checkpoint is of another run.
+            ValueError: if the checkpoint is of another run, or no whole one.
         """
-        state = torch.load(path, map_location=self.options.device, weights_only=True)
-        if state["version"] != CHECKPOINT_VERSION or state["identity"] != self.identity:
-            rule = f"must come from a run with {self.identity}"
-            raise ValueError(f"checkpoint {path} {rule}, got {state['identity']}")
+        try:
+            state = dict(torch.load(path, map_location=self.options.device, weights_only=True))
+            version, identity = state["version"], state["identity"]
+        except Exception as error:  # torch.load raises whatever the bytes lead it to
+            kind = type(error).__name__
+            rule = "must be a whole one of this program (delete it to start anew)"
+            raise ValueError(f"checkpoint {path} {rule}, got a {kind} on loading it") from error
+        if version != CHECKPOINT_VERSION or identity != self.identity:
+            rule = f"must come from a run with {self.identity}, version {CHECKPOINT_VERSION}"
+            raise ValueError(f"checkpoint {path} {rule}, got {identity}, version {version}")
         self.model.load_state_dict(state["model"])
         self.best_state, self.best_epoch = state["best_state"], state["best_epoch"]
         self.optimizer.load_state_dict(state["optimizer"])

@@ -130,10 +130,12 @@ def advise_command(options: argparse.Namespace) -> int:
     Returns:
         0, or 2 for a file that can't be used.
     """
-    from segmoe_kernels.advise import advise, plot_advice, read_series
+    from segmoe_kernels.advise import advise, plot_advice
+    from segmoe_kernels.series import read_table
 
     try:
-        values = read_series(options.file)
+        table = read_table(options.file)
+        values = table.values
         advice = advise(
             values,
             patch=options.patch,
@@ -148,10 +150,11 @@ def advise_command(options: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.json:
-        print(json.dumps(dataclasses.asdict(advice)))
+        of_file = {"columns": table.columns, "left_out": table.left_out, "notes": table.notes}
+        print(json.dumps({**dataclasses.asdict(advice), **of_file}))
         return 0
     print(f"{len(values)} steps, {values.shape[1]} channels, patches of {options.patch}")
-    for sentence in advice.reasons:
+    for sentence in (*table.describe(), *advice.reasons):
         print(f"* {sentence}")
     print(f"segment sizes: {','.join(map(str, advice.schedule))}")
     return 0

@@ -16,7 +16,9 @@ summary ``m`` of a segment is the mean of its features and::
 
     var(m)      = 1/P^2 sum_ij r_|i-j|
     cov(m, i)   = 1/P sum_j s_|i-j|                 with the state of patch i
-    score(P)    = 1/P sum_i cov(m, i)^2 / var(m)    share of a patch's state that m tells
+    score(P)    = 1/P sum_i min(cov(m, i)^2 / var(m), s_0)
+
+the share of a patch's state that m tells; no more than there is, as no correlation is above 1.
 
 This is a model of why segments may help, not of how much. In the studies of ``examples`` the test
 error of a model hardly depends on the size between 2 and 6, and the size of the highest score was
@@ -25,16 +27,14 @@ advice is the size nearest to 4 of those whose score is within 0.05 of the highe
 where the series says so plainly.
 """
 
-import csv
-import gzip
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from segmoe_kernels import validation as check
+from segmoe_kernels.series import constant_channels, read_series
 
 __all__ = ["Advice", "Period", "advise", "plot_advice", "read_series"]
 
@@ -44,6 +44,8 @@ LITTLE = 0.05
 # Scores closer than this are not told apart by the errors of trained models.
 TOLERANCE = 0.05
 USUAL = 4
+# A feature of channels of deviation 1 that moves less than this does so by rounding errors.
+CONSTANT = 1e-6
 # Below this share of the power a peak of the spectrum is a harmonic, or chance.
 LITTLE_POWER = 0.02
 
@@ -86,74 +88,26 @@ class Advice:
     reasons: list[str]
 
 
-def read_series(path: str | Path) -> Array:
-    """Read a CSV file, plain or gzipped: a row for each step, a column for each channel.
-
-    Args:
-        path: of the file. A first row with words, or with text above numbers, is a header; a column
-            whose first value is no number, such as a date, is left out.
-
-    Returns:
-        (N, C) float64.
-
-    Raises:
-        OSError: if the file can't be read.
-        ValueError: if it has no numbers, rows of different lengths, or a missing or infinite value.
-    """
-    name = Path(path)
-    content = name.read_bytes()
-    if name.suffix == ".gz":
-        content = gzip.decompress(content)
-    rows = [row for row in csv.reader(content.decode("utf-8").splitlines()) if row]
-    if _has_header(rows):
-        rows = rows[1:]
-    # A column that begins with a missing value is refused below, not left out.
-    first = rows[0] if rows else []
-    columns = [i for i, cell in enumerate(first) if _is_number(cell) or not cell.strip()]
-    if not columns:
-        check.fail_value("read_series", "path", "be a file with columns of numbers", str(path))
-    values = np.empty((len(rows), len(columns)))
-    for number, row in enumerate(rows):
-        if len(row) != len(rows[0]):
-            got = f"{len(row)} in row {number + 1} of {name.name}"
-            check.fail_value("read_series", "path", f"have {len(rows[0])} columns", got)
-        for place, column in enumerate(columns):
-            if not _is_number(row[column]) or not np.isfinite(float(row[column])):
-                got = f"{row[column]!r} in row {number + 1}, column {column + 1} of {name.name}"
-                check.fail_value("read_series", "path", "have a number everywhere", got)
-            values[number, place] = float(row[column])
-    return values
-
-
-def _has_header(rows: list[list[str]]) -> bool:
-    """Whether the first row names columns; names may be numbers, such as those of ECL's meters."""
-    for place, cell in enumerate(rows[0] if rows else []):
-        if cell.strip() and not _is_number(cell):
-            word = not any(character.isdigit() for character in cell)
-            above = len(rows) > 1 and place < len(rows[1]) and _is_number(rows[1][place])
-            if word or above:
-                return True
-    return False
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def standardise(values: Array) -> Array:
+    """Channels of mean 0 and deviation 1, whatever their units; constant ones become 0."""
+    scaled = values / np.maximum(np.abs(values).max(0), np.finfo(np.float64).tiny)
+    centred = scaled - scaled.mean(0)
+    deviation = np.where(constant_channels(values), np.inf, centred.std(0))
+    result: Array = centred / deviation
+    return result
 
 
 def autocorrelation(values: Array, max_lag: int) -> Array:
     """Mean over columns of the autocorrelation, (max_lag + 1,); constant columns are left out.
 
-    By the Wiener-Khinchin theorem; the estimate that divides by N at every lag.
+    Columns are of channels of deviation 1, see `standardise`. By the Wiener-Khinchin theorem; the
+    estimate that divides by N at every lag.
     """
     centred = values - values.mean(0)
     size = 1 << (2 * len(values) - 1).bit_length()
     power = np.abs(np.fft.rfft(centred, size, axis=0)) ** 2
     found = np.fft.irfft(power, size, axis=0)[: max_lag + 1]
-    moving = found[0] > 1e-12 * len(values)
+    moving = found[0] > CONSTANT**2 * len(values)
     if not moving.any():
         return np.zeros(max_lag + 1)
     mean: Array = (found[:, moving] / found[0, moving]).mean(1)
@@ -231,9 +185,10 @@ def size_scores(correlation: Array, max_size: int) -> list[float]:
     scores = []
     for size in range(1, max_size + 1):
         lags = np.abs(np.subtract.outer(np.arange(size), np.arange(size)))
-        variance = total[lags].mean()
+        variance = max(total[lags].mean(), 1e-12)
         covariance = state[lags].mean(1)
-        scores.append(float((covariance**2).mean() / variance) if variance > 1e-12 else 0.0)
+        # No correlation is above 1, whatever the line left for the state.
+        scores.append(float(np.minimum(covariance**2 / variance, state[0]).mean()))
     return scores
 
 
@@ -275,6 +230,8 @@ def advise(
     if len(values) < needed:
         rule = f"have at least {needed} steps: 4 segments of {max_size + 1} patches"
         check.fail_value("advise", "values", rule, len(values))
+    constant = int(constant_channels(values).sum())
+    values = standardise(values)
     max_lag = min(look_back, len(values) // 3)
     periods = find_periods(values, max_lag)
     last = max(max_size + 1, min(max_lag // patch, 64))
@@ -294,6 +251,8 @@ def advise(
     ]
     schedule = [order[layer * len(order) // num_layers] for layer in range(num_layers)]
     reasons = _explain(scores, best, close, periods, memory, patch)
+    if constant:
+        reasons.insert(0, f"{constant} of {values.shape[1]} channels are constant and left out.")
     return Advice(schedule, best, scores, periods, memory, reasons)
 
 
@@ -327,6 +286,12 @@ def _explain(
             f"A segment of any size tells at most {max(scores):.0%} of a patch's state: there is "
             "next to nothing to route by, and a dense FFN will do as well."
         )
+        short = [str(period.steps) for period in periods if period.steps < 4 * patch]
+        if short:
+            found.append(
+                f"But a cycle within 4 patches ({', '.join(short)} steps) looks like noise to this "
+                "score: compare sizes by training, or take shorter patches."
+            )
         return found
     told = f"{scores[best - 1]:.0%} of a patch's state, a patch by itself {scores[0]:.0%}"
     found.append(f"Segments of {best} ({best * patch} steps) tell {told}.")
@@ -375,6 +340,7 @@ def plot_advice(values: Array, advice: Advice, *, patch: int = 1, look_back: int
     except ImportError as error:
         message = "needs matplotlib: pip install segmoe-kernels[plots]"
         raise ImportError(f"segmoe_kernels.plot_advice {message}") from error
+    values = standardise(values)
     max_lag = min(look_back, len(values) // 3)
     figure = Figure(figsize=(11, 3), layout="constrained")
     left, middle, right = figure.subplots(1, 3)

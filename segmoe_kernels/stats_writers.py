@@ -2,8 +2,11 @@
 
 import csv
 import io
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,12 @@ from torch import Tensor
 
 from segmoe_kernels import validation as check
 
+if sys.platform != "win32":
+    import fcntl
+
 __all__ = ["CSVWriter", "TensorBoardWriter", "flatten_stats"]
+
+_START = b"step,epoch,"
 
 
 def flatten_stats(entry: dict[str, Any]) -> dict[str, float]:
@@ -52,25 +60,30 @@ def _flat(function: str, entry: Any) -> Iterator[tuple[str, float]]:
 class CSVWriter(AbstractContextManager["CSVWriter"]):
     """A CSV file with a row for each entry: step, epoch, then the names of `flatten_stats`.
 
-    A row is handed to the system in one piece, so a program that ends at any moment leaves whole
-    rows; should the machine have cut the last one, opening the file anew takes its rest away. A
-    file that exists is continued.
+    A file of the same columns is continued, and no other one is touched. A row is written in one
+    piece or not at all, so a program that ends at any moment leaves whole rows; should the machine
+    have cut the last one, the next row takes its place. Several writers may share a file (not
+    on Windows).
 
     Args:
         path: of the file; its folder has to exist.
 
     Raises:
         TypeError: if path is not a path.
+        ValueError: if the file is there and has another beginning than those of this class.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
         _check_path("CSVWriter", "path", path)
+        self._path = fspath(path)
         self._file = Path(path).open("a+b", buffering=0)  # noqa: SIM115  closed by `close`
         self._file.seek(0)
-        text = self._file.read()
-        self._file.truncate(text.rfind(b"\n") + 1)
-        first = text.partition(b"\n")[0].decode() if b"\n" in text else ""
-        self._header = next(csv.reader([first]), [])
+        start = self._file.read(len(_START))
+        if start != _START[: len(start)]:
+            self._file.close()
+            rule = f"be a new file, or one that begins with {_START.decode()!r}"
+            check.fail_value("CSVWriter", "path", rule, f"{start!r} in {self._path}")
+        self._header = b""
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append a row.
@@ -82,20 +95,49 @@ class CSVWriter(AbstractContextManager["CSVWriter"]):
             TypeError: if entry is not a dict.
             ValueError: if it is not an entry of a collector, or has other layers or experts than
                 the file.
+            OSError: if the row could not be written whole; nothing of it is left in the file.
         """
         numbers = dict(_flat("CSVWriter.write", entry))
         row = {"step": entry["step"], "epoch": entry["epoch"], **numbers}
-        if self._header and self._header != list(row):
+        header, line = _csv_line(row), _csv_line(row.values())
+        with _locked(self._file):
+            size = self._file.seek(0, os.SEEK_END)
+            # Read again only where another program may have written, or been stopped, meanwhile.
+            if header != self._header or not size or self._last_byte(size) != b"\n":
+                size = self._cut(header)
+            self._append(line if size else header + line, size)
+        self._header = header
+
+    def _last_byte(self, size: int) -> bytes:
+        self._file.seek(size - 1)
+        return self._file.read(1) or b""
+
+    def _cut(self, header: bytes) -> int:
+        """Take away half a row at the end of a file with this header; the size that is left."""
+        self._file.seek(0)
+        text = self._file.readall()
+        whole = text[: text.rfind(b"\n") + 1]
+        in_header = not whole and header.startswith(text)
+        if not in_header and not whole.startswith(header):
+            names = [
+                next(csv.reader([part.decode().split("\n")[0]]), []) for part in (text, header)
+            ]
+            got = sorted(set(names[0]) ^ set(names[1])) or "another order"
             rule = "have the columns that the file has"
-            got = sorted(set(row) ^ set(self._header)) or "another order"
             check.fail_value("CSVWriter.write", "entry", rule, f"a difference in {got}")
-        text = io.StringIO()
-        lines = csv.writer(text, lineterminator="\n")
-        if not self._header:
-            lines.writerow(row)
-        lines.writerow(row.values())
-        self._file.write(text.getvalue().encode())
-        self._header = list(row)
+        if len(whole) < len(text):
+            what = f"the end of {self._path}, a row without its last byte, was taken away"
+            warnings.warn(f"segmoe_kernels.CSVWriter: {what}.", RuntimeWarning, stacklevel=3)
+            self._file.truncate(len(whole))
+        return len(whole)
+
+    def _append(self, data: bytes, size: int) -> None:
+        """Write behind the first ``size`` bytes; what is written in part is taken back."""
+        written = self._file.write(data)
+        if written != len(data):
+            self._file.truncate(size)
+            message = f"only {written} of {len(data)} bytes could be written to {self._path}"
+            raise OSError(f"segmoe_kernels.CSVWriter.write: {message}; the row was taken back.")
 
     def close(self) -> None:
         """Close the file."""
@@ -139,6 +181,25 @@ class TensorBoardWriter(AbstractContextManager["TensorBoardWriter"]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _csv_line(cells: Iterable[Any]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue().encode()
+
+
+@contextmanager
+def _locked(file: Any) -> Iterator[None]:
+    """Keep other writers out, where the system can: the lock goes with the process."""
+    if sys.platform == "win32":
+        yield
+        return
+    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _check_path(function: str, argument: str, path: Any) -> None:

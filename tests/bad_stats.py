@@ -58,6 +58,16 @@ def scalars(entry):
     return call
 
 
+def csv_on(content):
+    def call():
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "x.csv")
+            path.write_bytes(content)
+            CSVWriter(path)
+
+    return call
+
+
 HISTORIES = [
     ("type", ENTRY, TypeError, ["history", "a sequence of entries", "got dict"]),
     ("text", "steps", TypeError, ["history", "a sequence of entries", "got str"]),
@@ -120,6 +130,7 @@ ROWS = [
         TypeError,
         ["CSVWriter", "path", "be a path", "got int"],
     ),
+    ("csv_other", csv_on(b"a,b\n"), ValueError, ["path", "begins with 'step,epoch,'", "b'a,b"]),
     ("csv_type", csv_row([ENTRY]), TypeError, ["CSVWriter.write", "entry", "a dict", "got list"]),
     ("csv_keys", csv_row({"step": 1}), ValueError, ["entry of RoutingCollector", "['step']"]),
     (

@@ -7,6 +7,7 @@ out is full of NaN (integers: the largest value), so a result that nobody wrote 
 
 import importlib.util
 import os
+from pathlib import Path
 
 import torch
 
@@ -18,8 +19,16 @@ if INTERPRETER:
 else:
     # cuBLAS is deterministic only with a workspace of fixed size; read at its first use.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-for _name in [name for name in os.environ if name.startswith("SEGMOE_")]:
-    del os.environ[_name]
+
+
+def forget_settings(environ):
+    """Take the package's variables away; the folder with real data stays under another name."""
+    environ.setdefault("REAL_DATA", environ.get("SEGMOE_DATA", ""))  # for pytest-xdist's workers
+    for name in [name for name in environ if name.startswith("SEGMOE_")]:
+        del environ[name]
+
+
+forget_settings(os.environ)
 # The tensors are tiny: handing them to a second thread costs more than the work.
 torch.set_num_threads(1)
 
@@ -52,6 +61,15 @@ def pytest_collection_modifyitems(items):
 def device():
     """Where the kernels run: the GPU, or the CPU under the interpreter."""
     return torch.device("cuda" if GPU else "cpu")
+
+
+@pytest.fixture
+def real_data():
+    """The folder that SEGMOE_DATA named when the tests were started; else the test is skipped."""
+    folder = os.environ["REAL_DATA"]
+    if not folder:
+        pytest.skip("needs SEGMOE_DATA")
+    return Path(folder)
 
 
 @pytest.fixture

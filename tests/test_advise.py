@@ -15,7 +15,6 @@ from segmoe_kernels.advise import (
     features,
     find_periods,
     plot_advice,
-    read_series,
     size_scores,
     spectrum,
 )
@@ -35,12 +34,36 @@ def test_autocorrelation_is_the_plain_formula():
         assert found[lag] == pytest.approx(np.mean(each), rel=1e-9)
 
 
-def test_constant_channels_count_in_nothing():
-    values = noise(300, 1).cumsum(0)
-    with_constant = np.concatenate([values, np.full((300, 1), 7.0)], axis=1)
-    np.testing.assert_allclose(autocorrelation(with_constant, 9), autocorrelation(values, 9))
-    assert not autocorrelation(np.full((300, 2), 7.0), 9).any()
-    assert advise(np.full((300, 2), 7.0)).schedule == [1, 1, 1, 1]
+@pytest.mark.parametrize("constant", [7.0, 0.1, 1e9 + 0.1])
+def test_constant_channels_count_in_nothing(constant):
+    values = noise(800, 1).cumsum(0)
+    with_constant = np.concatenate([values, np.full((800, 1), constant)], axis=1)
+    plain, found = advise(values, patch=4), advise(with_constant, patch=4)
+    assert found.scores == pytest.approx(plain.scores)
+    assert found.reasons == ["1 of 2 channels are constant and left out.", *plain.reasons]
+    alone = advise(np.full((800, 2), constant), patch=4)
+    assert (alone.schedule, max(alone.scores), alone.periods) == ([1, 1, 1, 1], 0.0, [])
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1e-3, 1e12])
+def test_advice_does_not_depend_on_units(unit):
+    values = regimes(12, 8)
+    expected, found = advise(values, patch=8), advise(values * unit, patch=8)
+    assert found.scores == pytest.approx(expected.scores, rel=1e-6)
+    assert (found.schedule, found.reasons) == (expected.schedule, expected.reasons)
+    mixed = advise(values * unit + 1e3 * unit, patch=8)
+    assert mixed.scores == pytest.approx(expected.scores, rel=1e-6)
+
+
+def test_scores_are_shares_where_a_cycle_cancels_in_a_segment():
+    """A cycle of three patches: the mean of three has next to no variance."""
+    values = np.sin(2 * np.pi * np.arange(4000) / 24)[:, None] + 0.01 * noise(4000, 1)
+    advice = advise(values, patch=8)
+    assert max(advice.scores) <= 1
+    assert "a cycle within 4 patches (24 steps) looks like noise" in advice.reasons[-1]
+    for second in np.linspace(-1, 1, 9):
+        scores = size_scores(np.array([1.0, -0.5, second, *[0.3] * 6]), 8)
+        assert all(0 <= score <= 1 for score in scores)
 
 
 def test_spectrum_is_shared_out_and_peaks_at_the_cycle():
@@ -66,6 +89,16 @@ def test_two_cycles_are_found():
     assert any(abs(steps - 160) <= 2 for steps in found)
     assert not find_periods(noise(8000, 2), 400)
     assert not find_periods(noise(8000, 1).cumsum(0), 400)  # wanders, but has no cycle
+
+
+def test_a_cycle_needs_four_standard_errors_of_noise():
+    """Cycles whose autocorrelation is two and a half, and six standard errors of white noise."""
+    for errors, found in ((2.5, []), (6, [24])):
+        share = errors / np.sqrt(6000)
+        wave = np.sqrt(2 * share / (1 - share)) * np.sin(2 * np.pi * np.arange(6000) / 24)
+        for seed in range(4):
+            periods = find_periods(wave[:, None] + noise(6000, 1, seed=seed), 100)
+            assert [period.steps for period in periods] == found
 
 
 def test_features_of_a_hand_worked_patch():
@@ -116,19 +149,10 @@ def test_longer_states_call_for_longer_segments():
     assert [advice.best for advice in found] == [1, 4, 4, 4]
 
 
-def cycles(period, lasting, count=8000):
-    """Cycles in three forms that last so many steps."""
-    generator = np.random.default_rng(0)
-    form = np.repeat(generator.integers(0, 3, -(-count // lasting)), lasting)[:count]
-    part = np.arange(count) / period % 1
-    forms = np.stack([np.sin(2 * np.pi * part), np.sign(part - 0.5), 2 * part - 1])
-    return np.take_along_axis(forms, form[None], 0).T + 0.15 * generator.standard_normal((count, 1))
-
-
 def test_the_usual_size_is_left_where_the_series_says_so_plainly():
-    """Forms that last for long, of a cycle of 3 patches: only its own length hides its phases."""
-    advice = advise(cycles(24, lasting=320), patch=8)
-    assert advice.best == 3
+    """States that have gone after two patches."""
+    advice = advise(regimes(2, 32), patch=32)
+    assert advice.best == 2
     assert max(advice.scores) - advice.scores[3] > 0.05
 
 
@@ -158,21 +182,13 @@ def test_schedule_has_the_best_and_neighbours_as_good_longest_first():
 def file(tmp_path):
     """A file with a date, two channels with cycles, and a header."""
     values = np.sin(2 * np.pi * np.arange(2000) / 24)[:, None] + 0.3 * noise(2000, 2)
-    lines = [f"2020-01-01 {i},{a:.17g},{b:.17g}" for i, (a, b) in enumerate(values)]
+    lines = [
+        f"{np.datetime64('2020-01-01T00:00') + 60 * i},{a:.17g},{b:.17g}"
+        for i, (a, b) in enumerate(values)
+    ]
     path = tmp_path / "series.csv"
     path.write_text("\n".join(["date,one,two", *lines]) + "\n")
     return path, values
-
-
-def test_series_are_read_plain_and_zipped(file, tmp_path):
-    path, values = file
-    np.testing.assert_array_equal(read_series(path), values)
-    zipped = tmp_path / "series.csv.gz"
-    zipped.write_bytes(gzip.compress(path.read_bytes()))
-    np.testing.assert_array_equal(read_series(zipped), values)
-    for header in ("", "date,0,1\n", "c0,c1,c2\n"):
-        path.write_text(f"{header}2016-07-01 02:00,1,2\n2016-07-01 03:00,3,4\n")
-        assert read_series(path).tolist() == [[1.0, 2.0], [3.0, 4.0]]
 
 
 def test_command_prints_draws_and_refuses(file, tmp_path, capsys):
@@ -182,15 +198,24 @@ def test_command_prints_draws_and_refuses(file, tmp_path, capsys):
     assert command.main(argv) == 0
     said = capsys.readouterr().out
     assert "2000 steps, 2 channels, patches of 4" in said
+    assert "* Channels: one, two." in said
+    assert "* Left out: date (time stamps)." in said
     assert "Cycles of 24 steps" in said
     expected = advise(values, patch=4, num_layers=3)
     assert f"segment sizes: {','.join(map(str, expected.schedule))}" in said
     assert picture.stat().st_size > 5000
     assert command.main([*argv, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["scores"] == pytest.approx(expected.scores)
+    found = json.loads(capsys.readouterr().out)
+    assert found["scores"] == pytest.approx(expected.scores)
+    assert (found["columns"], found["left_out"]) == (["one", "two"], {"date": "time stamps"})
+    assert found["notes"] == []
     assert command.main(["advise", str(tmp_path / "none.csv")]) == 2
     assert command.main(["advise", str(path), "--patch", "0"]) == 2
     assert "expected patch to be at least 1" in capsys.readouterr().err
+    for content in (gzip.compress(path.read_bytes())[:-9], b"a\n" + b"x" * 131_073):
+        path.write_bytes(content)
+        assert command.main(["advise", str(path)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_picture_shows_the_scores_and_the_cycles(file):

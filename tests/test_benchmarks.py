@@ -304,6 +304,45 @@ def test_store_starts_from_earlier_rows_and_retries(tmp_path):
     assert stores.Store(new.path, fresh=True).rows == []
 
 
+def test_two_stores_of_one_file_lose_no_row(tmp_path):
+    def row(name, code="1"):
+        return dict(zip(stores.IDENTITY, (name, "p", "forward", "eager"), strict=True), code=code)
+
+    path = tmp_path / "rows.json"
+    stores.Store(path).add([row("old")])
+    one, other, fresh = stores.Store(path), stores.Store(path), stores.Store(path, fresh=True)
+    one.add([row("a"), row("old", code="2")])
+    other.add([row("b")])
+    assert {r["configuration"]: r["code"] for r in stores.Store(path).rows} == {
+        "old": "2", "a": "1", "b": "1"
+    }  # fmt: skip
+    # The row from before the fresh start was measured again meanwhile.
+    fresh.add([row("c")])
+    assert {r["configuration"] for r in stores.Store(path).rows} == {"old", "a", "b", "c"}
+    stores.Store(path, fresh=True).add([row("d")])
+    assert stores.Store(path).rows == [row("d")]
+
+
+def test_processes_that_write_at_once_lose_no_row(tmp_path):
+    path = tmp_path / "rows.json"
+    children = []
+    for name in range(3):
+        child = os.fork()
+        if not child:
+            try:
+                store = stores.Store(path)
+                for number in range(10):
+                    identity = (f"{name}.{number}", "p", "forward", "eager")
+                    store.add([dict(zip(stores.IDENTITY, identity, strict=True))])
+                os._exit(0)
+            finally:
+                os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 3
+    assert len(stores.Store(path).rows) == 30
+    assert [entry.name for entry in tmp_path.iterdir()] == ["rows.json"]
+
+
 def test_results_go_where_they_are_told(monkeypatch):
     monkeypatch.delenv("OUT", raising=False)
     assert stores.results_folder("cpu") == ROOT / "benchmarks" / "results" / "cpu"

@@ -1,4 +1,4 @@
-"""The examples: data and splits, downloads, the closed-form rows, training, resuming, FLOPs."""
+"""The examples: data and splits, downloads, the closed-form rows, training, resuming."""
 
 import dataclasses
 import gzip
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import forget_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -33,18 +34,6 @@ TINY = [
     *("--d-ff", "8", "--num-layers", "2", "--segment-sizes", "3,2", "--epochs", "2"),
     *("--train-fraction", "0.03", "--batch-size", "16", "--threads", "1", "--quiet"),
 ]
-
-
-def find_real_data():
-    """The folder with ETTh1, where this machine has one."""
-    folders = [os.environ.get("SEGMOE_DATA"), ROOT.parent / "shared" / "data"]
-    for folder in (Path(folder) for folder in folders if folder):
-        if (folder / "ETTh1.csv").is_file() or (folder / "ETTh1.csv.gz").is_file():
-            return folder
-    return None
-
-
-REAL_DATA = find_real_data()
 
 
 @pytest.fixture
@@ -66,11 +55,11 @@ def csv_text(values):
     return "\n".join([header, *lines, ""])
 
 
-def serve(monkeypatch, content):
-    """Make every download return ``content``."""
+def serve(monkeypatch, content, length=None):
+    """Make every download return ``content``, said to have that length."""
 
     class Response(io.BytesIO):
-        headers = {"Content-Length": str(len(content))}  # noqa: RUF012
+        headers = {"Content-Length": length}  # noqa: RUF012
 
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_args, **_kwargs: Response(content))
 
@@ -158,18 +147,23 @@ def test_linear_recovers_a_linear_rule():
     assert data.score_repeat(windows["val"]).mse > 0.1
 
 
-@pytest.mark.skipif(REAL_DATA is None, reason="needs ETTh1.csv in SEGMOE_DATA")
-def test_repeat_and_linear_rows_reproduce_the_known_scores_on_etth1():
-    series = data.load_series("ETTh1", REAL_DATA)
+def test_the_folder_with_real_data_is_kept_when_settings_are_forgotten():
+    environ = {"SEGMOE_DATA": "/somewhere", "SEGMOE_PLAN": "block", "HOME": "/"}
+    for _ in range(2):  # in the workers of pytest-xdist again
+        forget_settings(environ)
+        assert environ == {"REAL_DATA": "/somewhere", "HOME": "/"}
+
+
+def test_repeat_and_linear_rows_reproduce_the_known_scores_on_etth1(real_data):
+    series = data.load_series("ETTh1", real_data)
     rows = script.baseline_rows(series, model.ForecasterConfig())
     found = [(f"{row['test_mse']:.4f}", f"{row['test_mae']:.4f}") for row in rows]
     assert found[1] == ("0.3672", "0.3915")
     assert [f"{rows[0][key]:.3f}" for key in ("test_mse", "test_mae")] == ["1.294", "0.713"]
 
 
-@pytest.mark.skipif(REAL_DATA is None, reason="needs ETTh1.csv in SEGMOE_DATA")
-def test_digest_of_etth1_is_the_real_one():
-    path = sources.find_local("ETTh1", REAL_DATA)
+def test_digest_of_etth1_is_the_real_one(real_data):
+    path = sources.find_local("ETTh1", real_data)
     content = path.read_bytes()
     content = gzip.decompress(content) if path.suffix == ".gz" else content
     assert hashlib.sha256(content).hexdigest() in sources.DATASETS["ETTh1"].sha256
@@ -183,12 +177,10 @@ def test_digest_of_etth1_is_the_real_one():
     ],
 )
 def test_the_heads_of_ecl_and_traffic_are_read_and_known_to_be_no_whole_files(
-    no_files, monkeypatch, name, file, rows
+    no_files, monkeypatch, name, file, rows, real_data
 ):
-    if REAL_DATA is None or not (REAL_DATA / file).is_file():
-        pytest.skip(f"needs {file}")
     dataset = sources.DATASETS[name]
-    (no_files / f"{dataset.stem}.csv.gz").write_bytes((REAL_DATA / file).read_bytes())
+    (no_files / f"{dataset.stem}.csv.gz").write_bytes((real_data / file).read_bytes())
     channels = dataset.shape[1]
     rule = f"{name} must have {dataset.shape[0]} rows of {channels} channels, got {rows} rows of"
     with pytest.raises(ValueError, match=rule):
@@ -214,27 +206,20 @@ def test_a_file_of_another_shape_is_no_benchmark(no_files):
         data.load_series("ETTh1", no_files)
 
 
-@pytest.mark.parametrize("zipped", [False, True])
-def test_read_values_takes_plain_and_gzipped_csv(tmp_path, zipped):
-    values = np.random.default_rng(0).normal(size=(5, 3))
-    text = csv_text(values).encode()
-    path = tmp_path / ("some.csv.gz" if zipped else "some.csv")
-    path.write_bytes(gzip.compress(text) if zipped else text)
-    assert np.array_equal(sources.read_values(path), values)
-    assert np.array_equal(data.load_series(str(path)).mean, values[:3].mean(0))
-
-
-def test_read_values_keeps_the_first_row_of_a_file_without_header(tmp_path):
-    path = tmp_path / "rates.csv"
-    path.write_text("1.5,2\n3,4\n")
-    assert sources.read_values(path).tolist() == [[1.5, 2.0], [3.0, 4.0]]
-
-
-def test_read_values_refuses_missing_values(tmp_path):
-    path = tmp_path / "holes.csv"
-    path.write_text("a,b\n1,2\n3,\n")
-    with pytest.raises(ValueError, match="without missing values"):
-        sources.read_values(path)
+def test_the_forecaster_says_what_it_read_and_what_is_constant(tmp_path, capsys):
+    path = tmp_path / "some.csv"
+    wave = np.sin(np.arange(1000))
+    # Constant in the train rows, but for rounding errors of their mean.
+    tides = ["low", "high"] * 500
+    rows = [f"{i}:00,{tides[i]},{wave[i]},{14.62 + (i > 850) / 2}" for i in range(1000)]
+    path.write_text("\n".join(["hour,tide,a,b", *rows]))
+    series = data.load_series(str(path))
+    said = capsys.readouterr().err
+    assert "some.csv: Channels: a, b." in said
+    assert "some.csv: Left out: hour (text), tide (text)." in said
+    assert "some.csv: constant in the train rows, so not divided by a deviation: channel 2" in said
+    assert series.std[1] == 1.0
+    assert series.values[900] == pytest.approx([(wave[900] - series.mean[0]) / series.std[0], 0.5])
 
 
 def test_data_dir_comes_before_environment_and_cache(no_files, monkeypatch):
@@ -262,9 +247,24 @@ def test_download_verifies_then_names_the_file(no_files, monkeypatch):
     assert os.listdir(path.parent) == ["some.csv"]
 
 
-def test_download_refuses_other_content_and_leaves_no_file(no_files, monkeypatch):
-    serve(monkeypatch, b"not the data")
-    with pytest.raises(sources.DataUnavailableError, match=r"sha256 f18de3ad.*nothing was kept"):
+@pytest.mark.parametrize(
+    ("content", "length", "words"),
+    [
+        (b"not the data", "12", "sha256 f18de3ad.*nothing was kept"),
+        (gzip.compress(b"a" * 99)[:-9], "20", "the answer is a damaged gzip file"),
+        (b"a" * 1001, "1001", "more than 1000 bytes; nothing was kept"),
+        (b"a" * 1001, None, "more than 1000 bytes"),
+        (gzip.compress(b"a" * 1001), None, "more than 1000 bytes"),
+        (b"a", "abc", "the answer is of the Content-Length 'abc', which is no number"),
+    ],
+    ids=["other", "cut", "large", "large, no length", "large unzipped", "no number"],
+)
+def test_download_refuses_other_content_and_leaves_no_file(
+    no_files, monkeypatch, content, length, words
+):
+    serve(monkeypatch, content, length)
+    monkeypatch.setattr(sources, "_MAX_BYTES", 1000)
+    with pytest.raises(sources.DataUnavailableError, match=words):
         sources.find_or_download("ETTh1")
     assert [path for path in no_files.rglob("*") if path.is_file()] == []
 
@@ -362,6 +362,22 @@ def test_restore_refuses_the_checkpoint_of_another_run(tmp_path):
         make_trainer(None, seed=1).restore(tmp_path / "a.pt")
 
 
+@pytest.mark.parametrize("foreign", ["cut", "text", "tensor", "weights"])
+def test_resume_from_what_is_no_checkpoint_says_so_in_one_line(tmp_path, capsys, foreign):
+    path = tmp_path / "checkpoint.pt"
+    make_trainer(path).save(path)
+    if foreign == "cut":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif foreign == "text":
+        path.write_text("epoch 1: good\n")
+    else:
+        torch.save(torch.ones(3) if foreign == "tensor" else {"weight": torch.ones(3)}, path)
+    assert script.main([*TINY, "--no-plots", "--out", str(tmp_path), "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: checkpoint {path} must be a whole one of this program")
+    assert said.count("\n") == 1
+
+
 def test_resume_of_a_finished_run_scores_it_again(tmp_path, capsys):
     results = []
     for more in ([], ["--resume"]):
@@ -386,70 +402,6 @@ def test_training_stops_when_validation_does_not_improve():
     trainer.options = training.dataclasses.replace(trainer.options, patience=1, epochs=9)
     trainer.fit(progress=False)
     assert (len(trainer.history), trainer.best_epoch, trainer.best_val_mse) == (3, 1, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("options", "products"),
-    [
-        ({"ffn": "dense"}, 2 * 4 * 8 * 12),
-        ({"ffn": "token"}, 4 * 8 * 5 + 2 * 4 * 8 * 6 + (2 * 4 * 8 * 6 + 4 * 8)),
-        ({"ffn": "segment", "shared_expert": None}, 6 * 8 * 5 + 2 * 4 * 8 * 6),
-        (
-            {"ffn": "segment", "shared_expert": "segment"},
-            6 * 8 * 5 + 2 * 4 * 8 * 6 + 2 * (2 * 24 * 18 + 24),
-        ),
-    ],
-)
-def test_active_flops_of_a_hand_worked_case(options, products):
-    config = model.ForecasterConfig(
-        look_back=16, horizon=3, patch=4, d_model=8, d_ff=6, num_layers=1, num_heads=2,
-        num_experts=5, segment_sizes=(3,), **options,
-    )  # fmt: skip
-    embedding, attention, head = 4 * 4 * 8, 4 * 4 * 64 + 2 * 16 * 8, 4 * 8 * 3
-    expected = 2 * (embedding + attention + products + head) / 4
-    assert model.active_flops_per_token(config) == expected
-
-
-def test_rotary_attention_depends_on_distance_only(monkeypatch):
-    """One patch at every place: scores of two places are those of their distance, as published."""
-    torch.manual_seed(0)
-    config = model.ForecasterConfig(look_back=64, d_model=8)
-    attention = model.Attention(config).double()
-    model.nn.init.normal_(attention.qkv.bias)
-    seen = []
-
-    def record(query, key, value):
-        seen.append((query, key))
-        return value
-
-    monkeypatch.setattr(model.functional, "scaled_dot_product_attention", record)
-    x = torch.randn(8, dtype=torch.float64)
-    attention(x.expand(1, 8, 8))
-    (query, key), *_ = seen
-    same = (query @ key.transpose(-1, -2))[0]  # (heads, T, T)
-    for distance in range(-7, 8):
-        diagonal = torch.diagonal(same, distance, dim1=-2, dim2=-1)
-        torch.testing.assert_close(diagonal, diagonal[:, :1].expand_as(diagonal))
-    # Pairs are complex numbers, left + i * right, turned by their angle (equation 15).
-    plain = attention.qkv(x)[:16].view(2, 2, 2, 2)  # query or key, head, half, pair
-    angles = model.rotary_angles(8, 4).double()
-    turned = torch.complex(*plain.unbind(2))[:, :, None] * torch.polar(
-        torch.ones_like(angles), angles
-    )
-    for found, expected in zip((query, key), turned, strict=True):
-        torch.testing.assert_close(found[0], torch.cat([expected.real, expected.imag], -1))
-
-
-def test_forecast_follows_level_and_scale_of_the_window():
-    torch.manual_seed(0)
-    forecaster = model.Forecaster(
-        model.ForecasterConfig(look_back=64, segment_sizes=(3,) * 4)
-    ).eval()
-    past = torch.randn(2, 3, 64)
-    with torch.no_grad():
-        expected = forecaster(past) * 5 + 7
-        found = forecaster(past * 5 + 7)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_quickstart_runs(capsys):

@@ -12,9 +12,9 @@ PACKAGE = Path(segmoe_kernels.__file__).parent
 # The package itself is "", subpackages have dots. A new file or arrow has to be written down here.
 ARROWS = {
     "": {"convert", "dialects", "layer", "losses", "parallel", "routing", "stats", "swap"},
-    "__main__": {"", "_triton.tiles", "advise", "functional", "layer", "testing"},
+    "__main__": {"", "_triton.tiles", "advise", "functional", "layer", "series", "testing"},
     "adapters": {"layer", "validation"},
-    "advise": {"validation"},
+    "advise": {"series", "validation"},
     "called": {"composed_ffn", "functional", "modules", "reference", "routing", "validation"},
     "composed_ffn": {"grouped_mm", "routing"},
     "convert": {"layer", "validation"},
@@ -51,11 +51,13 @@ ARROWS = {
         "validation",
     },
     "routing": set(),
+    "series": {"time_stamps", "validation"},
     "stats": {"layer", "routing", "validation"},
     "stats_plots": {"routing", "validation"},
     "stats_writers": {"validation"},
     "swap": {"adapters", "convert", "dense_ffn", "layer", "places", "probe", "validation"},
     "testing": {"layer", "reference", "routing"},
+    "time_stamps": set(),
     "validation": {"routing"},
     "stages": {
         f"stages.{name}"

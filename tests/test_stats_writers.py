@@ -1,6 +1,8 @@
 """Routing statistics in files: what a CSV holds, whole rows whatever happens, and TensorBoard."""
 
 import csv
+import os
+import resource
 import signal
 import subprocess
 import sys
@@ -70,7 +72,7 @@ def test_csv_goes_on_behind_its_last_whole_row(tmp_path, cut):
         writer.write(history[1])
     data = path.read_bytes()
     path.write_bytes(data[: whole + cut] if cut else data[:50])
-    with CSVWriter(path) as writer:
+    with CSVWriter(path) as writer, pytest.warns(RuntimeWarning, match="was taken away"):
         writer.write(history[2])
     kept = [history[0], history[2]] if cut else [history[2]]
     assert read(path) == [expected_row(entry) for entry in kept]
@@ -91,6 +93,80 @@ for step in range(100):
     assert done.returncode == -signal.SIGKILL
     assert [float(row["moe/global/entropy"]) for row in read(path)] == [s / 7 for s in range(6)]
     assert path.read_bytes().endswith(b"\n")
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"results": [1, 2, 3]}', b"a,b\n1,2", b"step,epoch\n0,0\n", b"\n"]
+)
+def test_csv_touches_no_other_file(tmp_path, content):
+    path = tmp_path / "other"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="expected path to be a new file, or one that begins"):
+        CSVWriter(path)
+    assert path.read_bytes() == content
+
+
+def test_csv_of_other_columns_is_left_alone(tmp_path):
+    path = tmp_path / "stats.csv"
+    content = b"step,epoch,moe/global/other\n0,0,1.5"
+    path.write_bytes(content)
+    with CSVWriter(path) as writer, pytest.raises(ValueError, match="moe/global/other"):
+        writer.write(entries(1)[0])
+    assert path.read_bytes() == content
+
+
+def test_csv_takes_back_what_was_written_in_part(tmp_path):
+    """The disk is full 60 bytes behind the first row."""
+    first, second, third = entries(3)
+    path = tmp_path / "stats.csv"
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with CSVWriter(path) as writer:
+        writer.write(first)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 60, limits[1]))
+            with pytest.raises(OSError, match=r"only 60 of \d+ bytes .* the row was taken back"):
+                writer.write(second)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
+        assert read(path) == [expected_row(first)]
+        writer.write(third)
+    assert read(path) == [expected_row(first), expected_row(third)]
+
+
+def test_writers_share_a_file(tmp_path):
+    """One header, whoever writes first, and whole rows, though another writer was stopped."""
+    history = entries(4)
+    path = tmp_path / "stats.csv"
+    with CSVWriter(path) as one, CSVWriter(path) as other:
+        for writer, entry in zip((one, other, one), history, strict=False):
+            writer.write(entry)
+        with path.open("ab") as stream:
+            stream.write(b"7,0,0.12")
+        with pytest.warns(RuntimeWarning, match="was taken away"):
+            other.write(history[3])
+    assert read(path) == [expected_row(entry) for entry in history]
+
+
+def test_writers_of_many_processes_share_a_file(tmp_path):
+    path = tmp_path / "stats.csv"
+    children = []
+    for name in range(4):
+        child = os.fork()
+        if not child:
+            try:
+                with CSVWriter(path) as writer:
+                    for step in range(100):
+                        groups = {"global": {"entropy": 1.0 + step}, "layers": {}}
+                        writer.write({"step": step, "epoch": name, **groups})
+                os._exit(0)
+            finally:
+                os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    rows = sorted((int(row["epoch"]), int(row["step"])) for row in read(path))
+    assert rows == [(name, step) for name in range(4) for step in range(100)]
 
 
 def test_csv_keeps_rows_when_an_entry_is_refused(tmp_path):

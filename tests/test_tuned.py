@@ -122,7 +122,13 @@ def test_an_unknown_architecture_is_refused(tile_file):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("{", "JSONDecodeError"), ("{}", "KeyError: 'tiles'"), ('{"tiles": 1}', "tiles of type int")],
+    [
+        ("{", "JSONDecodeError"),
+        ("{}", "KeyError: 'tiles'"),
+        ('{"tiles": 1}', "tiles of type int"),
+        ('{"tiles":' + "[" * 100_000, "RecursionError"),
+    ],
+    ids=["cut", "empty", "number", "deeply nested"],
 )
 def test_an_unreadable_file_is_refused(text, words, tile_file, tmp_path, monkeypatch):
     tile_file({}).write_text(text)
@@ -209,11 +215,14 @@ def test_winners_are_put_beside_those_of_earlier_searches(tmp_path, tile_file):
     assert [entry.name for entry in path.parent.iterdir()] == ["tiles.json"]
 
 
-def test_a_wrong_file_is_not_written_over(tmp_path):
+def test_a_wrong_file_is_not_written_over(tmp_path, capsys):
     path = tmp_path / "notes.json"
     path.write_text("[1, 2]")
     with pytest.raises(ValueError, match="SEGMOE_TILES"):
         tune.write_tiles(path, "sm_90", [DX], {"block_m": 32})
+    # Said before the search begins.
+    assert tune.main(["--device", "cpu", "--write", str(path)]) == 2
+    assert capsys.readouterr().err.startswith("error: segmoe_kernels: SEGMOE_TILES=")
     assert path.read_text() == "[1, 2]"
 
 

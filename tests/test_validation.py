@@ -27,11 +27,11 @@ ROWS += bad_advise.ROWS
 PACKAGE = Path(segmoe_kernels.__file__).parent
 CHECKED = ["validation", "layer", "functional", "losses", "convert", "testing"]
 CHECKED += ["adapters", "dialects", "huggingface", "parallel", "places", "probe", "swap"]
-CHECKED += ["advise", "stats", "stats_plots", "stats_writers"]
+CHECKED += ["advise", "series", "stats", "stats_plots", "stats_writers"]
 # Messages about the machine; tested in test_functional.py, test_huggingface.py, parallel_jobs.py,
-# test_stats*.py, test_advise.py.
+# test_stats*.py, test_advise.py, test_series.py.
 ELSEWHERE = {"resolve_backend", "register_experts", "check_group", "__reduce__"}
-ELSEWHERE |= {"_check_equal", "_figure", "_summary_writer", "plot_advice"}
+ELSEWHERE |= {"_check_equal", "_figure", "_summary_writer", "plot_advice", "unzip", "_append"}
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_bad_call_is_refused_under_fake_tensors(name, fake_rows):
 
 # What users import from.
 PUBLIC = ["functional", "adapters", "advise", "convert", "dialects", "huggingface", "layer"]
-PUBLIC += ["losses", "parallel", "stats", "stats_plots", "stats_writers", "swap"]
+PUBLIC += ["losses", "parallel", "series", "stats", "stats_plots", "stats_writers", "swap"]
 # Arguments that another library checks, or that need what a table has not; "*": all of a function.
 CHECKED_ELSEWHERE = {
     "SegMoEEncoderLayer.forward": {"*"},  # by torch, as those of its own encoder layer

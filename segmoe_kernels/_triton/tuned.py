@@ -124,7 +124,7 @@ def read_tiles(path: str) -> _Replacements:
         tiles = json.loads(Path(path).read_text(encoding="utf-8"))["tiles"]
     except OSError as error:
         raise refuse(f"{error.strerror} when it was opened") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise refuse(f"{type(error).__name__}: {error}") from None
     if not isinstance(tiles, dict):
         raise refuse(f"tiles of type {type(tiles).__name__}")
