@@ -163,7 +163,8 @@ def permute(topk_ids: Tensor, num_experts: int, *, backend: str = "auto") -> Per
     """Stage 2: group the slots (``segment * top_k + choice``) by expert, by a stable counting sort.
 
     Args:
-        topk_ids: (S, top_k) int32; -1 for a segment that is not routed.
+        topk_ids: (S, top_k) int32. What lies outside [0, E) names no expert: -1 for a segment
+            that is not routed.
         num_experts: E.
         backend: see `resolve_backend`.
 

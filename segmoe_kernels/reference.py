@@ -127,7 +127,7 @@ def route(
 def permute(topk_ids: Tensor, num_experts: int) -> Permutation:
     """Stage 2: group the slots by expert, stable. See `functional.permute`."""
     ids = topk_ids.reshape(-1)
-    ids = torch.where(ids < 0, num_experts, ids)
+    ids = torch.where((ids < 0) | (ids > num_experts), num_experts, ids)
     sorted_ids, sorted_to_slot = torch.sort(ids, stable=True)
     slots = torch.arange(ids.shape[0], dtype=torch.int32, device=ids.device)
     slot_to_sorted = slots.scatter(0, sorted_to_slot, slots)

@@ -764,12 +764,20 @@ _PERMUTE = _in(
     "stages/permute.py",
     PERMUTE,
     (
-        "_permute_count_kernel", "no sum over chunks", "counts += tl.sum", "counts = tl.sum",
-        "the last chunk is all",
+        "_group_of", "negative ids", "(ids < 0) | ", "",
+        "slots without an expert are not counted and placed anywhere",
     ),
     (
-        "_permute_count_kernel", "negative ids", "tl.where(ids < 0, num_experts, ids)", "ids",
-        "slots without an expert are not counted",
+        "_group_of", "ids beyond the last expert", " | (ids > num_experts)", "",
+        "their slots are not counted and placed anywhere",
+    ),
+    (
+        "_permute_count_kernel", "next group", "group[:, None]", "group[:, None] + 1",
+        "slots are counted for the next expert",
+    ),
+    (
+        "_permute_count_kernel", "no sum over chunks", "counts += tl.sum", "counts = tl.sum",
+        "the last chunk is all",
     ),
     ("_permute_count_kernel", "mask", " & mask[:, None]", "", "slots behind the block are counted"),
     (
@@ -803,10 +811,6 @@ _PERMUTE = _in(
     (
         "_permute_place_kernel", "inclusive", "tl.cumsum(mine, 0) - mine", "tl.cumsum(mine, 0)",
         "every slot is one place late",
-    ),
-    (
-        "_permute_place_kernel", "negative ids", "tl.where(ids < 0, num_experts, ids)",
-        "tl.where(ids < 0, 0, ids)", "slots without an expert go to expert 0",
     ),
     (
         "_permute_place_kernel", "next block", "(inner < SLOTS_PER_BLOCK) & ", "",

@@ -76,9 +76,9 @@ def _dropout_kernel(
     cols = first + tl.arange(0, BLOCK_N)
     seed = tl.load(seed_ptr)
     if ALIGNED:
-        scale = dropout_scale(seed, first_row + rows, cols, width, p, first)
+        scale = dropout_scale(seed, first_row + rows, cols, width, p, tl.float32, first)
     else:
-        scale = dropout_scale(seed, first_row + rows, first_col + cols, width, p)
+        scale = dropout_scale(seed, first_row + rows, first_col + cols, width, p, tl.float32)
     mask = (cols < width)[None, :]
     tl.store(scale_ptr + rows[:, None] * width + cols[None, :], scale, mask=mask)
 
@@ -292,7 +292,7 @@ def _two_dots_kernel(x_ptr, y_ptr, seed_ptr, DROPOUT: tl.constexpr, BLOCK: tl.co
     hidden = tl.dot(x, w)
     if DROPOUT:
         first = tl.program_id(1) * 64
-        hidden *= dropout_scale(tl.load(seed_ptr), rows, first + cols, 512, 0.2, first)
+        hidden *= dropout_scale(tl.load(seed_ptr), rows, first + cols, 512, 0.2, tl.float32, first)
     y = tl.dot(hidden.to(tl.bfloat16), w)
     tl.store(y_ptr + rows[:, None] * 64 + cols[None, :], y.to(tl.bfloat16))
 

@@ -1,6 +1,7 @@
 """Operator registration, the device guard, and what every launcher needs to know about a dtype."""
 
 import contextlib
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -93,6 +94,29 @@ def input_precision(dtype: torch.dtype) -> str:
     if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
         return "tf32"
     return "ieee"
+
+
+def exact(value: float, dtype: torch.dtype) -> float | int:
+    """A float option as kernels take it: in float64 its bits, for Triton passes floats in 32.
+
+    `activations.read_option` is the other end.
+    """
+    if dtype != torch.float64:
+        return value
+    bits: int = struct.unpack("q", struct.pack("d", value))[0]
+    return bits
+
+
+def step_flags(padding_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The mask as kernels of ``dtype`` read it: contiguous, and in float64 of 32 bits a flag.
+
+    The width of the flags that mask a load decides how a product's operand is laid out; in float64
+    what follows from 8 bits does not compile for NVIDIA.
+    """
+    if padding_mask is None:
+        return None
+    flags = padding_mask.to(torch.int32) if dtype == torch.float64 else padding_mask
+    return flags.contiguous()
 
 
 def padded(size: int, minimum: int = 16) -> int:

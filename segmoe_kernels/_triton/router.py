@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from segmoe_kernels._triton.activations import dropout_scale
+from segmoe_kernels._triton.activations import dropout_scale, read_option
 from segmoe_kernels._triton.sequences import real_steps
 
 
@@ -186,9 +186,11 @@ def choose_experts(
     """
     experts = tl.arange(0, EXPERTS)
     mask_e = experts < num_experts
+    temperature = read_option(temperature, logits.dtype)
     probs = _softmax(logits / temperature, mask_e)
     if seed_ptr is not None:
-        probs *= dropout_scale(tl.load(seed_ptr), segment, experts, num_experts, dropout)
+        seed = tl.load(seed_ptr)
+        probs *= dropout_scale(seed, segment, experts, num_experts, dropout, logits.dtype)
     probs = tl.where(routed[:, None], probs, 0.0)
     key = tl.where(mask_e[None, :], tl.where(probs != probs, float("inf"), probs), -1.0)
     rank = tl.full(logits.shape, TOP_K, dtype=tl.int32)
@@ -225,9 +227,11 @@ def router_weights(
 ):
     """Return the routing weights that `choose_experts` made of these logits, bit for bit."""
     experts = tl.arange(0, EXPERTS)
+    temperature = read_option(temperature, logits.dtype)
     probs = _softmax(logits / temperature, experts < num_experts)
     if seed_ptr is not None:
-        probs *= dropout_scale(tl.load(seed_ptr), segment, experts, num_experts, dropout)
+        seed = tl.load(seed_ptr)
+        probs *= dropout_scale(seed, segment, experts, num_experts, dropout, logits.dtype)
     return _normalize(probs, selected, RENORMALIZE)
 
 
@@ -256,11 +260,12 @@ def differentiate_choice(
     """Return the gradient of the logits; the probabilities are computed anew from them."""
     experts = tl.arange(0, EXPERTS)
     mask_e = experts < num_experts
+    temperature = read_option(temperature, logits.dtype)
     probs = _softmax(logits / temperature, mask_e)
     scale = tl.full(logits.shape, 1.0, dtype=logits.dtype)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-        scale *= dropout_scale(seed, segment, experts, num_experts, dropout)
+        scale *= dropout_scale(seed, segment, experts, num_experts, dropout, logits.dtype)
     if RENORMALIZE:
         kept = tl.where(selected, probs * scale, 0.0)
         total = tl.sum(kept, 1)

@@ -94,7 +94,7 @@ def _store_hidden_gradient(
             gate_pre = tl.load(gate_pre_ptr + offs, mask=mask, other=0.0).to(ACC)
         scale = tl.full((BLOCK_M, BLOCK_N), 1.0, dtype=ACC)
         if seed_ptr is not None:
-            scale *= dropout_scale(tl.load(seed_ptr), long_rows, offs_n, H, dropout, first_n)
+            scale *= dropout_scale(tl.load(seed_ptr), long_rows, offs_n, H, dropout, ACC, first_n)
         hidden, dpre, dgate, share = hidden_gradient(
             dhidden, pre, gate_pre, scale, opened[:, None], gate_pre_ptr is not None, ACTIVATION,
             hidden_ptr.dtype.element_ty.primitive_bitwidth == 16,
