@@ -138,6 +138,11 @@ _ACTIVATIONS = _in(
         "gelu's slope lacks x",
     ),
     (
+        "read_option", "float32 again", "return value.to(tl.int64).to(tl.float64, bitcast=True)",
+        "return value.to(tl.int64).to(tl.float64, bitcast=True).to(tl.float32).to(tl.float64)",
+        "options of float64 have 7 digits",
+    ),
+    (
         "dropout_scale", "half of the row", "(rows.to(tl.int64) >> 32)",
         "(rows.to(tl.int64) >> 63)", "rows 2**32 apart share numbers",
     ),
@@ -167,6 +172,15 @@ _ACTIVATIONS = _in(
         "columns that start anywhere have other numbers, some twice",
     ),
     ("dropout_scale", "one round", "n_rounds=7", "n_rounds=1", "the generator hardly mixes"),
+)  # fmt: skip
+
+_LAUNCH = _in(
+    "_triton/launch.py",
+    ("tests/test_resolve_backend.py", "-k", "bfloat16"),
+    (
+        "_multiply", "another sum", "tl.load(b_ptr + offs))", "tl.load(b_ptr + offs)) + 1.0",
+        "bfloat16 is refused where it is right",
+    ),
 )  # fmt: skip
 
 _FFN = _in(
@@ -1728,7 +1742,8 @@ _SHARED_HOST = [
 ]  # fmt: skip
 
 MUTANTS: list[Mutant] = [
-    *_ACTIVATIONS, *_FFN, *_PARTIALS, *_ROUTER, *_SEQUENCES, *_DESCRIPTORS, *_ROUTE, *_ROUTE_HOST,
-    *_PERMUTE, *_COMBINE, *_BLOCK, *_BLOCK_BACKWARD, *_BLOCK_HOST, *_EXPERTS, *_EXPERTS_HOST,
-    *_GEMM, *_GEMM_HOST, *_SHARED, *_SHARED_BACKWARD, *_SHARED_PASSES, *_SHARED_HOST,
+    *_ACTIVATIONS, *_LAUNCH, *_FFN, *_PARTIALS, *_ROUTER, *_SEQUENCES, *_DESCRIPTORS, *_ROUTE,
+    *_ROUTE_HOST, *_PERMUTE, *_COMBINE, *_BLOCK, *_BLOCK_BACKWARD, *_BLOCK_HOST, *_EXPERTS,
+    *_EXPERTS_HOST, *_GEMM, *_GEMM_HOST, *_SHARED, *_SHARED_BACKWARD, *_SHARED_PASSES,
+    *_SHARED_HOST,
 ]  # fmt: skip

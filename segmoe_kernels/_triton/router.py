@@ -153,15 +153,19 @@ def score_segments(
                 pooled = pool(
                     x_ptr, padding_mask_ptr, sequence, first_step, mask_x, count, first, last,
                     offs_d, length, stride_x_b, stride_x_t, D, SEGMENT_SIZE, POOLING, ACC,
-                ).to(x_ptr.dtype.element_ty)  # fmt: skip
+                )  # fmt: skip
+                # All but a mean are numbers of x's.
+                if POOLING != "mean":
+                    pooled = pooled.to(x_ptr.dtype.element_ty)
             if router_start_ptr is not None:
                 start = tl.load(router_start_ptr + p * D + offs_d, mask=mask_d, other=0.0)
+                start = start.to(pooled.dtype)
                 pooled = tl.where((index == 0)[:, None], start[None, :], pooled)
             w = tl.load(
                 router_weight_ptr + experts[:, None] * stride_w_e + p * D + offs_d[None, :],
                 mask=mask_e[:, None] & mask_d[None, :],
                 other=0.0,
-            )
+            ).to(pooled.dtype)
             logits = tl.dot(pooled, tl.trans(w), logits, input_precision="ieee", out_dtype=ACC)
     return tl.where(routed[:, None], logits, 0.0), routed
 
@@ -225,7 +229,7 @@ def router_weights(
     RENORMALIZE: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
-    """Return the routing weights that `choose_experts` made of these logits, bit for bit."""
+    """Return the routing weights, which `choose_experts` may have rounded otherwise, by 3 ulp."""
     experts = tl.arange(0, EXPERTS)
     temperature = read_option(temperature, logits.dtype)
     probs = _softmax(logits / temperature, experts < num_experts)
