@@ -34,7 +34,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 
-from benchmarks.codegen import Launch, caught_launches, pretend_triton_runs, run_layer
+from benchmarks.codegen import Launch, caught_launches, pretend_triton_runs
+from benchmarks.codegen_cases import run_layer
 
 COUNT = 2.0**31 - 1  # what launchers check
 # A program holds 16 segments times all experts, and Triton allows 2**20 elements.

@@ -8,8 +8,10 @@ so what is checked is what a GPU would be given. Exit status 1 if a kernel spill
 more shared memory than the architecture has.
 
 A row: ``kernel, case, arch, dtype, tile, registers, spill_bytes, shared_bytes, wgmma, mma,
-uses_dot, instructions, tma, float_atomics``; sizes in bytes; spills and instructions are counted in
-the machine code (SASS or GCN) that Triton made, ``tma`` copies of descriptors in its PTX.
+uses_dot, instructions, tma, float_atomics, narrow``; sizes in bytes; spills and instructions are
+counted in the machine code (SASS or GCN) that Triton made, ``tma`` copies of descriptors in its
+PTX. ``narrow`` names what has too few bits in a float64 launch: floats, and flags, whose width
+decides there whether a product compiles.
 """
 
 import argparse
@@ -35,7 +37,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from segmoe_kernels import FFNWeights, SegMoE, functional, stages
+from benchmarks.codegen_cases import BRIEF_FLOAT64, brief_cases, cases
+from segmoe_kernels import functional
 
 # Shared memory that one program may take, in bytes.
 SHARED_LIMIT = {
@@ -76,15 +79,19 @@ class Row:
     tma: int = 0
     num_warps: int = 4
     float_atomics: int = 0
+    narrow: str = ""
 
     def fault(self) -> str | None:
         """Say what makes this kernel unfit, or None."""
-        if self.spill_bytes:
+        # Float64 is for checks, not for speed.
+        if self.spill_bytes and self.dtype != "fp64":
             return f"spills {self.spill_bytes} bytes"
         if self.arch.startswith("sm_") and self.registers * 32 * self.num_warps > 65536:
             return f"needs {self.registers} registers in each of {32 * self.num_warps} threads"
         if self.float_atomics:
             return f"adds floats atomically {self.float_atomics} times"
+        if self.narrow:
+            return f"computes float64 with {self.narrow}"
         if self.shared_bytes > SHARED_LIMIT[self.arch]:
             return f"takes {self.shared_bytes} of {SHARED_LIMIT[self.arch]} bytes of shared memory"
         return None
@@ -105,6 +112,11 @@ class Launch:
         """Equal for launches that compile to the same code."""
         parts = (self.signature, self.constants, self.attributes, self.options)
         return self.function.__name__ + repr(parts)
+
+    def narrow(self) -> str:
+        """The arguments of a float64 launch that have too few bits."""
+        kinds = {"fp32", "*fp32", "*fp16", "*bf16", "*i1"} if self.dtype == "fp64" else set()
+        return " ".join(name for name, kind in self.signature.items() if kind in kinds)
 
     def tile(self) -> str:
         """The tile sizes, warps and stages, as text."""
@@ -164,6 +176,26 @@ def caught_launches(store: Callable[[Launch], None]) -> Iterator[None]:
         JITFunction.run = real
 
 
+def describe(launch: Launch, arch: str, case: str) -> Row:
+    """What is known of a launch that is not compiled."""
+    return Row(
+        kernel=launch.function.__name__.removeprefix("_"),
+        case=case,
+        arch=arch,
+        dtype=launch.dtype,
+        tile=launch.tile(),
+        registers=0,
+        spill_bytes=0,
+        shared_bytes=0,
+        wgmma=0,
+        mma=0,
+        uses_dot=False,
+        instructions=0,
+        num_warps=launch.options.get("num_warps", 4),
+        narrow=launch.narrow(),
+    )
+
+
 def compile_launch(launch: Launch, arch: str, case: str) -> Row:
     """Compile one launch for ``arch`` and read the result."""
     source = ASTSource(launch.function, launch.signature, launch.constants, launch.attributes)
@@ -173,21 +205,12 @@ def compile_launch(launch: Launch, arch: str, case: str) -> Row:
     if amd:
         options["num_stages"] = min(2, options.get("num_stages", 2))
     compiled = triton.compile(source, target=target, options=options)
-    row = Row(
-        kernel=launch.function.__name__.removeprefix("_"),
-        case=case,
-        arch=arch,
-        dtype=launch.dtype,
-        tile=launch.tile(),
-        registers=0,
-        spill_bytes=0,
-        shared_bytes=compiled.metadata.shared,
-        wgmma=0,
-        mma=0,
-        uses_dot="tt.dot" in compiled.asm["ttir"],
-        instructions=0,
-        num_warps=options.get("num_warps", 4),
-    )
+    row = describe(launch, arch, case)
+    row.shared_bytes = compiled.metadata.shared
+    row.uses_dot = "tt.dot" in compiled.asm["ttir"]
+    if launch.dtype == "fp64":
+        inside = sorted(set(re.findall(r"\bb?f(?:16|32)\b", compiled.asm["ttir"])))
+        row.narrow = " ".join([row.narrow, *inside]).strip()
     if amd:
         _read_amd(row, compiled.asm["amdgcn"])
     else:
@@ -230,165 +253,6 @@ def _run(*command: Any) -> str:
     return result.stdout + result.stderr
 
 
-def run_layer(dtype: torch.dtype, options: dict[str, Any]) -> None:
-    """Forward and backward of a layer on the Triton backend.
-
-    Args:
-        dtype: of the layer.
-        options: of the layer, and ``masked``: with a padding mask, ``segments``: their number in
-            each of two sequences, and values of environment variables: ``plan``, ``backward``,
-            ``shared``, ``descriptors`` for SEGMOE_PLAN and so on.
-    """
-    settings = {"d_model": 64, "num_experts": 4, "segment_size": 5, **options}
-    settings.setdefault("d_ff", 2 * settings["d_model"])
-    masked, segments = settings.pop("masked", False), settings.pop("segments", 3)
-    names = ("plan", "backward", "shared", "descriptors")
-    variables = {f"SEGMOE_{n.upper()}": settings.pop(n) for n in names if n in settings}
-    with mock.patch.dict(os.environ, variables):
-        layer = SegMoE(**settings, backend="triton", dtype=dtype)
-        x = torch.zeros(2, segments * layer.segment_size - 1, layer.d_model, dtype=dtype)
-        mask = torch.ones(x.shape[:2], dtype=torch.bool) if masked else None
-        y = layer(x.requires_grad_(), mask)
-        y.backward(torch.zeros_like(y))
-
-
-def _layer_case(dtype: torch.dtype, **options: Any) -> Callable[[], None]:
-    return lambda: run_layer(dtype, options)
-
-
-def _gemm_case(dtype: torch.dtype, n: int, k: int) -> Callable[[], None]:
-    def run() -> None:
-        x = torch.zeros(4096, k, dtype=dtype, requires_grad=True)
-        weight = torch.zeros(8, n, k, dtype=dtype, requires_grad=True)
-        offsets = torch.zeros(9, dtype=torch.int32)
-        y = functional.grouped_gemm(x, weight, offsets, backend="triton")
-        y.backward(torch.zeros_like(y))
-
-    return run
-
-
-def _shared_case(dtype: torch.dtype, plan: str, **options: Any) -> Callable[[], None]:
-    """Forward and backward of the shared expert and the sum with the choices."""
-
-    def run() -> None:
-        d_model, steps = options["d_model"], options["segment_size"]
-        width, hidden = steps * d_model, 2 * steps * d_model
-        gated, masked = options.get("gated", False), options.get("masked", False)
-
-        def parameter(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype, requires_grad=True)
-
-        weights = FFNWeights(
-            parameter(hidden, width),
-            parameter(width, hidden),
-            parameter(hidden, width) if gated else None,
-            parameter(hidden) if masked else None,
-            parameter(hidden) if gated and masked else None,
-            parameter(width) if masked else None,
-        )
-        x = parameter(2, 3 * steps - 1, d_model)
-        mask = torch.ones(x.shape[:2], dtype=torch.bool) if masked else None
-        with mock.patch.dict(os.environ, SEGMOE_SHARED=plan):
-            y = stages.shared_combine(
-                parameter(2, *x.shape),
-                x,
-                weights,
-                parameter(1, width),
-                segment_size=steps,
-                activation="silu" if gated else "gelu",
-                dropout=0.2 if masked else 0.0,
-                padding_mask=mask,
-            )
-        y.backward(torch.zeros_like(y))
-
-    return run
-
-
-# What the table of tiles tells apart.
-EXTRAS = {"bias": True, "masked": True, "dropout": 0.2, "router_dropout": 0.1}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "plain bias": {"bias": True},
-    "plain extras": EXTRAS,
-    "gated": {"gated": True, "activation": "silu"},
-    "gated gelu bias": {"gated": True, "bias": True},
-    "gated extras": {"gated": True, "activation": "silu", **EXTRAS},
-}
-MANY_SEGMENTS = (132 * 128, 132 * 256)
-
-
-def brief_cases() -> list[str]:
-    """Names of the cases that a test compiles: the kernels of each plan at each width."""
-    many = MANY_SEGMENTS[-1]
-    names = ["float32 D=64 plain", "float32 D=256 gated", "bfloat16 D=128 gated grouped"]
-    for d_model in (64, 128, 256):
-        names.append(f"bfloat16 D={d_model} plain S={many}")
-        names.append(f"bfloat16 D={d_model} gated top_k=2 S={many}")
-    return [*names, "bfloat16 D=512 gated descriptors", "bfloat16 shared D=64 P=3"]
-
-
-def cases() -> dict[str, Callable[[], None]]:
-    """Name -> what is run. Widths and options of the layers that people build."""
-    found: dict[str, Callable[[], None]] = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        name = str(dtype).removeprefix("torch.")
-        for d_model in (64, 128, 256):
-            for variant, options in VARIANTS.items():
-                routed = {"d_model": d_model, "shared_expert": None, **options}
-                label = f"{name} D={d_model} {variant}"
-                found[label] = _layer_case(dtype, **routed)
-                found[f"{label} top_k=2"] = _layer_case(dtype, **routed, top_k=2)
-                found[f"{label} grouped"] = _layer_case(dtype, **routed, top_k=2, plan="grouped")
-                # Enough for each size of plan "block"'s tiles.
-                for segments in MANY_SEGMENTS:
-                    many = {"segments": segments, "num_experts": 4}
-                    found[f"{label} S={segments}"] = _layer_case(dtype, **routed, **many)
-                    found[f"{label} top_k=2 S={segments}"] = _layer_case(
-                        dtype, **routed, **many, top_k=2
-                    )
-            found[f"{name} D={d_model} shared"] = _layer_case(dtype, d_model=d_model)
-        wide = {"d_model": 128, "expert_scope": "segment", "shared_expert": None}
-        found[f"{name} segment scope"] = _layer_case(dtype, **wide)
-        for d_model, steps in ((64, 3), (128, 5), (256, 5)):
-            sizes = {"d_model": d_model, "segment_size": steps}
-            found[f"{name} shared D={d_model} P={steps}"] = _shared_case(dtype, "fused", **sizes)
-        sizes = {"d_model": 128, "segment_size": 5}
-        found[f"{name} shared gated"] = _shared_case(dtype, "fused", **sizes, gated=True)
-        found[f"{name} shared vendor"] = _shared_case(dtype, "vendor", **sizes)
-        for plan in ("fused", "vendor"):
-            for gated in (False, True):
-                case = f"{name} shared {plan} dropout mask bias{' gated' if gated else ''}"
-                found[case] = _shared_case(dtype, plan, **sizes, gated=gated, masked=True)
-        sizes = {"d_model": 64, "segment_size": 3, "masked": True}
-        found[f"{name} shared mask D=64 P=3"] = _shared_case(dtype, "fused", **sizes)
-    bf16 = torch.bfloat16
-    found["bfloat16 D=16"] = _layer_case(bf16, d_model=16)
-    found["bfloat16 dropout mask"] = _layer_case(
-        bf16, d_model=128, dropout=0.2, router_dropout=0.1, masked=True, segment_size=3
-    )
-    for pooling in ("mean", "max", "first", "last"):
-        found[f"bfloat16 {pooling}"] = _layer_case(bf16, pooling=pooling, masked=True)
-    found["bfloat16 causal"] = _layer_case(bf16, causal=True, shared_expert="token")
-    found["bfloat16 E=512"] = _layer_case(bf16, num_experts=512, top_k=2)
-    found["bfloat16 D=2048"] = _layer_case(bf16, d_model=2048, segment_size=1, num_experts=8)
-    found["bfloat16 gated D=512"] = _layer_case(bf16, d_model=512, gated=True, activation="silu")
-    # Rows too wide for the fused kernels; so many an expert that each height of tile is taken.
-    for variant, options in VARIANTS.items():
-        wide = {"d_model": 512, "shared_expert": None, **options}
-        for segments in (10, 20, 40):
-            for dtype in (bf16, torch.float32):
-                name = f"{str(dtype).removeprefix('torch.')} D=512 {variant} S={segments}"
-                found[name] = _layer_case(dtype, **wide, segments=segments)
-        found[f"bfloat16 D=512 {variant} descriptors"] = _layer_case(
-            bf16, **wide, segments=40, descriptors="on"
-        )
-    found["float16 D=128"] = _layer_case(torch.float16, d_model=128)
-    found["float64 D=64"] = _layer_case(torch.float64)
-    found["bfloat16 grouped_gemm"] = _gemm_case(bf16, 256, 128)
-    assert FFNWeights._fields  # the launchers below take them
-    return found
-
-
 @contextmanager
 def pretend_triton_runs(arch: str) -> Iterator[None]:
     """Let ``backend="triton"`` take CPU tensors as if on a GPU of ``arch``: nothing is launched."""
@@ -407,7 +271,7 @@ def compile_all(arch: str, only: str = "", *, brief: bool = False) -> Iterator[R
     Args:
         arch: a key of SHARED_LIMIT; its tiles are taken.
         only: cases whose name has this text; several texts are separated by commas.
-        brief: `brief_cases` alone.
+        brief: `brief_cases` alone, and of float64 `BRIEF_FLOAT64` once.
     """
     seen: set[str] = set()
     found = cases()
@@ -420,6 +284,12 @@ def compile_all(arch: str, only: str = "", *, brief: bool = False) -> Iterator[R
         for launch in launches:
             if launch.key() not in seen:
                 seen.add(launch.key())
+                name = launch.function.__name__
+                if brief and case.startswith("float64"):
+                    if name not in BRIEF_FLOAT64 or name in seen:
+                        yield describe(launch, arch, case)
+                        continue
+                    seen.add(name)
                 yield compile_launch(launch, arch, case)
 
 

@@ -34,7 +34,8 @@ def resolve_backend(backend: str, x: Tensor) -> str:
     Args:
         backend: "auto" takes Triton for GPU tensors where it is installed, else the reference;
             the environment variable SEGMOE_BACKEND overrides "auto". "triton" never falls back.
-        x: the input; only its device is looked at.
+        x: the input; only its device is looked at. Triton's interpreter, which runs CPU tensors,
+            multiplies bfloat16 wrongly: there the kernels themselves refuse it.
 
     Returns:
         "triton" or "reference".
@@ -169,7 +170,8 @@ def permute(topk_ids: Tensor, num_experts: int, *, backend: str = "auto") -> Per
     """Stage 2: group the slots (``segment * top_k + choice``) by expert, by a stable counting sort.
 
     Args:
-        topk_ids: (S, top_k) int32; -1 for a segment that is not routed.
+        topk_ids: (S, top_k) int32. What lies outside [0, E) names no expert: -1 for a segment
+            that is not routed.
         num_experts: E.
         backend: see `resolve_backend`.
 

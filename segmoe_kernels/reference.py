@@ -23,6 +23,11 @@ from segmoe_kernels.routing import FFNWeights, Permutation, RouterOutput, Routin
 __all__ = ["combine", "expert_ffn", "grouped_gemm", "permute", "route", "seg_moe"]
 
 
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the router computes in: float32, or float64 where x is."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def valid_steps(x: Tensor, segment_size: int, padding_mask: Tensor | None = None) -> Tensor:
     """(B, J, P) bool: True where a segment has a real step."""
     if padding_mask is None:
@@ -39,14 +44,15 @@ def pool(x: Tensor, valid: Tensor | None, pooling: str) -> Tensor:
         pooling: "concat" (P steps side by side, missing ones 0), "mean", "max", "first", "last".
 
     Returns:
-        (B, J, P * D) for "concat", else (B, J, D).
+        (B, J, P * D) for "concat", else (B, J, D); a mean is float32 at least, the others x's.
     """
     if pooling == "concat":
         return rearrange(x, "b j p d -> b j (p d)")
     assert valid is not None, pooling
     if pooling == "mean":
+        dtype = accumulator_dtype(x.dtype)
         count = valid.sum(-1, keepdim=True).clamp_min(1)
-        return x.sum(2) / count.to(x.dtype)
+        return x.sum(2, dtype=dtype) / count.to(dtype)
     if pooling == "max":
         # One step takes the gradient of a tie: the rule of torch.max over a dimension.
         best = x.masked_fill(~valid[..., None], -torch.inf).max(2).values
@@ -86,7 +92,7 @@ def route(
     padding_mask: Tensor | None = None,
 ) -> RouterOutput:
     """Stage 1: pool each segment and choose its experts. See `functional.route`."""
-    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+    accumulate = accumulator_dtype(x.dtype)
     valid = None
     if padding_mask is not None or pooling != "concat":
         valid = valid_steps(x, segment_size, padding_mask)
@@ -127,7 +133,7 @@ def route(
 def permute(topk_ids: Tensor, num_experts: int) -> Permutation:
     """Stage 2: group the slots by expert, stable. See `functional.permute`."""
     ids = topk_ids.reshape(-1)
-    ids = torch.where(ids < 0, num_experts, ids)
+    ids = torch.where((ids < 0) | (ids > num_experts), num_experts, ids)
     sorted_ids, sorted_to_slot = torch.sort(ids, stable=True)
     slots = torch.arange(ids.shape[0], dtype=torch.int32, device=ids.device)
     slot_to_sorted = slots.scatter(0, sorted_to_slot, slots)

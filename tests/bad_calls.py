@@ -51,6 +51,8 @@ IN_PROJ, OUT_PROJ = (draw(4, 12), None), (draw(12, 4), None)
 MASK = torch.ones(2, 5, dtype=torch.bool)
 IDS = torch.zeros(4, 1, dtype=torch.int32)
 OFFSETS = torch.tensor([0, 4, 4, 4], dtype=torch.int32)
+# Too many for two choices of each.
+MANY_STEPS = torch.empty(2**29, 3, 4, device=META)
 PERMUTATION = functional.permute(IDS, 3, backend="reference")
 
 layer = caller(SegMoE, d_model=4, d_ff=6, num_experts=3, segment_size=3)
@@ -176,6 +178,12 @@ ROWS = [
     ("route_size", route(segment_size=0), ValueError, ["segment_size", "at least 1"]),
     ("route_weight", route(router_weight=draw(3, 4)), ValueError, ["(3, 12)", "got (3, 4)"]),
     ("route_weight_type", route(router_weight=None), TypeError, ["router_weight", "NoneType"]),
+    (
+        "route_steps",
+        route(x=MANY_STEPS, router_weight=draw(3, 12).to(META), top_k=2),
+        ValueError,
+        ["route", "at most 2147483647 steps", "top_k=2", str(3 * 2**30)],
+    ),
     ("route_top_k", route(top_k=4), ValueError, ["top_k", "[1, num_experts=3]", "got 4"]),
     ("route_pooling", route(pooling=None), ValueError, ["pooling", "got None"]),
     ("route_start", route(router_start=draw(4)), ValueError, ["router_start", "(12,)", "(4,)"]),
@@ -273,8 +281,8 @@ ROWS = [
     (
         "ffn_steps",
         ffn(
-            x=draw(1, 1, 1).expand(2**30, 3, 4),
-            topk_weights=draw(1, 1).expand(2**30, 1),
+            x=draw(1, 1, 1).expand(2**29, 3, 4),
+            topk_weights=draw(1, 1).expand(2**29, 2),
             permutation=permutation(
                 sorted_to_slot=IDS[0].expand(2**30), slot_to_sorted=IDS[0].expand(2**30)
             ),
@@ -361,6 +369,17 @@ ROWS = [
         seg_moe(**PROJECTED, in_proj=OUT_PROJ, out_proj=OUT_PROJ),
         ValueError,
         ["in_proj[0]", "(4, 12)", "(12, 4)"],
+    ),
+    (
+        "seg_moe_steps",
+        seg_moe(
+            x=MANY_STEPS,
+            router_weight=draw(3, 12).to(META),
+            experts=FFNWeights(draw(3, 6, 4).to(META), draw(3, 4, 6).to(META)),
+            top_k=2,
+        ),
+        ValueError,
+        ["seg_moe", "at most 2147483647 steps", "top_k=2", str(3 * 2**30)],
     ),
     (
         "seg_moe_start",

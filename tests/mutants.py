@@ -138,6 +138,11 @@ _ACTIVATIONS = _in(
         "gelu's slope lacks x",
     ),
     (
+        "read_option", "float32 again", "return value.to(tl.int64).to(tl.float64, bitcast=True)",
+        "return value.to(tl.int64).to(tl.float64, bitcast=True).to(tl.float32).to(tl.float64)",
+        "options of float64 have 7 digits",
+    ),
+    (
         "dropout_scale", "half of the row", "(rows.to(tl.int64) >> 32)",
         "(rows.to(tl.int64) >> 63)", "rows 2**32 apart share numbers",
     ),
@@ -167,6 +172,15 @@ _ACTIVATIONS = _in(
         "columns that start anywhere have other numbers, some twice",
     ),
     ("dropout_scale", "one round", "n_rounds=7", "n_rounds=1", "the generator hardly mixes"),
+)  # fmt: skip
+
+_LAUNCH = _in(
+    "_triton/launch.py",
+    ("tests/test_resolve_backend.py", "-k", "bfloat16"),
+    (
+        "_multiply", "another sum", "tl.load(b_ptr + offs))", "tl.load(b_ptr + offs)) + 1.0",
+        "bfloat16 is refused where it is right",
+    ),
 )  # fmt: skip
 
 _FFN = _in(
@@ -764,12 +778,20 @@ _PERMUTE = _in(
     "stages/permute.py",
     PERMUTE,
     (
-        "_permute_count_kernel", "no sum over chunks", "counts += tl.sum", "counts = tl.sum",
-        "the last chunk is all",
+        "_group_of", "negative ids", "(ids < 0) | ", "",
+        "slots without an expert are not counted and placed anywhere",
     ),
     (
-        "_permute_count_kernel", "negative ids", "tl.where(ids < 0, num_experts, ids)", "ids",
-        "slots without an expert are not counted",
+        "_group_of", "ids beyond the last expert", " | (ids > num_experts)", "",
+        "their slots are not counted and placed anywhere",
+    ),
+    (
+        "_permute_count_kernel", "next group", "group[:, None]", "group[:, None] + 1",
+        "slots are counted for the next expert",
+    ),
+    (
+        "_permute_count_kernel", "no sum over chunks", "counts += tl.sum", "counts = tl.sum",
+        "the last chunk is all",
     ),
     ("_permute_count_kernel", "mask", " & mask[:, None]", "", "slots behind the block are counted"),
     (
@@ -803,10 +825,6 @@ _PERMUTE = _in(
     (
         "_permute_place_kernel", "inclusive", "tl.cumsum(mine, 0) - mine", "tl.cumsum(mine, 0)",
         "every slot is one place late",
-    ),
-    (
-        "_permute_place_kernel", "negative ids", "tl.where(ids < 0, num_experts, ids)",
-        "tl.where(ids < 0, 0, ids)", "slots without an expert go to expert 0",
     ),
     (
         "_permute_place_kernel", "next block", "(inner < SLOTS_PER_BLOCK) & ", "",
@@ -1724,7 +1742,8 @@ _SHARED_HOST = [
 ]  # fmt: skip
 
 MUTANTS: list[Mutant] = [
-    *_ACTIVATIONS, *_FFN, *_PARTIALS, *_ROUTER, *_SEQUENCES, *_DESCRIPTORS, *_ROUTE, *_ROUTE_HOST,
-    *_PERMUTE, *_COMBINE, *_BLOCK, *_BLOCK_BACKWARD, *_BLOCK_HOST, *_EXPERTS, *_EXPERTS_HOST,
-    *_GEMM, *_GEMM_HOST, *_SHARED, *_SHARED_BACKWARD, *_SHARED_PASSES, *_SHARED_HOST,
+    *_ACTIVATIONS, *_LAUNCH, *_FFN, *_PARTIALS, *_ROUTER, *_SEQUENCES, *_DESCRIPTORS, *_ROUTE,
+    *_ROUTE_HOST, *_PERMUTE, *_COMBINE, *_BLOCK, *_BLOCK_BACKWARD, *_BLOCK_HOST, *_EXPERTS,
+    *_EXPERTS_HOST, *_GEMM, *_GEMM_HOST, *_SHARED, *_SHARED_BACKWARD, *_SHARED_PASSES,
+    *_SHARED_HOST,
 ]  # fmt: skip

@@ -25,6 +25,7 @@ from segmoe_kernels._triton.activations import (  # noqa: E402
     activate_with_grad,
     dropout_scale,
 )
+from segmoe_kernels._triton.launch import accumulator, exact  # noqa: E402
 
 # The interpreter computes NaN and infinities with numpy, which warns.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -67,6 +68,7 @@ def _dropout_kernel(
     first_col,
     width,
     p,
+    ACC: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -76,9 +78,9 @@ def _dropout_kernel(
     cols = first + tl.arange(0, BLOCK_N)
     seed = tl.load(seed_ptr)
     if ALIGNED:
-        scale = dropout_scale(seed, first_row + rows, cols, width, p, first)
+        scale = dropout_scale(seed, first_row + rows, cols, width, p, ACC, first)
     else:
-        scale = dropout_scale(seed, first_row + rows, first_col + cols, width, p)
+        scale = dropout_scale(seed, first_row + rows, first_col + cols, width, p, ACC)
     mask = (cols < width)[None, :]
     tl.store(scale_ptr + rows[:, None] * width + cols[None, :], scale, mask=mask)
 
@@ -93,14 +95,15 @@ def run_activate(x, activation, *, fast):
 
 def run_dropout(device, p, rows=64, width=128, tile=(64, 64), **options):
     seed = torch.tensor([options.pop("seed", 1)], device=device)
-    scale = torch.empty(rows, width, device=device)
+    dtype = options.pop("dtype", torch.float32)
+    scale = torch.empty(rows, width, dtype=dtype, device=device)
     first_row, first_col = options.pop("first_row", 0), options.pop("first_col", 0)
     grid = (rows // tile[0], triton.cdiv(width, tile[1]))
     aligned = options.pop("aligned", True)
     assert not options
     _dropout_kernel[grid](
-        scale, seed, first_row, first_col, width, p, ALIGNED=aligned, BLOCK_M=tile[0],
-        BLOCK_N=tile[1],
+        scale, seed, first_row, first_col, width, exact(p, dtype), ACC=accumulator(dtype),
+        ALIGNED=aligned, BLOCK_M=tile[0], BLOCK_N=tile[1],
     )  # fmt: skip
     return scale.cpu()
 
@@ -232,6 +235,11 @@ def test_dropout_has_its_rate_and_scale(p, device):
     assert abs(1 - len(kept) / n - p) <= 4 * math.sqrt(p * (1 - p) / n) + 2**-16
 
 
+def test_dropout_scale_of_float64_has_all_its_bits(device):
+    scale = run_dropout(device, 0.3, dtype=torch.float64)
+    assert (scale[scale != 0] == 1 / (1 - torch.tensor(0.3, dtype=torch.float64))).all()
+
+
 def test_dropout_rates_below_and_above_its_steps(device):
     assert (run_dropout(device, 2**-18) != 0).all()
     assert (run_dropout(device, 1 - 2**-18) == 0).float().mean() > 0.99
@@ -292,7 +300,7 @@ def _two_dots_kernel(x_ptr, y_ptr, seed_ptr, DROPOUT: tl.constexpr, BLOCK: tl.co
     hidden = tl.dot(x, w)
     if DROPOUT:
         first = tl.program_id(1) * 64
-        hidden *= dropout_scale(tl.load(seed_ptr), rows, first + cols, 512, 0.2, first)
+        hidden *= dropout_scale(tl.load(seed_ptr), rows, first + cols, 512, 0.2, tl.float32, first)
     y = tl.dot(hidden.to(tl.bfloat16), w)
     tl.store(y_ptr + rows[:, None] * 64 + cols[None, :], y.to(tl.bfloat16))
 

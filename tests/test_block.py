@@ -10,6 +10,7 @@ from segmoe_kernels import SegMoE
 from segmoe_kernels.testing import assert_as_accurate, make_inputs, oracle, route_ids, run_layer
 
 pytest.importorskip("triton")
+from segmoe_kernels._triton import plans, tiles
 
 
 @pytest.fixture(autouse=True)
@@ -262,12 +263,49 @@ def test_block_reads_what_it_stored_behind_barriers_only(top_k, d_ff):
     assert torch.equal(actual, expected)
 
 
-def test_block_gives_a_segment_the_same_bits_in_any_batch(device):
-    layer = make_layer(device, torch.float32, top_k=2)
-    x, dy, _ = make_inputs(20, 21, 8, device=device)
-    alone, together = run_layer(layer, x[:3], dy[:3]), run_layer(layer, x, dy)
-    for name in ("y", "dx"):
-        assert torch.equal(together[name][:3], alone[name])
+@pytest.mark.usefixtures("rows_alike")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("plan", ["block", "grouped"])
+def test_what_lies_beside_a_segment_changes_none_of_its_bits(plan, dtype, device, monkeypatch):
+    monkeypatch.setenv("SEGMOE_PLAN", plan)
+    layer = make_layer(device, dtype, top_k=2)
+    x = make_inputs(3, 11, 8, dtype=dtype, device=device).x
+    with torch.no_grad():
+        before = layer(x)
+        x[1:] = 3 * x[1:].flip(0)
+        after = layer(x)
+    assert torch.equal(after[0], before[0])
+    assert not torch.equal(after[1], before[1])
+
+
+def test_block_gives_a_segment_the_same_numbers_in_any_batch(device, monkeypatch):
+    """The same bits where the number of rows leaves the tiles as they are, else up to rounding."""
+    layer = make_layer(device, torch.float16, top_k=2)
+    x = make_inputs(30, 21, 8, dtype=torch.float16, device=device).x
+    with torch.no_grad():
+        few, more = layer(x[:3]), layer(x[:9])
+        # As if a GPU were full of the rows at hand: larger tiles.
+        monkeypatch.setattr(tiles, "_NUM_SMS", 1)
+        many = layer(x)
+    options = {"dtype": torch.float16, "gated": False, "extras": False}
+    rows = [tiles.block_fwd_tile(8, 20, 4, 2, 3, 7 * n, **options).block_m for n in (9, 30)]
+    assert rows == [32, 64]
+    assert torch.equal(more[:3], few)
+    torch.testing.assert_close(many[:3], few)
+
+
+def test_block_is_planned_for_few_experts_on_narrow_rows_of_nvidia(monkeypatch):
+    for wanted in ("auto", "block"):
+        monkeypatch.setenv("SEGMOE_PLAN", wanted)
+        assert {plans.choose_plan(256, n, "token") for n in range(1, 17)} == {"block"}
+        assert {plans.choose_plan(d, 4, "token") for d in (1, 64, 256)} == {"block"}
+        for sizes in ((256, 17, "token"), (257, 4, "token"), (64, 4, "segment")):
+            assert plans.choose_plan(*sizes) == "grouped"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.version, "hip", "6.4")
+        assert {plans.choose_plan(64, n, "token") for n in range(1, 17)} == {"grouped"}
+    monkeypatch.setenv("SEGMOE_PLAN", "grouped")
+    assert plans.choose_plan(64, 4, "token") == "grouped"
 
 
 @pytest.mark.parametrize("top_k", [1, 2])

@@ -1,5 +1,6 @@
 """Machine code of the kernels for GPUs that need not be there: no spill, tensor cores in use."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -33,6 +34,21 @@ def test_no_kernel_spills_or_takes_too_much_shared_memory(rows):
 
 def test_no_kernel_adds_floats_atomically(rows):
     assert sum(row["float_atomics"] for row in rows) == 0
+
+
+def test_float64_launches_are_float64_throughout(rows):
+    """Options and flags included: of 8 bits, flags keep a product from being compiled."""
+    found = [row for row in rows if row["dtype"] == "fp64"]
+    assert not [(row["kernel"], row["case"], row["narrow"]) for row in found if row["narrow"]]
+    masked = set()
+    for path in (ROOT / "segmoe_kernels" / "stages").glob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            name = getattr(node, "name", "")
+            if name.endswith("_kernel") and "padding_mask_ptr" in ast.unparse(node.args):
+                masked.add(name.removeprefix("_"))
+    assert masked <= {row["kernel"] for row in found if " mask " in row["case"]}
+    compiled = {row["kernel"] for row in found if row["instructions"]}
+    assert compiled == {"route_fwd_kernel", "grouped_gemm_dw_kernel", "shared_up_kernel"}
 
 
 def test_large_products_use_tensor_cores(rows):

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ def test_doctor_reports_and_passes(no_environment, capsys):
     assert rows["CUDA_VISIBLE_DEVICES"] == "0"
     assert rows["backend"].startswith(f"{BACKEND} on ")
     checks = [value for name, value in rows.items() if name.startswith("check")]
-    assert checks == ["ok, forward and gradients against float64"] * 3
+    assert checks == ["ok, forward and gradients against float64"] * 5
 
 
 @pytest.mark.skipif(GPU, reason="explains why a machine without a GPU runs the reference")
@@ -65,7 +66,7 @@ def test_doctor_fails_with_a_wrong_gradient(no_environment, capsys):
     no_environment.setattr(command, "run_layer", run_eager_unbroken(real))
     assert command.main(["doctor"]) == 1
     captured = capsys.readouterr()
-    assert captured.out.count("FAILED") == 3
+    assert captured.out.count("FAILED") == 5
     assert "less accurate than plain PyTorch" in captured.err
 
 
@@ -97,10 +98,13 @@ def test_doctor_as_a_command():
         capture_output=True,
         text=True,
         cwd=Path(segmoe_kernels.__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "SEGMOE_BACKEND": "triton"},
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "backend" in result.stdout
+    assert result.stdout.count("ok, forward and gradients against float64") == 5 - (not GPU)
+    if not GPU:
+        # Triton's own interpreter; that of the other tests is corrected.
+        assert re.search(r"check, bfloat16 +refused: .* multiplies it wrongly", result.stdout)
 
 
 @pytest.mark.parametrize(

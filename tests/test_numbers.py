@@ -1,5 +1,7 @@
 """Numbers that misbehave, and sizes at the ends: what the kernels do is what the reference does."""
 
+import copy
+
 import pytest
 import torch
 from test_triton_layer import make_layer, planned_scopes
@@ -78,6 +80,27 @@ def test_logits_beyond_float16_are_summed_in_float32(device):
     results = run_layer(layer, x, dy)
     assert (route_ids(layer, x) == 2).all()
     assert all(value.isfinite().all() for value in results.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("plan")
+def test_means_are_pooled_in_float32(dtype, device):
+    """The sum of four steps has no number in float16; a rounded mean is off by 1e-4 and more."""
+    layer = make_layer(dtype, device, pooling="mean", segment_size=4, shared_expert=None)
+    x, dy, mask = make_inputs(2, 11, 8, dtype=dtype, device=device, masked=0.3)
+    x = 20_000 + 100 * x
+    with torch.no_grad():
+        layer.router.weight.mul_(1e-3)
+    oracle = copy.deepcopy(layer).double()
+    expected = oracle.forward_with_routing(x.double(), mask)[1].router_logits
+    for backend in ("reference", "triton"):
+        layer.backend = backend
+        leaf = x.clone().requires_grad_()
+        y, routing = layer.forward_with_routing(leaf, mask)
+        torch.testing.assert_close(routing.router_logits.double(), expected, rtol=1e-5, atol=1e-4)
+        y.backward(dy)
+        assert y.isfinite().all()
+        assert leaf.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])

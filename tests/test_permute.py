@@ -30,7 +30,7 @@ def ids_of(segments, top_k, num_experts, device="cpu", unrouted=True):
 
 def check(out, ids, num_experts):
     """The definition: slots in the order (expert, slot), those without an expert last."""
-    slots = ids.flatten().tolist()
+    slots = [e if 0 <= e < num_experts else -1 for e in ids.flatten().tolist()]
     order = sorted(range(len(slots)), key=lambda s: (slots[s] % (num_experts + 1), s))
     counts = torch.tensor(slots, dtype=torch.int64).add(1).bincount(minlength=num_experts + 1)[1:]
     assert out.sorted_to_slot.tolist() == order
@@ -72,6 +72,15 @@ def test_permute_of_one_group_is_the_identity(expert, device):
     assert torch.equal(out.sorted_to_slot, slots)
     assert torch.equal(out.slot_to_sorted, slots)
     assert out.expert_counts.sum().item() == (ids.numel() if expert >= 0 else 0)
+
+
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_permute_of_ids_that_name_no_expert(backend, device):
+    """They count as -1, wherever they lie."""
+    ids = ids_of(2 * BLOCK + 1, 2, 20, device)
+    ids[::7, 0] = torch.tensor([4, 7, 100_000, 2**31 - 1, -5, -(2**31), 16, 15, 17, 4])
+    check(permute(ids, 4, backend=backend), ids, 4)
 
 
 @pytest.mark.usefixtures("_way")

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from segmoe_kernels import functional
+from segmoe_kernels import SegMoE, functional
 from segmoe_kernels.functional import resolve_backend
 
 
@@ -30,6 +30,26 @@ def test_resolve_backend_under_the_interpreter(no_environment):
     no_environment.setenv("TRITON_INTERPRET", "1")
     assert resolve_backend("triton", torch.zeros(1)) == "triton"
     assert resolve_backend("auto", torch.zeros(1)) == "reference"
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_is_refused_where_the_interpreter_multiplies_it_wrongly(autocast, monkeypatch):
+    """`test_doctor_as_a_command` has Triton's own interpreter; that of the tests is corrected."""
+    launch = pytest.importorskip("segmoe_kernels._triton.launch")
+    assert launch.interprets_bfloat16()
+    monkeypatch.setattr(launch, "interprets_bfloat16", lambda: False)
+    for scope in ("token", "segment"):
+        layer = SegMoE(4, 6, 3, segment_size=2, expert_scope=scope, backend="triton")
+        x = torch.zeros(1, 4, 4)
+        assert layer(x).isfinite().all()
+        if not autocast:
+            layer, x = layer.bfloat16(), x.bfloat16()
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+            pytest.raises(RuntimeError, match=r"can't run bfloat16 .*or backend='reference'"),
+        ):
+            layer(x)
 
 
 def test_resolve_backend_environment_overrides_auto(no_environment):

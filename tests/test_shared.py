@@ -7,7 +7,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from segmoe_kernels import FFNWeights, SegMoE, reference
-from segmoe_kernels.testing import assert_as_accurate, make_inputs, run_layer
+from segmoe_kernels.testing import assert_as_accurate, compare, make_inputs, run_layer
 
 pytest.importorskip("triton")
 
@@ -393,3 +393,26 @@ def test_shared_combine_touches_its_tensors_alone(d_model):
     )
     with TrafficMeter():
         run(shared_combine, tensors, keywords)
+
+
+@pytest.mark.interpreter
+def test_sums_over_many_rows_are_as_accurate_as_eager_in_the_order_of_a_gpu(monkeypatch):
+    """A GPU adds each product of a float32 dot to the sum so far; numpy adds up a tile first."""
+    from triton.runtime import interpreter
+
+    def dot(_, a, b, start, *_options):
+        total = start.data.copy()
+        for k in range(a.data.shape[1]):
+            total += a.data[:, k : k + 1] * b.data[k : k + 1]
+        return interpreter.TensorHandle(total, start.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+    monkeypatch.setenv("SEGMOE_SHARED", "fused")
+    case = draw_case(torch.float32, length=500, size=1, gated=True, bias=True, activation="silu")
+    actual = run(shared_combine, *case)
+    eager = run(reference.shared_combine, *case)
+    exact = run(reference.shared_combine, *case, torch.float64)
+    for name in ("dup_proj", "ddown_proj", "dgate_proj", "dshared_gate", "ddown_proj_bias"):
+        found = compare(actual[name], eager[name], exact[name])
+        size = exact[name].square().mean().sqrt()
+        assert found.rms <= 1.25 * found.eager_rms + torch.finfo(torch.float32).eps * size, name

@@ -1,5 +1,7 @@
 """The Triton backend under torch.compile, export, autocast, checkpointing and fake tensors."""
 
+import itertools
+
 import pytest
 import torch
 from layers import STATES, make_layer, train_once
@@ -58,6 +60,25 @@ def test_compiled_layer_equals_eager(name, device):
     x, dy, _ = inputs_for(layer, device)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert_same(run(compiled, layer, x, dy), run(layer, layer, x, dy))
+
+
+@pytest.mark.parametrize(
+    ("plan", "name", "mode"),
+    [
+        *itertools.product(
+            ["block", "grouped"], ["default"], [torch.no_grad, torch.inference_mode]
+        ),
+        ("grouped", "default", torch.enable_grad),
+        ("grouped", "wide", torch.no_grad),
+    ],
+)
+def test_compiled_layer_equals_eager_in_every_grad_mode(plan, name, mode, device, monkeypatch):
+    monkeypatch.setenv("SEGMOE_PLAN", plan)
+    layer = make(name, device)
+    x = inputs_for(layer, device).x
+    with mode():
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(x), layer(x))
 
 
 @pytest.mark.parametrize("scope", ["token", "segment"])

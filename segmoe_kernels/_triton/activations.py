@@ -131,8 +131,17 @@ def activate_with_grad(x, ACTIVATION: tl.constexpr, FAST: tl.constexpr = False):
 
 
 @triton.jit
-def dropout_scale(seed, rows, cols, width, p, first=None):
-    """Return 0 with probability p, else ``1 / (1 - p)``, (M, N) float32.
+def read_option(value, ACC: tl.constexpr):
+    """Return a float option in ACC; `launch.exact` passes those of float64 as their bits."""
+    if ACC == tl.float64:  # noqa: SIM300  a parameter
+        return value.to(tl.int64).to(tl.float64, bitcast=True)
+    else:  # noqa: RET505  the branches are compile-time
+        return value
+
+
+@triton.jit
+def dropout_scale(seed, rows, cols, width, p, ACC: tl.constexpr, first=None):
+    """Return 0 with probability p, else ``1 / (1 - p)``, (M, N) in ACC.
 
     An element depends on seed, row, column and width only, not on the tile it's computed in. p is
     met to within 2**-16: each element takes 16 bits of Philox 4x32 with 7 rounds, the fewest that
@@ -148,7 +157,8 @@ def dropout_scale(seed, rows, cols, width, p, first=None):
         rows: (M,) int64, broadcast against cols.
         cols: (N,) int32.
         width: columns in a row; rows of another width get other numbers.
-        p: float32 scalar below 1.
+        p: scalar below 1, as `launch.exact` passes it.
+        ACC: float32 or float64.
         first: where ``cols == first + arange(0, N)`` and N, a power of two and at least 16, divides
             first: that column. Without it the numbers are the same, but which elements share a
             call is left to the compiler: it sees that on NVIDIA, not on AMD.
@@ -187,7 +197,7 @@ def dropout_scale(seed, rows, cols, width, p, first=None):
     bits = tl.where(word < 2, tl.where(word == 0, r0, r1), tl.where(word == 2, r2, r3))
     bits = tl.reshape(bits << (16 - 16 * half).to(tl.uint32), (M, N))
     # The interpreter passes a Python float.
-    p += tl.zeros((1, 1), dtype=tl.float32)
+    p = read_option(p, ACC) + tl.zeros((1, 1), dtype=ACC)
     # Compared in the upper half. Never 2**32, which would wrap around and drop nothing.
     threshold = tl.minimum((p * 65536.0 + 0.5).to(tl.uint32), 65535) << 16
     return tl.where(bits >= threshold, 1.0 / (1.0 - p), 0.0)

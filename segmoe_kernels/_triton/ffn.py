@@ -59,7 +59,7 @@ def hidden_rows(
     else:
         hidden = activate(hidden, ACTIVATION, FAST)
     if seed_ptr is not None:
-        hidden *= dropout_scale(tl.load(seed_ptr), row_ids, offs_f, F, dropout, first_f)
+        hidden *= dropout_scale(tl.load(seed_ptr), row_ids, offs_f, F, dropout, ACC, first_f)
     return hidden
 
 
@@ -165,7 +165,7 @@ def hidden_with_grads(
         hidden, slope = activate_with_grad(pre, ACTIVATION, FAST)
         opened = slope
     if seed_ptr is not None:
-        scale = dropout_scale(tl.load(seed_ptr), row_ids, offs_f, F, dropout, first_f).to(ACC)
+        scale = dropout_scale(tl.load(seed_ptr), row_ids, offs_f, F, dropout, ACC, first_f)
         hidden = hidden * scale
         slope = slope * scale
         opened = opened * scale

@@ -1,6 +1,8 @@
 """Operator registration, the device guard, and what every launcher needs to know about a dtype."""
 
 import contextlib
+import functools
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +40,8 @@ def define_operator(
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def guarded(*args: Any) -> Any:
+        if args[0].is_cpu and triton.knobs.runtime.interpret:
+            _refuse_wrong_bfloat16(args)
         with device_guard(args[0]):
             return implementation(*args)
 
@@ -48,6 +52,34 @@ def define_operator(
     register_flops(packet, name)
     operator: Callable[..., Any] = packet.default
     return operator
+
+
+def _refuse_wrong_bfloat16(args: tuple[Any, ...]) -> None:
+    given = any(isinstance(arg, Tensor) and arg.dtype == torch.bfloat16 for arg in args)
+    if given and not interprets_bfloat16():
+        raise RuntimeError(
+            "segmoe_kernels: backend='triton' can't run bfloat16 on the CPU: Triton's interpreter "
+            "(TRITON_INTERPRET=1) multiplies it wrongly; use another dtype or backend='reference'."
+        )
+
+
+@functools.cache
+def interprets_bfloat16() -> bool:
+    """Whether the interpreter multiplies bfloat16 right: Triton's own (3.5 to 3.9) does not."""
+    ones = torch.ones(16, 16, dtype=torch.bfloat16)
+    out = torch.empty(16, 16)
+    _multiply[(1,)](ones, ones, out)
+    return bool((out == 16).all())
+
+
+@triton.jit
+def _multiply(a_ptr, b_ptr, out_ptr) -> None:
+    """Multiply two 16 x 16 matrices.
+
+    Grid: ``(1,)``.
+    """
+    offs = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    tl.store(out_ptr + offs, tl.dot(tl.load(a_ptr + offs), tl.load(b_ptr + offs)))
 
 
 def device_guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -93,6 +125,29 @@ def input_precision(dtype: torch.dtype) -> str:
     if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
         return "tf32"
     return "ieee"
+
+
+def exact(value: float, dtype: torch.dtype) -> float | int:
+    """A float option as kernels take it: in float64 its bits, for Triton passes floats in 32.
+
+    `activations.read_option` is the other end.
+    """
+    if dtype != torch.float64:
+        return value
+    bits: int = struct.unpack("q", struct.pack("d", value))[0]
+    return bits
+
+
+def step_flags(padding_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The mask as kernels of ``dtype`` read it: contiguous, and in float64 of 32 bits a flag.
+
+    The width of the flags that mask a load decides how a product's operand is laid out; in float64
+    what follows from 8 bits does not compile for NVIDIA.
+    """
+    if padding_mask is None:
+        return None
+    flags = padding_mask.to(torch.int32) if dtype == torch.float64 else padding_mask
+    return flags.contiguous()
 
 
 def padded(size: int, minimum: int = 16) -> int:

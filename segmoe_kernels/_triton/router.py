@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from segmoe_kernels._triton.activations import dropout_scale
+from segmoe_kernels._triton.activations import dropout_scale, read_option
 from segmoe_kernels._triton.sequences import real_steps
 
 
@@ -153,15 +153,19 @@ def score_segments(
                 pooled = pool(
                     x_ptr, padding_mask_ptr, sequence, first_step, mask_x, count, first, last,
                     offs_d, length, stride_x_b, stride_x_t, D, SEGMENT_SIZE, POOLING, ACC,
-                ).to(x_ptr.dtype.element_ty)  # fmt: skip
+                )  # fmt: skip
+                # All but a mean are numbers of x's.
+                if POOLING != "mean":
+                    pooled = pooled.to(x_ptr.dtype.element_ty)
             if router_start_ptr is not None:
                 start = tl.load(router_start_ptr + p * D + offs_d, mask=mask_d, other=0.0)
+                start = start.to(pooled.dtype)
                 pooled = tl.where((index == 0)[:, None], start[None, :], pooled)
             w = tl.load(
                 router_weight_ptr + experts[:, None] * stride_w_e + p * D + offs_d[None, :],
                 mask=mask_e[:, None] & mask_d[None, :],
                 other=0.0,
-            )
+            ).to(pooled.dtype)
             logits = tl.dot(pooled, tl.trans(w), logits, input_precision="ieee", out_dtype=ACC)
     return tl.where(routed[:, None], logits, 0.0), routed
 
@@ -186,9 +190,11 @@ def choose_experts(
     """
     experts = tl.arange(0, EXPERTS)
     mask_e = experts < num_experts
+    temperature = read_option(temperature, logits.dtype)
     probs = _softmax(logits / temperature, mask_e)
     if seed_ptr is not None:
-        probs *= dropout_scale(tl.load(seed_ptr), segment, experts, num_experts, dropout)
+        seed = tl.load(seed_ptr)
+        probs *= dropout_scale(seed, segment, experts, num_experts, dropout, logits.dtype)
     probs = tl.where(routed[:, None], probs, 0.0)
     key = tl.where(mask_e[None, :], tl.where(probs != probs, float("inf"), probs), -1.0)
     rank = tl.full(logits.shape, TOP_K, dtype=tl.int32)
@@ -223,11 +229,13 @@ def router_weights(
     RENORMALIZE: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
-    """Return the routing weights that `choose_experts` made of these logits, bit for bit."""
+    """Return the routing weights, which `choose_experts` may have rounded otherwise, by 3 ulp."""
     experts = tl.arange(0, EXPERTS)
+    temperature = read_option(temperature, logits.dtype)
     probs = _softmax(logits / temperature, experts < num_experts)
     if seed_ptr is not None:
-        probs *= dropout_scale(tl.load(seed_ptr), segment, experts, num_experts, dropout)
+        seed = tl.load(seed_ptr)
+        probs *= dropout_scale(seed, segment, experts, num_experts, dropout, logits.dtype)
     return _normalize(probs, selected, RENORMALIZE)
 
 
@@ -256,11 +264,12 @@ def differentiate_choice(
     """Return the gradient of the logits; the probabilities are computed anew from them."""
     experts = tl.arange(0, EXPERTS)
     mask_e = experts < num_experts
+    temperature = read_option(temperature, logits.dtype)
     probs = _softmax(logits / temperature, mask_e)
     scale = tl.full(logits.shape, 1.0, dtype=logits.dtype)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-        scale *= dropout_scale(seed, segment, experts, num_experts, dropout)
+        scale *= dropout_scale(seed, segment, experts, num_experts, dropout, logits.dtype)
     if RENORMALIZE:
         kept = tl.where(selected, probs * scale, 0.0)
         total = tl.sum(kept, 1)

@@ -1,9 +1,9 @@
 """Tile sizes, warps and stages for every kernel: one deterministic choice from `tile_table`.
 
 It depends on widths, the number of experts, the dtype, what is fused in and the architecture, never
-on the number of rows (two kernels take it in buckets), so that results don't change with the batch
-and nothing is compiled anew. A row's result depends on no tile. Whoever wants other tiles on his
-GPU names them in a file: `tuned`.
+on the number of rows, so that nothing is compiled anew; two kernels take it in buckets. A row's
+result depends on tiles by rounding alone. Whoever wants other tiles on his GPU names them in a
+file: `tuned`.
 """
 
 import os
@@ -197,7 +197,7 @@ def block_fwd_tile(
     Rows of one program and expert come in tiles, the last of them partly empty: with twice block_m
     rows a quarter of the work is wasted at worst. Few segments are spread over more programs by
     splitting the experts into groups; with several choices, whose outputs are added in place, they
-    can't be. A row's result depends on none of this, so the row count may decide.
+    can't be. All this changes a row by rounding alone, so the row count may decide.
     """
     width = power(d_model, 16, MAX_FUSED_WIDTH)
     # Adding to y takes registers where the rows are wide.

@@ -23,9 +23,11 @@ from segmoe_kernels._triton.launch import (
     accumulator,
     accumulator_dtype,
     define_operator,
+    exact,
     input_precision,
     padded,
     refuse_double_backward,
+    step_flags,
 )
 from segmoe_kernels._triton.tiles import block_fwd_tile, block_router_tile
 from segmoe_kernels.routing import FFNWeights, RouterOutput
@@ -101,9 +103,9 @@ def _block_fwd(*args: Any) -> tuple[Tensor, ...]:
         *up.stride()[:2],
         *((0, 0) if gate is None else gate.stride()[:2]),
         *down.stride()[:2],
-        temperature,
-        router_dropout,
-        dropout,
+        exact(temperature, x.dtype),
+        exact(router_dropout, x.dtype),
+        exact(dropout, x.dtype),
         D=d_model,
         F=d_ff,
         SEGMENT_SIZE=segment_size,
@@ -154,9 +156,37 @@ class _Block(torch.autograd.Function):
     """Keeps x, the weights, the mask, the seeds, and of a segment ``4 * (E + top_k)`` bytes."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        *tensors, options = args
-        outputs: tuple[Tensor, ...] = _block_fwd_op(*tensors, *options)
+    def forward(
+        x: Tensor,
+        router_weight: Tensor,
+        router_start: Tensor | None,
+        padding_mask: Tensor | None,
+        router_seed: Tensor | None,
+        seed: Tensor | None,
+        up_proj: Tensor,
+        down_proj: Tensor,
+        gate_proj: Tensor | None,
+        up_bias: Tensor | None,
+        gate_bias: Tensor | None,
+        down_bias: Tensor | None,
+        options: tuple[Any, ...],
+    ) -> tuple[Tensor, ...]:
+        # The parameters are written out, here and below: torch.compile counts them.
+        outputs: tuple[Tensor, ...] = _block_fwd_op(
+            x,
+            router_weight,
+            router_start,
+            padding_mask,
+            router_seed,
+            seed,
+            up_proj,
+            down_proj,
+            gate_proj,
+            up_bias,
+            gate_bias,
+            down_bias,
+            *options,
+        )
         return outputs
 
     @staticmethod
@@ -218,7 +248,6 @@ class _BlockBackward(torch.autograd.Function):
         dlogits: Tensor | None,
         options: tuple[Any, ...],
     ) -> tuple[Tensor, ...]:
-        # The parameters are written out: torch.compile counts them.
         return tuple(
             block_bwd_op(
                 x,
@@ -299,7 +328,7 @@ def block_experts(
         x,
         router_weight,
         None if router_start is None else router_start.contiguous(),
-        None if padding_mask is None else padding_mask.contiguous(),
+        step_flags(padding_mask, x.dtype),
         _draw_seed(router_dropout, x.device),
         _draw_seed(dropout, x.device),
         *rows_contiguous(experts),

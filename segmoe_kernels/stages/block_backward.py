@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from segmoe_kernels import validation as check
-from segmoe_kernels._triton.launch import accumulator_dtype, define_operator, padded
+from segmoe_kernels._triton.launch import accumulator_dtype, define_operator, exact, padded
 from segmoe_kernels._triton.partials import new_partials, reduce_partials
 from segmoe_kernels._triton.plans import choose_backward
 from segmoe_kernels._triton.tile_table import TileConfig
@@ -56,8 +56,8 @@ def _block_bwd(*args: Any) -> list[Tensor]:
         block_counts,
         num_segments,
         num_experts,
-        temperature,
-        router_dropout,
+        exact(temperature, logits.dtype),
+        exact(router_dropout, logits.dtype),
         TOP_K=top_k,
         RENORMALIZE=renormalize,
         EXPERTS=padded(num_experts),
@@ -201,9 +201,9 @@ def _launch_block_dx(
         call.num_experts,
         call.batch,
         *_strides(call, dy, router.weight),
-        router.temperature,
-        router.dropout,
-        call.dropout,
+        exact(router.temperature, call.dtype),
+        exact(router.dropout, call.dtype),
+        exact(call.dropout, call.dtype),
         **_constants(call, tile, renormalize=router.renormalize),
         GROUPS=padded(call.num_experts + 1),
     )
@@ -245,9 +245,9 @@ def _launch_block_bwd(
         splits,
         partials.shape[1],
         *_strides(call, dy, router.weight),
-        router.temperature,
-        router.dropout,
-        call.dropout,
+        exact(router.temperature, call.dtype),
+        exact(router.dropout, call.dtype),
+        exact(call.dropout, call.dtype),
         **_constants(call, tile, renormalize=router.renormalize),
         HAS_BIAS=dweights.up_proj_bias is not None,
     )

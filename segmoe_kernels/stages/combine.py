@@ -18,6 +18,7 @@ from segmoe_kernels._triton.launch import (
     define_operator,
     padded,
     refuse_double_backward,
+    step_flags,
 )
 
 
@@ -298,7 +299,6 @@ def combine(
         expert_out = expert_out.contiguous()
     if shared_out is not None and shared_gate_logits is not None:
         shared_out, shared_gate_logits = shared_out.contiguous(), shared_gate_logits.contiguous()
-    if padding_mask is not None:
-        padding_mask = padding_mask.contiguous()
-    y: Tensor = _Combine.apply(expert_out, shared_out, shared_gate_logits, padding_mask)
+    flags = step_flags(padding_mask, expert_out.dtype)
+    y: Tensor = _Combine.apply(expert_out, shared_out, shared_gate_logits, flags)
     return y

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segmoe_kernels._triton.launch import define_operator, refuse_double_backward
+from segmoe_kernels._triton.launch import define_operator, refuse_double_backward, step_flags
 from segmoe_kernels.routing import FFNWeights, Permutation
 from segmoe_kernels.stages.experts_launch import (
     Call,
@@ -183,11 +183,37 @@ class _ExpertFFN(torch.autograd.Function):
     """Keeps x, the routing and the seed; wider rows keep the hidden layer before its activation."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        x, row_weights, *tensors, options = args
-        # One column of the view is the contiguous (S, top_k) that it was made of.
+    def forward(
+        x: Tensor,
+        row_weights: Tensor,
+        sorted_to_slot: Tensor,
+        expert_offsets: Tensor,
+        up_proj: Tensor,
+        down_proj: Tensor,
+        gate_proj: Tensor | None,
+        up_bias: Tensor | None,
+        gate_bias: Tensor | None,
+        down_bias: Tensor | None,
+        padding_mask: Tensor | None,
+        seed: Tensor | None,
+        options: tuple[Any, ...],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # The parameters are written out, here and below: torch.compile counts them.
         out: tuple[Tensor, Tensor, Tensor] = _expert_ffn_fwd_op(
-            x, row_weights[..., 0].contiguous(), *tensors, *options
+            x,
+            # One column of the view is the contiguous (S, top_k) that it was made of.
+            row_weights[..., 0].contiguous(),
+            sorted_to_slot,
+            expert_offsets,
+            up_proj,
+            down_proj,
+            gate_proj,
+            up_bias,
+            gate_bias,
+            down_bias,
+            padding_mask,
+            seed,
+            *options,
         )
         return out
 
@@ -240,7 +266,6 @@ class _ExpertFFNBackward(torch.autograd.Function):
         gate_pre: Tensor,
         options: tuple[Any, ...],
     ) -> tuple[Tensor, ...]:
-        # The parameters are written out: torch.compile counts them.
         topk_weights = row_weights[..., 0].contiguous()
         return tuple(
             _expert_ffn_bwd_op(
@@ -322,7 +347,7 @@ def expert_ffn(
         permutation.sorted_to_slot,
         permutation.expert_offsets,
         *weights,
-        None if padding_mask is None else padding_mask.contiguous(),
+        step_flags(padding_mask, x.dtype),
         seed,
         options,
     )

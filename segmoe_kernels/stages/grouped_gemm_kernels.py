@@ -199,7 +199,7 @@ def grouped_gemm_kernel(
         acc = activate(acc, ACTIVATION, FAST)
     if seed_ptr is not None:
         row_ids = slot * ROWS_PER_SLOT + rows % ROWS_PER_SLOT
-        acc *= dropout_scale(tl.load(seed_ptr), row_ids, offs_n, N, dropout, first_n)
+        acc *= dropout_scale(tl.load(seed_ptr), row_ids, offs_n, N, dropout, ACC, first_n)
     if row_weights_ptr is not None:
         acc *= tl.load(row_weights_ptr + slot, mask=routed, other=0.0).to(ACC)[:, None]
     if SCATTER:
@@ -310,7 +310,7 @@ def grouped_gemm_dhidden_kernel(
     row_ids = slot * ROWS_PER_SLOT + rows % ROWS_PER_SLOT
     scale = tl.full((BLOCK_M, BLOCK_N), 1.0, dtype=ACC)
     if seed_ptr is not None:
-        scale *= dropout_scale(tl.load(seed_ptr), row_ids, offs_n, N, dropout, first_n)
+        scale *= dropout_scale(tl.load(seed_ptr), row_ids, offs_n, N, dropout, ACC, first_n)
     weights = tl.load(topk_weights_ptr + slot, mask=routed, other=0.0).to(ACC)[:, None]
     FAST: tl.constexpr = hidden_ptr.dtype.element_ty.primitive_bitwidth == 16
     if gate_pre_ptr is not None:

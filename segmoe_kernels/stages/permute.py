@@ -22,6 +22,12 @@ MAX_BLOCKS_WITHOUT_SCAN = 512
 
 
 @triton.jit
+def _group_of(ids, num_experts):
+    """Return the expert of a slot, or E where its id names none."""
+    return tl.where((ids < 0) | (ids > num_experts), num_experts, ids)
+
+
+@triton.jit
 def _permute_count_kernel(
     topk_ids_ptr,  # (R,) int32
     block_counts_ptr,  # (blocks, E + 1) int32, every row is written
@@ -43,7 +49,7 @@ def _permute_count_kernel(
         slots = pid * SLOTS_PER_BLOCK + inner
         mask = (inner < SLOTS_PER_BLOCK) & (slots < num_slots)
         ids = tl.load(topk_ids_ptr + slots, mask=mask, other=0)
-        group = tl.where(ids < 0, num_experts, ids)
+        group = _group_of(ids, num_experts)
         counts += tl.sum(((group[:, None] == groups[None, :]) & mask[:, None]).to(tl.int32), 0)
     out = block_counts_ptr + pid * (num_experts + 1) + groups
     tl.store(out, counts, mask=groups <= num_experts)
@@ -137,7 +143,7 @@ def _permute_place_kernel(
         slots = pid * SLOTS_PER_BLOCK + inner
         mask = (inner < SLOTS_PER_BLOCK) & (slots < num_slots)
         ids = tl.load(topk_ids_ptr + slots, mask=mask, other=0)
-        group = tl.where(ids < 0, num_experts, ids)
+        group = _group_of(ids, num_experts)
         mine = ((group[:, None] == groups[None, :]) & mask[:, None]).to(tl.int32)
         places = running[None, :] + tl.cumsum(mine, 0) - mine
         rows = tl.sum(mine * places, 1)
@@ -222,7 +228,7 @@ def permute(topk_ids: Tensor, num_experts: int, block_counts: Tensor | None = No
     """Group the slots by expert: one or two launches behind `route`, one more alone.
 
     Args:
-        topk_ids: (S, top_k) int32, -1 for a segment that is not routed.
+        topk_ids: (S, top_k) int32; outside [0, E) for a segment that is not routed.
         num_experts: E.
         block_counts: from `route`, or None.
 

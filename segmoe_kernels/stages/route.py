@@ -17,8 +17,10 @@ from segmoe_kernels._triton.launch import (
     accumulator,
     accumulator_dtype,
     define_operator,
+    exact,
     padded,
     refuse_double_backward,
+    step_flags,
     within_reach,
 )
 from segmoe_kernels._triton.tiles import route_fwd_tile
@@ -77,8 +79,8 @@ def _route_fwd(
         x.stride(0),
         x.stride(1),
         router_weight.stride(0),
-        temperature,
-        dropout,
+        exact(temperature, x.dtype),
+        exact(dropout, x.dtype),
         D=x.shape[2],
         SEGMENT_SIZE=segment_size,
         TOP_K=top_k,
@@ -364,12 +366,10 @@ def route_and_pass(
         float(router_dropout),
         top_k > 1 if renormalize is None else renormalize,
     )
-    if padding_mask is not None:
-        padding_mask = padding_mask.contiguous()
     if router_start is not None:
         router_start = router_start.contiguous()
     *outputs, row_weights, tokens = _Route.apply(
-        x, router_weight, router_start, padding_mask, seed, options
+        x, router_weight, router_start, step_flags(padding_mask, x.dtype), seed, options
     )
     return RouterOutput(*outputs), row_weights, tokens
 

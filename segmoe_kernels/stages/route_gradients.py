@@ -4,7 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
-from segmoe_kernels._triton.launch import accumulator, padded
+from segmoe_kernels._triton.launch import accumulator, exact, padded
 from segmoe_kernels._triton.tiles import route_bwd_tile
 from segmoe_kernels.stages.route_kernels import dlogits_kernel, route_bwd_kernel, sum_splits_kernel
 
@@ -37,8 +37,8 @@ def logits_gradient(
         dlogits,
         num_segments,
         num_experts,
-        temperature,
-        dropout,
+        exact(temperature, logits.dtype),
+        exact(dropout, logits.dtype),
         TOP_K=topk_ids.shape[1],
         SEGMENT_SIZE=1 if drow_weights is None else drow_weights.shape[2],
         RENORMALIZE=renormalize,

@@ -20,7 +20,12 @@ import torch
 from torch import Tensor
 
 from segmoe_kernels import validation as check
-from segmoe_kernels._triton.launch import define_operator, refuse_double_backward, within_reach
+from segmoe_kernels._triton.launch import (
+    define_operator,
+    refuse_double_backward,
+    step_flags,
+    within_reach,
+)
 from segmoe_kernels.routing import FFNWeights
 from segmoe_kernels.stages.shared_call import Gradients, SharedCall
 from segmoe_kernels.stages.shared_fused import fused_bwd, fused_fwd
@@ -141,9 +146,35 @@ class _SharedCombine(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        *tensors, options = args
-        out: tuple[Tensor, ...] = _shared_fwd_op(*tensors, *options)
+    def forward(
+        expert_out: Tensor,
+        x: Tensor,
+        up_proj: Tensor,
+        down_proj: Tensor,
+        gate_proj: Tensor | None,
+        up_bias: Tensor | None,
+        gate_bias: Tensor | None,
+        down_bias: Tensor | None,
+        shared_gate: Tensor,
+        padding_mask: Tensor | None,
+        seed: Tensor | None,
+        options: tuple[Any, ...],
+    ) -> tuple[Tensor, ...]:
+        # The parameters are written out, here and below: torch.compile counts them.
+        out: tuple[Tensor, ...] = _shared_fwd_op(
+            expert_out,
+            x,
+            up_proj,
+            down_proj,
+            gate_proj,
+            up_bias,
+            gate_bias,
+            down_bias,
+            shared_gate,
+            padding_mask,
+            seed,
+            *options,
+        )
         return out
 
     @staticmethod
@@ -193,7 +224,6 @@ class _SharedCombineBackward(torch.autograd.Function):
         gate_pre: Tensor,
         options: tuple[Any, ...],
     ) -> tuple[Tensor, ...]:
-        # The parameters are written out: torch.compile counts them.
         return tuple(
             _shared_bwd_op(
                 dy,
@@ -252,7 +282,7 @@ def shared_combine(
     plan = choose_plan(shared.up_proj.shape[1], shared.up_proj.shape[0], x.dtype)
     y, *_ = _SharedCombine.apply(
         *tensors,
-        None if padding_mask is None else padding_mask.contiguous(),
+        step_flags(padding_mask, x.dtype),
         seed,
         (plan, segment_size, activation, float(dropout), needs_grad),
     )

@@ -94,7 +94,7 @@ def _store_hidden_gradient(
             gate_pre = tl.load(gate_pre_ptr + offs, mask=mask, other=0.0).to(ACC)
         scale = tl.full((BLOCK_M, BLOCK_N), 1.0, dtype=ACC)
         if seed_ptr is not None:
-            scale *= dropout_scale(tl.load(seed_ptr), long_rows, offs_n, H, dropout, first_n)
+            scale *= dropout_scale(tl.load(seed_ptr), long_rows, offs_n, H, dropout, ACC, first_n)
         hidden, dpre, dgate, share = hidden_gradient(
             dhidden, pre, gate_pre, scale, opened[:, None], gate_pre_ptr is not None, ACTIVATION,
             hidden_ptr.dtype.element_ty.primitive_bitwidth == 16,
@@ -231,7 +231,10 @@ def _rows_loop(
 ) -> Any:
     """Return ``a.T @ b`` (BLOCK_N, BLOCK_K) and ``a.T @ vector`` (BLOCK_N,) over tiles of rows."""
     acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=ACC)
-    along = tl.zeros((BLOCK_N, 16), dtype=ACC)
+    # Without 16-bit tensor cores a tile's product with the vector is summed by itself: running on
+    # from tile to tile, the sum of all rows would round at each of them.
+    WIDE: tl.constexpr = a_ptr.dtype.element_ty.primitive_bitwidth > 16
+    along = tl.zeros((BLOCK_N, 1 if WIDE else 16), dtype=ACC)
     rows = first_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     index = rows % segments_per_sequence
     sequence = (rows // segments_per_sequence).to(tl.int64)
@@ -256,8 +259,12 @@ def _rows_loop(
         acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION, out_dtype=ACC)
         if WITH_VECTOR:
             v = tl.load(vector_ptr + rows, mask=mask_m, other=0.0).to(a.dtype)
-            v = tl.where((tl.arange(0, 16) == 0)[None, :], v[:, None], tl.zeros_like(v)[:, None])
-            along = tl.dot(tl.trans(a), v, along, input_precision=PRECISION, out_dtype=ACC)
+            if WIDE:
+                along += tl.sum(a * v[:, None], 0)[:, None]
+            else:
+                first = (tl.arange(0, 16) == 0)[None, :]
+                v = tl.where(first, v[:, None], tl.zeros_like(v)[:, None])
+                along = tl.dot(tl.trans(a), v, along, input_precision=PRECISION, out_dtype=ACC)
         rows += BLOCK_M
         index += segments
         base += sequences * stride_a_b + steps * stride_a_t

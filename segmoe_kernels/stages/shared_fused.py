@@ -4,6 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
+from segmoe_kernels._triton.launch import exact
 from segmoe_kernels._triton.tiles import (
     SHARED_GROUP_M,
     num_shared_splits,
@@ -52,7 +53,7 @@ def fused_fwd(
         *call.x.stride()[:2],
         up.stride(0),
         call.gate_stride(),
-        call.dropout,
+        exact(call.dropout, call.x.dtype),
         H=call.hidden,
         W=call.width,
         **call.places,
@@ -137,7 +138,7 @@ def fused_bwd(
         *call.sizes,
         *dy.stride()[:2],
         down.stride(0),
-        call.dropout,
+        exact(call.dropout, call.x.dtype),
         H=call.hidden,
         W=call.width,
         **call.places,

@@ -247,7 +247,7 @@ def _store_hidden(
         if GATED:
             hidden *= acc
         if seed_ptr is not None:
-            hidden *= dropout_scale(tl.load(seed_ptr), long_rows, offs_n, H, dropout, first_n)
+            hidden *= dropout_scale(tl.load(seed_ptr), long_rows, offs_n, H, dropout, ACC, first_n)
         tl.store(hidden_ptr + offs, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
 
 

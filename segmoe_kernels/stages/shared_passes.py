@@ -97,7 +97,7 @@ def shared_activate_kernel(
     else:
         hidden = activate(pre, ACTIVATION, FAST)
     if seed_ptr is not None:
-        hidden *= dropout_scale(tl.load(seed_ptr), long_rows, cols, H, dropout, first_n)
+        hidden *= dropout_scale(tl.load(seed_ptr), long_rows, cols, H, dropout, ACC, first_n)
     tl.store(hidden_ptr + offs, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
 
 
@@ -153,7 +153,7 @@ def shared_activate_bwd_kernel(
                 gate_pre += bias.to(ACC)[None, :]
         scale = tl.full((BLOCK_M, BLOCK_N), 1.0, dtype=ACC)
         if seed_ptr is not None:
-            scale *= dropout_scale(tl.load(seed_ptr), long_rows, cols, H, dropout, n0)
+            scale *= dropout_scale(tl.load(seed_ptr), long_rows, cols, H, dropout, ACC, n0)
         hidden, dpre, dgate, share = hidden_gradient(
             dhidden, pre, gate_pre, scale, opened[:, None], gate_pre_ptr is not None, ACTIVATION,
             hidden_ptr.dtype.element_ty.primitive_bitwidth == 16,

@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 
 from segmoe_kernels import validation as check
-from segmoe_kernels._triton.launch import padded
+from segmoe_kernels._triton.launch import exact, padded
 from segmoe_kernels.stages.combine import launch_combine
 from segmoe_kernels.stages.shared_call import Gradients, SharedCall, pass_block
 from segmoe_kernels.stages.shared_passes import (
@@ -64,7 +64,7 @@ def vendor_fwd(call: SharedCall, expert_out: Tensor, keep: bool) -> tuple[Tensor
         call.seed,
         hidden,
         call.num_rows,
-        call.dropout,
+        exact(call.dropout, call.x.dtype),
         H=call.hidden,
         **call.activation,
         **call.acc,
@@ -120,7 +120,7 @@ def vendor_bwd(
         dlogits,
         dbias,
         call.num_rows,
-        call.dropout,
+        exact(call.dropout, call.x.dtype),
         H=call.hidden,
         **call.activation,
         **call.acc,
