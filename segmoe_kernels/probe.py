@@ -210,9 +210,9 @@ def _nothing(*_: Tensor) -> None:
 def _order(size: int) -> Tensor:
     """A permutation that is no rotation, under which circular convolutions are equivariant, too."""
     generator = torch.Generator().manual_seed(0)
-    start = torch.arange(size)
+    start = torch.arange(size, device="cpu")
     while True:
-        order = torch.randperm(size, generator=generator)
+        order = torch.randperm(size, generator=generator, device="cpu")
         if ((order - start) % size != order[0]).any() or (size == 2 and order[0] == 1):
             return order
 
