@@ -39,16 +39,16 @@ def fail_value(function: str, argument: str, rule: str, got: object) -> NoReturn
     raise ValueError(f"segmoe_kernels.{function}: expected {argument} to {rule}, got {got}.")
 
 
-def _is_number(value: Any, kind: type) -> bool:
-    """Whether it is a number of a kind, Python's or NumPy's; a boolean is none."""
-    return isinstance(value, kind) and not isinstance(value, bool)
+def _is_number(value: Any, *kinds: type) -> bool:
+    """Whether it is a number, Python's or NumPy's; a boolean is none."""
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 def check_integer(function: str, argument: str, value: Any, minimum: int) -> int:
     """Refuse what is not an integer of at least ``minimum``; return it as Python's."""
     if isinstance(value, torch.SymInt):  # under torch.compile or export
         return value  # type: ignore[return-value]
-    if not _is_number(value, Integral):
+    if not _is_number(value, int, Integral):
         fail_type(function, argument, "be an int", f"{value!r} ({type(value).__name__})")
     if value < minimum:
         fail_value(function, argument, f"be at least {minimum}", value)
@@ -57,7 +57,7 @@ def check_integer(function: str, argument: str, value: Any, minimum: int) -> int
 
 def check_probability(function: str, argument: str, value: Any) -> float:
     """Refuse what is not a dropout probability in [0, 1); return it as Python's."""
-    if not _is_number(value, Real):
+    if not _is_number(value, float, int, Real):
         fail_type(function, argument, "be a float", f"{value!r} ({type(value).__name__})")
     if not 0.0 <= value < 1.0:
         fail_value(function, argument, "be in [0, 1)", value)
@@ -66,7 +66,7 @@ def check_probability(function: str, argument: str, value: Any) -> float:
 
 def check_positive(function: str, argument: str, value: Any, *, zero: bool = False) -> float:
     """Refuse what is not a finite positive number (``zero=True`` admits 0); return Python's."""
-    if not _is_number(value, Real):
+    if not _is_number(value, float, int, Real):
         fail_type(function, argument, "be a float", f"{value!r} ({type(value).__name__})")
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
         rule = "be finite and not negative" if zero else "be finite and positive"
