@@ -95,15 +95,17 @@ def router_z_loss(routings: Routing | Sequence[Routing]) -> Tensor:
     return total / number.clamp_min(1)
 
 
-# Scalers by their id, as an operator takes no other object.
+# Scalers by their id, as an operator takes no other object; apart, what has no weak references.
 _SCALERS: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_KEPT_SCALERS: dict[int, Any] = {}
 
 
 # Opaque to torch.compile, which refuses to trace torch.amp.GradScaler.
 @torch.library.custom_op("segmoe_kernels::loss_scale", mutates_args=())
 def _loss_scale(like: Tensor, scaler: int) -> Tensor:
     # A copy, as an operator must not return what is kept elsewhere.
-    return torch.empty_like(like).copy_(_SCALERS[scaler].scale(torch.ones_like(like)))
+    found = _SCALERS.get(scaler) or _KEPT_SCALERS[scaler]
+    return torch.empty_like(like).copy_(found.scale(torch.ones_like(like)))
 
 
 @_loss_scale.register_fake
@@ -113,7 +115,10 @@ def _(like: Tensor, scaler: int) -> Tensor:  # noqa: ARG001
 
 def remember_scaler(scaler: Any) -> None:
     """Let compiled code find a scaler that `scale_loss` is called with."""
-    _SCALERS[id(scaler)] = scaler
+    try:
+        _SCALERS[id(scaler)] = scaler
+    except TypeError:
+        _KEPT_SCALERS[id(scaler)] = scaler
 
 
 def scale_loss(loss: Tensor, scaler: Any) -> Tensor:

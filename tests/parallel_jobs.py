@@ -423,7 +423,7 @@ def fully_sharded_parts(rank, world):
             close(full, whole.get_parameter(name), f"{units} {name}")
 
 
-def dtensor_weights(_, world):
+def dtensor_weights(_rank, world):
     """Weights replicated or sharded over a mesh, x replicated or sharded: results of plain ones."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
