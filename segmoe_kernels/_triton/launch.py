@@ -66,8 +66,8 @@ def _refuse_wrong_bfloat16(args: tuple[Any, ...]) -> None:
 @functools.cache
 def interprets_bfloat16() -> bool:
     """Whether the interpreter multiplies bfloat16 right: Triton's own (3.5 to 3.9) does not."""
-    ones = torch.ones(16, 16, dtype=torch.bfloat16)
-    out = torch.empty(16, 16)
+    ones = torch.ones(16, 16, dtype=torch.bfloat16, device="cpu")
+    out = torch.empty(16, 16, device="cpu")
     _multiply[(1,)](ones, ones, out)
     return bool((out == 16).all())
 
