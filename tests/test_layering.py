@@ -18,6 +18,7 @@ ARROWS = {
     "composed_ffn": {"grouped_mm", "routing"},
     "convert": {"layer", "validation"},
     "dense_ffn": set(),
+    "exported": {"composed_ffn", "routing"},
     "dialects": {"validation"},
     "dtensor": {"routing", "validation"},
     "flops": set(),
@@ -28,7 +29,7 @@ ARROWS = {
     "layer": {"dtensor", "functional", "losses", "modules", "reference", "routing", "validation"},
     "losses": {"routing", "validation"},
     "modules": {"routing"},
-    "reference": {"composed_ffn", "grouped_ffn", "grouped_mm", "routing"},
+    "reference": {"composed_ffn", "exported", "grouped_ffn", "grouped_mm", "routing"},
     "parallel": {
         "composed_ffn",
         "functional",
