@@ -33,6 +33,8 @@ setup(
             "hypothesis>=6.100",
             "matplotlib>=3.8",
             "mypy==2.4.1",
+            "onnxruntime>=1.20",
+            "onnxscript>=0.5",
             "pandas>=2.2",
             "pdoc>=15",
             "pytest>=8",
