@@ -27,13 +27,17 @@ setup(
     extras_require={
         # torch and triton are pinned to the pair that torch itself ships together.
         "dev": [
+            "accelerate>=1",
             "build>=1",
             "torch==2.13.0",
             "triton==3.7.1; platform_system == 'Linux'",
             "hypothesis>=6.100",
             "matplotlib>=3.8",
             "mypy==2.4.1",
+            "onnxruntime>=1.20",
+            "onnxscript>=0.5",
             "pdoc>=15",
+            "peft>=0.18",
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-xdist>=3.6",

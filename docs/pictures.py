@@ -418,11 +418,28 @@ def swapping() -> Figure:
     return figure
 
 
+def deploying() -> Figure:
+    """A layer, its program, and what runs it."""
+    figure = Figure(figsize=(7, 2.4), layout="constrained")
+    axis = figure.subplots()
+    _box(axis, 3.0, 2.6, 3.0, "SegMoE, reference backend", COLOURS[3])
+    _box(axis, 3.0, 1.3, 3.0, "program: PyTorch's operators", COLOURS[2])
+    axis.text(4.6, 2.25, "torch.export", fontsize=8, va="center")
+    _arrow(axis, 4.5, 2.55, 1.95)
+    for x, text in ((0.0, "torch.export.load"), (3.25, "ONNX: onnxruntime"), (6.5, "AOTInductor")):
+        _box(axis, x, 0.0, 2.5, text, COLOURS[0])
+        arrow = {"arrowstyle": "->", "color": GREY}
+        axis.annotate("", xy=(x + 1.25, 0.65), xytext=(4.5, 1.25), arrowprops=arrow)
+    axis.set(xlim=(-0.1, 9.1), ylim=(-0.1, 3.3))
+    axis.axis("off")
+    return figure
+
+
 PICTURES: dict[str, Callable[[], Figure]] = {
     function.__name__: function
     for function in (
         *(segments, routing, permutation, experts, shared, plans, backward, losses, precision),
-        *(parallel, swapping),
+        *(parallel, swapping, deploying),
         *(result_pictures.baselines, result_pictures.sizes, result_pictures.cost),
         *(result_pictures.ablations, result_pictures.specialisation, result_pictures.failures),
     )

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
-from segmoe_kernels.composed_ffn import ACTIVATION_FUNCTIONS, composed_ffn, segments
+from segmoe_kernels import exported
+from segmoe_kernels.composed_ffn import ACTIVATION_FUNCTIONS, composed_ffn, crop, segments
 from segmoe_kernels.grouped_ffn import grouped_ffn
 from segmoe_kernels.grouped_mm import grouped_linear
 from segmoe_kernels.routing import FFNWeights, Permutation, RouterOutput, Routing
@@ -98,8 +99,8 @@ def route(
         valid = valid_steps(x, segment_size, padding_mask)
     pooled = pool(segments(x, segment_size, padding_mask), valid, pooling)
     if router_start is not None:
-        start = repeat(router_start, "w -> b j w", b=x.shape[0], j=min(1, pooled.shape[1]))
-        pooled = torch.cat([start, pooled[:, :-1]], dim=1)
+        start = repeat(router_start, "w -> b 1 w", b=x.shape[0])
+        pooled = crop(torch.cat([start, pooled], dim=1), 1, pooled.shape[1])
     # The tail of a batch without a mask always has a real step: nothing to blank then.
     routed = None
     if padding_mask is not None and valid is not None:
@@ -120,8 +121,11 @@ def route(
     if top_k == 1:
         topk_weights, topk_ids = router_probs.max(-1, keepdim=True)
     else:
-        order = torch.sort(router_probs.detach(), dim=-1, descending=True, stable=True).indices
-        topk_ids = order[:, :top_k]
+        if torch.compiler.is_exporting():
+            topk_ids = exported.choose(router_probs.detach(), top_k)
+        else:
+            order = torch.sort(router_probs.detach(), dim=-1, descending=True, stable=True).indices
+            topk_ids = order[:, :top_k]
         topk_weights = router_probs.gather(-1, topk_ids)
     if top_k > 1 if renormalize is None else renormalize:
         topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True).clamp_min(1e-6)
@@ -132,6 +136,8 @@ def route(
 
 def permute(topk_ids: Tensor, num_experts: int) -> Permutation:
     """Stage 2: group the slots by expert, stable. See `functional.permute`."""
+    if torch.compiler.is_exporting():
+        return exported.permute(topk_ids, num_experts)
     ids = topk_ids.reshape(-1)
     ids = torch.where((ids < 0) | (ids > num_experts), num_experts, ids)
     sorted_ids, sorted_to_slot = torch.sort(ids, stable=True)
@@ -150,7 +156,8 @@ def grouped_gemm(
     activation: str | None = None,
 ) -> Tensor:
     """Stage 3': rows of expert e times its matrix. See `functional.grouped_gemm`."""
-    y = grouped_linear(x, weight, bias, expert_offsets)
+    linear = exported.grouped_linear if torch.compiler.is_exporting() else grouped_linear
+    y = linear(x, weight, bias, expert_offsets)
     return y if activation is None else ACTIVATION_FUNCTIONS[activation](y)
 
 
@@ -175,7 +182,10 @@ def expert_ffn(
     steps = segment_size if expert_scope == "token" else 1
     sorted_to_slot, expert_offsets = permutation.sorted_to_slot, permutation.expert_offsets
     options: dict[str, Any] = {"segment_size": steps, "activation": activation}
-    if x.device.type == "cpu" and not dropout:
+    if torch.compiler.is_exporting():
+        inputs = (x, topk_weights, experts, permutation, real)
+        out = exported.expert_ffn(dense_ffn, *inputs, **options, dropout=dropout)
+    elif x.device.type == "cpu" and not dropout:
         out = grouped_ffn(x, topk_weights, experts, sorted_to_slot, expert_offsets, real, **options)
     else:
         out = composed_ffn(
@@ -190,7 +200,7 @@ def expert_ffn(
             dropout=dropout,
         )
     if expert_scope == "segment":
-        out = rearrange(out, "k b j (p d) -> k b (j p) d", d=d_model)[:, :, :length]
+        out = crop(rearrange(out, "k b j (p d) -> k b (j p) d", d=d_model), 2, length)
         if padding_mask is not None:
             out = out.masked_fill(~padding_mask[..., None], 0)
     return out
@@ -298,8 +308,8 @@ def combine(
     if shared_out is not None and shared_gate_logits is not None:
         steps = shared_out.shape[-1] // y.shape[-1]
         gate = torch.sigmoid(shared_gate_logits)
-        gate = repeat(gate, "b j -> b (j p) 1", p=steps)[:, : y.shape[1]]
-        shared = shared_out.unflatten(-1, (steps, y.shape[-1])).flatten(1, 2)[:, : y.shape[1]]
+        gate = crop(repeat(gate, "b j -> b (j p) 1", p=steps), 1, y.shape[1])
+        shared = crop(rearrange(shared_out, "b j (p d) -> b (j p) d", p=steps), 1, y.shape[1])
         if padding_mask is not None:
             shared = shared.masked_fill(~padding_mask[..., None], 0)
         y = torch.addcmul(y, gate, shared)
@@ -443,7 +453,7 @@ def run_stages(
         y = stages.combine(expert_out, None, None, padding_mask=real)
     if projected:
         y = F.linear(y.to(tokens.dtype), *out_proj)  # type: ignore[misc]  # not None
-        y = y.unflatten(-1, (segment_size, d_model)).flatten(1, 2)[:, :length]
+        y = crop(rearrange(y, "b j (p d) -> b (j p) d", p=segment_size), 1, length)
         if mask is not None:
             y = y.masked_fill(~mask[..., None], 0)
     routing = Routing(

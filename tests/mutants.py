@@ -1718,7 +1718,7 @@ _SHARED_HOST = [
         "stages/shared_call.py",
         SHARED,
         (
-            "SharedCall.__init__", "masked rows", " and padding_mask is None", "",
+            "SharedCall.is_rows", "masked rows", " and self.padding_mask is None", "",
             "padding is read as x has it",
         ),
         (

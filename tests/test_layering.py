@@ -19,6 +19,7 @@ ARROWS = {
     "composed_ffn": {"grouped_mm", "routing"},
     "convert": {"layer", "validation"},
     "dense_ffn": set(),
+    "exported": {"composed_ffn", "routing"},
     "dialects": {"validation"},
     "dtensor": {"routing", "validation"},
     "flops": set(),
@@ -38,7 +39,7 @@ ARROWS = {
     },
     "losses": {"routing", "validation"},
     "modules": {"composed_ffn", "routing"},
-    "reference": {"composed_ffn", "grouped_ffn", "grouped_mm", "routing"},
+    "reference": {"composed_ffn", "exported", "grouped_ffn", "grouped_mm", "routing"},
     "places": {"dense_ffn", "layer", "validation"},
     "probe": {"adapters", "dense_ffn", "layer", "validation"},
     "parallel": {

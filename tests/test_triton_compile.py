@@ -116,13 +116,13 @@ def test_compiled_layer_under_autocast_equals_eager(device):
 )
 @pytest.mark.parametrize("scope", ["token", "segment", "projected"])
 def test_exported_layer_equals_eager(scope, device):
-    layer = make("default", device, expert_scope=scope, top_k=2).eval()
+    layer = make("default", device, expert_scope=scope, top_k=2, segment_size=3).eval()
     x = inputs_for(layer, device).x
-    batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(layer, (x,), dynamic_shapes=({0: batch},))
-    for size in (2, 5):
-        other = make_inputs(size, 12, layer.d_model, device=device, seed=size).x
-        assert torch.equal(program.module()(other), layer(other))
+    dims = {0: torch.export.Dim("batch", min=2, max=64), 1: torch.export.Dim("time", min=2, max=64)}
+    run = torch.export.export(layer, (x,), dynamic_shapes=(dims,)).module()
+    for batch, length in ((2, 12), (5, 2), (3, 3), (2, 4), (2, 5)):
+        other = make_inputs(batch, length, layer.d_model, device=device, seed=length).x
+        assert torch.equal(run(other), layer(other))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -276,8 +276,11 @@ def shared_combine(
     if dropout > 0:
         seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
     tensors = (expert_out, x, *matrices, *biases, shared_gate.reshape(-1).contiguous())
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in tensors[1:]
+    # An exported program has no backward; what backward keeps has another shape at some lengths.
+    needs_grad = (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_exporting()
+        and any(t is not None and t.requires_grad for t in tensors[1:])
     )
     plan = choose_plan(shared.up_proj.shape[1], shared.up_proj.shape[0], x.dtype)
     y, *_ = _SharedCombine.apply(

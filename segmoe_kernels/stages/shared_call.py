@@ -35,14 +35,17 @@ class SharedCall:
         self.segments_per_sequence = -(-self.length // segment_size)
         self.num_rows = self.batch * self.segments_per_sequence
         self.gated = weights.gate_proj is not None
-        # Rows that x holds already, one behind the other.
-        whole = self.length % segment_size == 0 and padding_mask is None
-        self.is_rows = whole and x.is_contiguous()
         self.sizes = (self.num_rows, self.segments_per_sequence, self.length)
         self.places = {"D": self.d_model, "SEGMENT_SIZE": segment_size}
         self.activation = {"ACTIVATION": activation}
         self.acc = {"ACC": accumulator(x.dtype)}
         self.numerics = {**self.acc, "PRECISION": input_precision(x.dtype)}
+
+    @property
+    def is_rows(self) -> bool:
+        """Whether x holds the rows already, one behind the other."""
+        whole = self.length % self.segment_size == 0 and self.padding_mask is None
+        return whole and self.x.is_contiguous()
 
     def new_hidden(self) -> Tensor:
         """Room for a hidden layer."""
