@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segmoe_kernels import SegMoE
-from segmoe_kernels.composed_ffn import ACTIVATION_FUNCTIONS
+from segmoe_kernels.composed_ffn import ACTIVATION_FUNCTIONS, dense_ffn
 from segmoe_kernels.grouped_mm import gather_rows
-from segmoe_kernels.reference import dense_ffn
 
 __all__ = [
     "GroupedMM",

@@ -48,11 +48,29 @@ def _segments_of_any_length(x: Tensor, segment_size: int) -> Tensor:
     return pieces & ~missing if x.dtype == torch.bool else pieces.masked_fill(missing, 0)
 
 
+def valid_steps(x: Tensor, segment_size: int, padding_mask: Tensor | None = None) -> Tensor:
+    """(B, J, P) bool: True where a segment has a real step."""
+    if padding_mask is None:
+        padding_mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    return segments(padding_mask[..., None], segment_size)[..., 0]
+
+
 def crop(x: Tensor, dim: int, length: int) -> Tensor:
     """The first ``length`` steps; an exported program may not ask whether there are more."""
     if torch.compiler.is_exporting():
         return x.index_select(dim, torch.arange(length, device=x.device))
     return x.narrow(dim, 0, length)
+
+
+def dense_ffn(x: Tensor, weights: FFNWeights, activation: str, dropout: float = 0.0) -> Tensor:
+    """One FFN on every row: (..., D) -> (..., D). Also the GEMMs of the Triton backend."""
+    function = ACTIVATION_FUNCTIONS[activation]
+    hidden = F.linear(x, weights.up_proj, weights.up_proj_bias)
+    if weights.gate_proj is None:
+        hidden = function(hidden)
+    else:
+        hidden = function(F.linear(x, weights.gate_proj, weights.gate_proj_bias)) * hidden
+    return F.linear(F.dropout(hidden, dropout), weights.down_proj, weights.down_proj_bias)
 
 
 def composed_ffn(

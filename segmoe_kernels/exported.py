@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from segmoe_kernels.composed_ffn import crop, segments
+from segmoe_kernels.composed_ffn import crop, dense_ffn, segments
 from segmoe_kernels.routing import FFNWeights, Permutation
 
 
@@ -62,7 +62,6 @@ def grouped_linear(a: Tensor, b: Tensor, bias: Tensor | None, expert_offsets: Te
 
 
 def expert_ffn(
-    ffn: Callable[[Tensor, FFNWeights, str, float], Tensor],
     x: Tensor,
     topk_weights: Tensor,
     experts: FFNWeights,
@@ -73,7 +72,7 @@ def expert_ffn(
     activation: str,
     dropout: float,
 ) -> Tensor:
-    """`composed_ffn`; ``ffn`` runs one expert, `reference.dense_ffn`."""
+    """`composed_ffn`, expert by expert."""
     top_k = topk_weights.shape[-1]
     rows = segments(x, segment_size, padding_mask).flatten(0, 1)
     weights = topk_weights.flatten().to(x.dtype)
@@ -81,7 +80,9 @@ def expert_ffn(
     def run(expert: int, slots: Tensor) -> Tensor:
         others = (None if w is None else w[expert] for w in experts[2:])
         own = FFNWeights(experts.up_proj[expert], experts.down_proj[expert], *others)
-        return ffn(rows[slots // top_k], own, activation, dropout) * weights[slots, None, None]
+        return (
+            dense_ffn(rows[slots // top_k], own, activation, dropout) * weights[slots, None, None]
+        )
 
     out = rows.new_zeros(permutation.slot_to_sorted.shape[0], *rows.shape[1:])
     out = _by_expert(out, permutation.slot_to_sorted, permutation.expert_offsets, run)

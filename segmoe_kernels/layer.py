@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from segmoe_kernels import reference
 from segmoe_kernels import validation as check
+from segmoe_kernels.composed_ffn import dense_ffn
 from segmoe_kernels.functional import resolve_backend, seg_moe
 from segmoe_kernels.losses import (
     inject_loss,
@@ -385,7 +386,7 @@ class SegMoE(nn.Module):
                 check.check_ffn(
                     "SegMoE.forward", "shared_expert", weights, like, self.d_model, None
                 )
-            y = reference.dense_ffn(x.to(dtype), weights, self.activation, dropout)
+            y = dense_ffn(x.to(dtype), weights, self.activation, dropout)
         else:
             y = ffn.run(x, self.activation, dropout)
         y = y.to(x.dtype)

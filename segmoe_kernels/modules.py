@@ -220,7 +220,7 @@ class FeedForward(nn.Module):
         return all(is_plain(part) for part in (self.up_proj, self.gate_proj, self.down_proj))
 
     def run(self, rows: Tensor, activation: str, dropout: float) -> Tensor:
-        """Compute `reference.dense_ffn` by calls of the linear maps."""
+        """Compute `composed_ffn.dense_ffn` by calls of the linear maps."""
         function = ACTIVATION_FUNCTIONS[activation]
         hidden = self.up_proj(rows)
         if self.gate_proj is None:

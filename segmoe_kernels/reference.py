@@ -16,7 +16,14 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from segmoe_kernels import exported
-from segmoe_kernels.composed_ffn import ACTIVATION_FUNCTIONS, composed_ffn, crop, segments
+from segmoe_kernels.composed_ffn import (
+    ACTIVATION_FUNCTIONS,
+    composed_ffn,
+    crop,
+    dense_ffn,
+    segments,
+    valid_steps,
+)
 from segmoe_kernels.grouped_ffn import grouped_ffn
 from segmoe_kernels.grouped_mm import grouped_linear
 from segmoe_kernels.routing import FFNWeights, Permutation, RouterOutput, Routing
@@ -27,13 +34,6 @@ __all__ = ["combine", "expert_ffn", "grouped_gemm", "permute", "route", "seg_moe
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """What the router computes in: float32, or float64 where x is."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def valid_steps(x: Tensor, segment_size: int, padding_mask: Tensor | None = None) -> Tensor:
-    """(B, J, P) bool: True where a segment has a real step."""
-    if padding_mask is None:
-        padding_mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-    return segments(padding_mask[..., None], segment_size)[..., 0]
 
 
 def pool(x: Tensor, valid: Tensor | None, pooling: str) -> Tensor:
@@ -184,7 +184,7 @@ def expert_ffn(
     options: dict[str, Any] = {"segment_size": steps, "activation": activation}
     if torch.compiler.is_exporting():
         inputs = (x, topk_weights, experts, permutation, real)
-        out = exported.expert_ffn(dense_ffn, *inputs, **options, dropout=dropout)
+        out = exported.expert_ffn(*inputs, **options, dropout=dropout)
     elif x.device.type == "cpu" and not dropout:
         out = grouped_ffn(x, topk_weights, experts, sorted_to_slot, expert_offsets, real, **options)
     else:
@@ -254,17 +254,6 @@ def routed_experts(
         padding_mask=padding_mask,
     )
     return expert_out, routed, permutation.expert_counts
-
-
-def dense_ffn(x: Tensor, weights: FFNWeights, activation: str, dropout: float = 0.0) -> Tensor:
-    """One FFN on every row: (..., D) -> (..., D). Also the GEMMs of the Triton backend."""
-    function = ACTIVATION_FUNCTIONS[activation]
-    hidden = F.linear(x, weights.up_proj, weights.up_proj_bias)
-    if weights.gate_proj is None:
-        hidden = function(hidden)
-    else:
-        hidden = function(F.linear(x, weights.gate_proj, weights.gate_proj_bias)) * hidden
-    return F.linear(F.dropout(hidden, dropout), weights.down_proj, weights.down_proj_bias)
 
 
 def shared_expert(

@@ -29,6 +29,7 @@ ARROWS = {
     "huggingface": {"dense_ffn", "functional", "routing", "validation"},
     "layer": {
         "called",
+        "composed_ffn",
         "dtensor",
         "functional",
         "losses",
