@@ -1,0 +1,140 @@
+"""What the lanes of a warp do together: shuffles, reductions, votes, matrices, tensor cores."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ptx import numerics
+from ptx.numerics import Array, f2, f4, f8, u2, u4, u8
+from ptx.parse import NotEmulated
+
+if TYPE_CHECKING:
+    from ptx.machine import Threads
+
+LANES = 32
+REDUCE = {
+    "add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and,
+    "or": np.bitwise_or, "xor": np.bitwise_xor,
+}  # fmt: skip
+
+
+def shuffle(
+    t: "Threads", mode: str, value: Array, lane: Array, control: Array, mask: Array | None
+) -> Array:
+    """``shfl``: the value of another lane, or the lane's own beyond its segment."""
+    t.require_whole(mask, LANES)
+    own = np.arange(LANES)
+    lane = np.broadcast_to(lane, (t.count,)).reshape(-1, LANES).astype(np.int64) & 31
+    control = np.broadcast_to(control, (t.count,)).reshape(-1, LANES).astype(np.int64)
+    segment, clamp = control >> 8 & 31, control & 31
+    last = (own & segment) | (clamp & ~segment & 31)
+    if mode == "bfly":
+        other = own ^ lane
+    elif mode == "up":
+        other = own - lane
+    elif mode == "down":
+        other = own + lane
+    elif mode == "idx":
+        other = (own & segment) | (lane & ~segment & 31)
+    else:
+        raise NotEmulated(f"shfl.{mode}")
+    inside = other >= last if mode == "up" else other <= last
+    values = np.broadcast_to(value, (t.count,)).reshape(-1, LANES)
+    return np.take_along_axis(values, np.where(inside, other, own), 1).reshape(-1)
+
+
+def reduce(t: "Threads", what: str, value: Array, mask: Array | None) -> Array:
+    """``redux``: one integer of all lanes."""
+    t.require_whole(mask, LANES)
+    return np.repeat(REDUCE[what].reduce(value.reshape(-1, LANES), 1, dtype=value.dtype), LANES)
+
+
+def vote(t: "Threads", what: str, value: Array, mask: Array | None) -> Array:
+    """``vote``: what all lanes say of a predicate."""
+    t.require_whole(mask, LANES)
+    votes = np.broadcast_to(value, (t.count,)).reshape(-1, LANES)
+    if what == "ballot":
+        return np.repeat((votes.astype(u4) << np.arange(LANES, dtype=u4)).sum(1, dtype=u4), LANES)
+    return np.repeat(votes.any(1) if what == "any" else votes.all(1), LANES)
+
+
+def _givers(t: "Threads", count: int, mask: Array | None) -> Array:
+    """The lanes whose addresses count: eight for each matrix."""
+    t.require_whole(mask, LANES)
+    giving = np.arange(t.count) % LANES < 8 * count
+    return giving & t.live if mask is None else giving & mask
+
+
+def load_matrices(
+    t: "Threads", address: Array, count: int, mask: Array | None, *, trans: bool
+) -> list[Array]:
+    """``ldmatrix``: 8 x 8 numbers of 16 bits; row r lies in four lanes from 4 r on."""
+    rows = t.load(t.shared, address, 2, 8, _givers(t, count, mask))
+    matrices = rows.T.reshape(-1, 4, 8, 8)
+    if trans:
+        matrices = matrices.swapaxes(2, 3)
+    words = np.ascontiguousarray(matrices).view(u4).reshape(-1, 4, LANES)
+    return [words[:, k].reshape(-1) for k in range(count)]
+
+
+def store_matrices(
+    t: "Threads", address: Array, values: list[Array], mask: Array | None, *, trans: bool
+) -> None:
+    """``stmatrix``: the reverse."""
+    words = np.zeros((t.count // LANES, 4, LANES), u4)
+    for k, value in enumerate(values):
+        words[:, k] = value.reshape(-1, LANES)
+    matrices = words.view(u2).reshape(-1, 4, 8, 8)
+    if trans:
+        matrices = matrices.swapaxes(2, 3)
+    halves = np.ascontiguousarray(matrices).reshape(-1, 8).view(u8)
+    givers = _givers(t, len(values), mask)
+    t.store(t.shared, address, [halves[:, 0], halves[:, 1]], givers)
+
+
+def factor(bits: Array, kind: str) -> Array:
+    """A factor as tensor cores take it, in 64 bits: TF32 without its lower bits."""
+    if kind == "tf32":
+        bits = bits & u4(0xFFFFE000)
+    elif kind not in {"f16", "bf16", "f64"}:
+        raise NotEmulated(f"a product of {kind}")
+    return numerics.decode(bits, kind).astype(f8)
+
+
+def multiply(
+    t: "Threads",
+    shape: str,
+    types: tuple[str, ...],
+    a: list[Array],
+    b: list[Array],
+    c: list[Array],
+    mask: Array | None,
+) -> list[Array]:
+    """``mma``: D = A B + C, exact products, one rounding.
+
+    A register has the next ``per`` numbers of row ``lane / 4`` of its 8 x (4 per) part; the parts
+    of A and C go down the rows first.
+    """
+    t.require_whole(mask, LANES)
+    kind = types[1]
+    per = {"f16": 2, "bf16": 2}.get(kind, 1)
+    out = {"f32": f4, "f64": f8}.get(types[0])
+    if out is None or not shape.startswith(("m16n8k", "m8n8k")):
+        raise NotEmulated(f"mma {shape} {types}")
+    tall = 2 if shape.startswith("m16") else 1
+
+    def parts(registers: list[Array]) -> list[Array]:
+        packed = [np.ascontiguousarray(r).view(u2) if per == 2 else r for r in registers]
+        return [factor(r, kind).reshape(-1, 8, 4 * per) for r in packed]
+
+    left = parts(a)
+    rows = [np.concatenate(left[k::tall], 2) for k in range(tall)]
+    right = np.concatenate(parts(b), 2).swapaxes(1, 2)
+    result = []
+    for k, block in enumerate(rows):
+        product = block @ right  # (warps, 8, 8)
+        for column in range(2):
+            old = c[2 * k + column].view(out).astype(f8)
+            value = old + product[:, :, column::2].reshape(-1)
+            result.append(value.astype(out).view(f"u{out().itemsize}"))
+    return result
