@@ -71,18 +71,15 @@ class Threads:
         self.special = {k: np.full(count, v).astype(np.uint32) for k, v in words.items()}
         self.names = [(int(b), int(n)) for b, n in zip(block, tid, strict=True)]
         garbage = np.random.default_rng(int(blocks[0]))
-        self.stride = -(-max(shared_bytes, 16) // 16) * 16 + 64
-        self.base = place * self.stride
+        self.stride = -(-shared_bytes // 16) * 16 + 64
+        self.base, self.shared_bytes = place * self.stride, shared_bytes
         self.memory = global_memory
-        self.shared = Memory("shared", self.stride * len(blocks), 0, garbage)
-        for start in range(0, self.shared.size, self.stride):
-            self.shared.allocated[start : start + shared_bytes] = True
+        cell = kernel.smallest_access("shared")
+        self.shared = Memory("shared", self.stride * len(blocks), 0, garbage, cell)
         bits = {n: garbage.integers(0, 1 << 8 * n, count, dtype=f"u{n}") for n in (2, 4)}
         bits[8] = garbage.integers(0, 1 << 63, count, dtype=np.uint64)
         bits[0] = garbage.integers(0, 2, count).astype(bool)
         self.registers: list[Array] = [bits[width] for _, width in kernel.registers.values()]
-        self.numbers = {name: index for name, (index, _) in kernel.registers.items()}
-        self.fenced: list[Any] = []
         self.live = np.ones(count, bool)
         self.all_live = True
         self.committed, self.committed_products = np.zeros((2, count), np.int64)
@@ -117,36 +114,28 @@ class Threads:
         if broken.any():
             self.find("executed by a part of a warp or warp group", np.flatnonzero(broken) * size)
 
-    def require_fenced(self, names: frozenset[str]) -> None:
-        """Report registers of a product that were assigned since ``wgmma.fence``."""
-        indices = [self.numbers[name] for name in names]
-        self.fenced = self.fenced or [None] * len(self.registers)
-        if any(self.registers[index] is not self.fenced[index] for index in indices):
-            self.find("register assigned since wgmma.fence", self.lanes(None))
-
     def locate(
         self, space: Memory, address: Array, size: int, lanes: Array, what: str, *,
         by_lane: bool = True,
     ) -> tuple[Array, Array]:  # fmt: skip
         """Where accesses lie, in units of their size, and the lanes that pass the checks."""
         offset = address[lanes] if by_lane else address
+        shift = size.bit_length() - 1
         if space is self.shared:
-            inside = (offset >= 0) & (offset + size <= self.stride)
-            offset = np.where(inside, offset, 0) + self.base[lanes]
+            valid = (offset >= 0) & (offset + size <= self.shared_bytes)
+            offset = offset + self.base[lanes]
         else:
             offset = offset - space.base
-            inside = (offset >= 0) & (offset + size <= space.size)
-            offset = np.where(inside, offset, 0)
-        misaligned = offset % size != 0
-        if misaligned.any():
-            text = f"{what} of {size} bytes at an address that {size} doesn't divide"
-            self.find(f"{text}, {space.name} memory", lanes[misaligned])
-        valid = inside & space.allocated[offset] & space.allocated[offset + size - 1] & ~misaligned
-        if valid.all():
-            return offset // size, lanes
-        outside = ~valid & ~misaligned
-        self.find(f"{what} outside the allocations of {space.name} memory", lanes[outside])
-        return offset[valid] // size, lanes[valid]
+            valid = (offset >= 0) & (offset + size <= space.size)
+            if valid.all():
+                valid = space.allocated[offset] & space.allocated[offset + size - 1]
+        aligned = offset & size - 1 == 0
+        if valid.all() and aligned.all():
+            return offset >> shift, lanes
+        text = f"{what} of {size} bytes at an address that {size} doesn't divide"
+        self.find(f"{text}, {space.name} memory", lanes[~aligned])
+        self.find(f"{what} outside the allocations of {space.name} memory", lanes[~valid])
+        return offset[valid & aligned] >> shift, lanes[valid & aligned]
 
     def load(self, space: Memory, address: Array, width: int, count: int, mask: Mask) -> Array:
         """Values (count, threads) of ``width`` bytes; 0 where the mask or a check forbids."""
@@ -242,7 +231,7 @@ class Program:
         if order is not None:
             chance = np.random.default_rng(order)
             blocks = chance.permutation(blocks)
-        global_memory.forget()
+        global_memory.forget(self.kernel.smallest_access("global"))
         findings: dict[tuple[str, int], Finding] = {}
         per = max(1, TOGETHER // self.kernel.threads)
         for start in range(0, len(blocks), per):

@@ -1,8 +1,8 @@
 """State spaces: their bytes, what of them is allocated and written, and who touched each last.
 
-Whether two accesses race doesn't depend on the order in which they happen to run here: each byte
-keeps its last writer and its last readers with the interval between barriers in which they were,
-and what is in one interval, or in two blocks, isn't ordered.
+Whether two accesses race doesn't depend on the order in which they happen to run here: each cell
+(the smallest access of the kernel: a byte at least) keeps its last writer and its last readers with
+the interval between barriers in which they were, and what is in one interval, or in two blocks, isn't ordered.
 
 An access is described by a code: the block in the bits from 40 on, the interval from 12 on, the
 thread below; so of two codes, what they have in common can be read from their exclusive or.
@@ -50,11 +50,14 @@ class Memory:
         written: bytes that somebody wrote.
         pending: for each byte, asynchronous copies on their way to it.
         unfenced: bytes written by threads that the asynchronous proxy may not see yet.
-        writer: code of the last writer of each byte.
-        reader: code of the last reader of each byte.
+        writer: code of the last writer of each cell.
+        reader: code of the last reader of each cell.
+        cell: bytes of the smallest access of the kernel.
     """
 
-    def __init__(self, name: str, size: int, base: int, garbage: np.random.Generator) -> None:
+    def __init__(
+        self, name: str, size: int, base: int, garbage: np.random.Generator, cell: int = 1
+    ) -> None:
         self.name, self.base = name, base
         self.size = size = -(-size // 16) * 16
         room = garbage.integers(0, 256, size + 16, dtype=np.uint8)
@@ -63,11 +66,12 @@ class Memory:
         self.allocated, self.written, self.unfenced = (np.zeros(size, bool) for _ in range(3))
         self.pending = np.zeros(size, np.int16)
         self.top = RED_ZONE
-        self.forget()
+        self.forget(cell)
 
-    def forget(self) -> None:
+    def forget(self, cell: int) -> None:
         """Begin a launch: what came before it is in order."""
-        self.writer, self.reader = (np.full(self.size, NOBODY, np.int64) for _ in range(2))
+        self.cell = cell
+        self.writer, self.reader = np.full((2, self.size // cell), NOBODY, np.int64)
 
     def put(self, data: Bytes, written: NDArray[np.bool_] | bool) -> int:
         """Allocate a copy of ``data`` behind a red zone; 16 divides its address and 32 doesn't."""
@@ -96,18 +100,20 @@ class Memory:
             t.find("read of shared memory that an asynchronous copy is filling", lanes[busy])
         if not t.races:
             return
-        mine = codes[:, None]
-        self._report(t, "read of", "wrote", self.writer.reshape(-1, size)[index] ^ mine, lanes)
-        readers = self.reader.reshape(-1, size)
+        mine, cells = codes[:, None], size // self.cell
+        difference = self.writer.reshape(-1, cells)[index] ^ mine
+        self._report(t, "read of", "wrote", difference, lanes)
+        readers = self.reader.reshape(-1, cells)
         difference = readers[index] ^ mine
         now = np.where(unordered(difference), mine | SEVERAL_WARPS, mine)
-        now = np.where(elsewhere(difference), SEVERAL_BLOCKS, now)
+        if self is not t.shared:
+            now = np.where(elsewhere(difference), SEVERAL_BLOCKS, now)
         readers[index] = now
-        # Several lanes may have read one byte in this very instruction.
+        # Several lanes may have read one cell in this very instruction.
         difference = readers[index] ^ now
         together = difference >= 1 << WARP
         if together.any():
-            place = (index[:, None] * size + np.arange(size))[together]
+            place = (index[:, None] * cells + np.arange(cells))[together]
             apart = elsewhere(difference[together])
             self.reader[place[~apart]] = (now[together] | SEVERAL_WARPS)[~apart]
             self.reader[place[apart]] = SEVERAL_BLOCKS
@@ -142,22 +148,24 @@ class Memory:
                 t.find("store to shared memory that an asynchronous copy is filling", lanes[busy])
         if not t.races:
             return
-        mine = codes[:, None]
-        writers, readers = self.writer.reshape(-1, size), self.reader.reshape(-1, size)
+        mine, cells = codes[:, None], size // self.cell
+        writers, readers = self.writer.reshape(-1, cells), self.reader.reshape(-1, cells)
         for did, before in (("wrote", writers), ("read", readers)):
             difference = before[index] ^ mine
             if same is not None:
-                difference[same] = 0
+                difference[same.reshape(-1, cells, self.cell).all(2)] = 0
             self._report(t, "write to", did, difference, lanes)
         writers[index] = mine
 
     def _report(
         self, t: "Threads", what: str, did: str, difference: Codes, lanes: Indices
     ) -> None:
-        for found, who in (
-            (unordered(difference), "another warp {} since the last barrier"),
-            (elsewhere(difference), "another block {}"),
-        ):
-            if found.any():
-                text = f"race: {what} {self.name} memory that {who.format(did)}"
-                t.find(text, lanes[found.any(1)])
+        found = unordered(difference)
+        if found.any():
+            text = f"race: {what} {self.name} memory that another warp {did} since the last barrier"
+            t.find(text, lanes[found.any(1)])
+        if self is t.shared:
+            return
+        found = elsewhere(difference)
+        if found.any():
+            t.find(f"race: {what} {self.name} memory that another block {did}", lanes[found.any(1)])

@@ -13,6 +13,7 @@ u1, u2, u4, u8 = np.uint8, np.uint16, np.uint32, np.uint64
 i4, i8 = np.int32, np.int64
 f2, f4, f8 = np.float16, np.float32, np.float64
 
+TINY = f4(2.0**-126)
 UNSIGNED = {n: np.dtype(f"u{n}") for n in (1, 2, 4, 8)}
 # What an operand of each type is computed with.
 DTYPES = {
@@ -40,6 +41,11 @@ def f32_tf32(x: Array) -> Array:
     """Round to the ten bits of TF32, ties away from zero."""
     bits = np.ascontiguousarray(x).view(u4)
     return np.where(np.isfinite(x), (bits + u4(0x1000)) & u4(0xFFFFE000), bits).view(f4)
+
+
+def spread(value: Array, count: int) -> Array:
+    """The same for all threads, where it's an immediate."""
+    return value if value.ndim else np.full(count, value)
 
 
 def decode(bits: Array, kind: str) -> Array:
@@ -83,7 +89,8 @@ def constant(text: str, kind: str) -> Any:
 # ---- floats
 def ftz(x: Array) -> Array:
     """Subnormal numbers become 0."""
-    return np.where(np.abs(x) < f4(1.17549435e-38), np.copysign(f4(0), x), x).astype(x.dtype)
+    small = np.abs(x) < TINY
+    return np.where(small, np.copysign(f4(0), x), x) if small.any() else x
 
 
 def fma(x: Array, y: Array, z: Array) -> Array:

@@ -86,6 +86,16 @@ class Kernel:
         """The number of each block that has a label."""
         return {block.label: n for n, block in enumerate(self.blocks) if block.label}
 
+    def smallest_access(self, space: str) -> int:
+        """Bytes of the smallest load or store of a state space; no other is divided by them."""
+        sizes = [16]
+        for i in (i for block in self.blocks for i in block.instructions):
+            if i.opcode[0] in {"ld", "st"} and space in i.opcode:
+                sizes.append(WIDTH[i.opcode[-1]] * (1 + i.operands[i.opcode[0] == "st"].count(",")))
+            elif i.opcode[:2] == ("cp", "async") and len(i.operands) > 1:
+                sizes.append(4)
+        return min(sizes)
+
 
 def split_operands(text: str) -> tuple[str, ...]:
     """Split at the commas outside brackets."""

@@ -37,7 +37,7 @@ def copy(
 ) -> None:
     """``cp.async``: all of it, or zeros where ``valid`` is 0."""
     index, lanes = t.locate(t.shared, to, size, t.lanes(mask), "asynchronous copy")
-    count = np.broadcast_to(valid, (t.count,))[lanes]
+    count = numerics.spread(valid, t.count)[lanes]
     if not ((count == 0) | (count == size)).all():
         raise NotEmulated("a copy of a part")
     reading = np.zeros(t.count, bool)
@@ -65,7 +65,7 @@ def wait_for_copies(t: "Threads", keep: int, mask: Array | None) -> None:
         index, lanes, size = c.index[done], c.lanes[done], c.data.shape[1]
         t.shared.data.reshape(-1, size)[index] = c.data[done]
         t.shared.pending.reshape(-1, size)[index] -= 1
-        t.shared.writer.reshape(-1, size)[index] = t.code[lanes][:, None]
+        t.shared.writer.reshape(-1, size // t.shared.cell)[index] = t.code[lanes][:, None]
         t.shared.unfenced.reshape(-1, size)[index] = True
         if not done.all():
             left.append(Copy(c.lanes[~done], c.index[~done], c.data[~done], c.group[~done]))
@@ -75,20 +75,16 @@ def wait_for_copies(t: "Threads", keep: int, mask: Array | None) -> None:
 # ---- products of warp groups
 def fence(t: "Threads", mask: Array | None) -> None:
     """``fence.proxy.async``: what these threads wrote, or saw by a barrier, may be read."""
+    if not t.races:
+        return
     active = (t.live if mask is None else mask).reshape(-1, t.threads)
     for place in np.flatnonzero(active.any(1)):
         part = slice(place * t.stride, (place + 1) * t.stride)
         hidden = np.flatnonzero(t.shared.unfenced[part])
-        code = t.shared.writer[part][hidden]
+        code = t.shared.writer[(part.start + hidden) // t.shared.cell]
         own = active[place][code & memory.SEVERAL_WARPS]
         now = t.code[place * t.threads + active[place].argmax()] >> memory.INTERVAL
         t.shared.unfenced[part][hidden[own | (code >> memory.INTERVAL < now)]] = False
-
-
-def order_registers(t: "Threads", mask: Array | None) -> None:
-    """``wgmma.fence``: registers as they are now may be those of a product."""
-    t.require_whole(mask, GROUP)
-    t.fenced = list(t.registers)
 
 
 @dataclass(frozen=True)
@@ -127,7 +123,7 @@ class InFlight:
     product: Product
     lane: int
     group: int
-    reads: list[tuple[Array, int, Array]]
+    reads: list[tuple[Array, Array]]
 
 
 def multiply(
@@ -136,7 +132,6 @@ def multiply(
 ) -> list[Array]:  # fmt: skip
     """D = A B + D, or A B where ``keep`` is False; A in registers or, as B, in shared memory."""
     t.require_whole(mask, GROUP)
-    t.require_fenced(p.results | p.operands)
     result = [np.array(x) for x in old]
     active = (t.live if mask is None else mask).reshape(-1, GROUP).any(1)
     for lane in np.flatnonzero(active) * GROUP:
@@ -173,24 +168,25 @@ def _matrix(t: "Threads", flight: InFlight, words: Array, rows: int, *, trans: b
     if word >> 62 == 0 or word >> 49 & 7:
         raise NotEmulated("a descriptor without swizzle, or with a base offset")
     width, size = 256 >> (word >> 62), 4 if kind == "tf32" else 2
-    row, column = np.arange(rows)[:, None], np.arange(flight.product.depth)[None, :]
+    # Sixteen bytes lie together: along the rows if it is transposed, else along the depth.
+    along, across = (rows, flight.product.depth) if trans else (flight.product.depth, rows)
+    far, near = np.arange(across)[:, None], np.arange(0, along * size, 16)[None, :]
     if trans:
-        per = width // size
-        place = row // per * lead + row % per * size + column // 8 * stride + column % 8 * width
+        place = near // width * lead + near % width + far // 8 * stride + far % 8 * width
     else:
-        place = row // 8 * stride + row % 8 * width + column * size
+        place = far // 8 * stride + far % 8 * width + near
     address = (start + place).reshape(-1)
     address ^= (address >> 7 & (width // 16 - 1)) << 4
     lanes = np.full(address.size, flight.lane)
-    index, found = t.locate(t.shared, address, size, lanes, "wgmma reads", by_lane=False)
+    index, found = t.locate(t.shared, address, 16, lanes, "wgmma reads", by_lane=False)
     if found.size < lanes.size:
         return np.zeros((rows, flight.product.depth))
-    if t.races and t.shared.unfenced.reshape(-1, size)[index].any():
+    if t.races and t.shared.unfenced.reshape(-1, 16)[index].any():
         t.find("wgmma reads shared memory without fence.proxy.async after the write", lanes[:1])
-    flight.reads.append((index, size, lanes))
-    data = t.shared.read(t, index, size, _code(t, lanes), lanes)
-    bits = np.ascontiguousarray(data).view(f"u{size}").reshape(rows, -1)
-    return warps.factor(bits, kind)
+    flight.reads.append((index, lanes))
+    data = t.shared.read(t, index, 16, _code(t, lanes), lanes)
+    factor = warps.factor(np.ascontiguousarray(data).view(f"u{size}").reshape(across, -1), kind)
+    return factor.T if trans else factor
 
 
 def _code(t: "Threads", lanes: Array) -> Array:
@@ -212,8 +208,8 @@ def wait_for_products(t: "Threads", keep: int, mask: Array | None) -> None:
     left = []
     for flight in t.products:
         if waiting[flight.lane] and flight.group < t.committed_products[flight.lane] - keep:
-            for index, size, lanes in flight.reads:
-                t.shared.check_read(t, index, size, _code(t, lanes), lanes)
+            for index, lanes in flight.reads:
+                t.shared.check_read(t, index, 16, _code(t, lanes), lanes)
         else:
             left.append(flight)
     t.products = left

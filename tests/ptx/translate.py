@@ -95,9 +95,7 @@ class Translator:
         index, width = self.kernel.registers[text]
 
         def assign(t: "Threads", value: Array, mask: Mask) -> None:
-            bits = numerics.encode(np.asarray(value), kind, width)
-            if bits.ndim == 0:
-                bits = np.full(t.count, bits)
+            bits = numerics.spread(numerics.encode(np.asarray(value), kind, width), t.count)
             t.registers[index] = bits if mask is None else np.where(mask, bits, t.registers[index])
 
         return assign
@@ -105,7 +103,7 @@ class Translator:
     def sources(self, text: str, kind: str) -> Function:
         """All operands of a vector: a function to a list of arrays."""
         reads = [self.source(part, kind) for part in _vector(text)]
-        return lambda t: [np.broadcast_to(read(t), (t.count,)) for read in reads]
+        return lambda t: [numerics.spread(read(t), t.count) for read in reads]
 
     def destinations(self, text: str, kind: str) -> Callable[..., None]:
         """All registers of a vector."""
@@ -291,7 +289,7 @@ class Translator:
     def _wgmma(self, i: Instruction) -> Step:
         what = i.opcode[1]
         if what == "fence":
-            return proxies.order_registers
+            return lambda t, mask: t.require_whole(mask, proxies.GROUP)
         if what == "commit_group":
             return proxies.commit_products
         if what == "wait_group":
@@ -304,13 +302,10 @@ class Translator:
         a = self.sources(i.operands[1], "b32") if inside else self.source(i.operands[1], "b64")
         b, scale = self.source(i.operands[2], "b64"), self.source(i.operands[3], "pred")
 
-        indices = [self.kernel.registers[name][0] for name in call.results]
 
         def multiply(t: "Threads", mask: Mask) -> None:
-            keep = np.broadcast_to(scale(t), (t.count,))
+            keep = numerics.spread(scale(t), t.count)
             assign(t, proxies.multiply(t, call, old(t), a(t), b(t), keep, mask), mask)
-            for index in indices:
-                t.fenced[index] = t.registers[index]
 
         return multiply
 

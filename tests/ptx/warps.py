@@ -24,8 +24,8 @@ def shuffle(
     """``shfl``: the value of another lane, or the lane's own beyond its segment."""
     t.require_whole(mask, LANES)
     own = np.arange(LANES)
-    lane = np.broadcast_to(lane, (t.count,)).reshape(-1, LANES).astype(np.int64) & 31
-    control = np.broadcast_to(control, (t.count,)).reshape(-1, LANES).astype(np.int64)
+    lane = numerics.spread(lane, t.count).reshape(-1, LANES).astype(np.int64) & 31
+    control = numerics.spread(control, t.count).reshape(-1, LANES).astype(np.int64)
     segment, clamp = control >> 8 & 31, control & 31
     last = (own & segment) | (clamp & ~segment & 31)
     if mode == "bfly":
@@ -39,7 +39,7 @@ def shuffle(
     else:
         raise NotEmulated(f"shfl.{mode}")
     inside = other >= last if mode == "up" else other <= last
-    values = np.broadcast_to(value, (t.count,)).reshape(-1, LANES)
+    values = numerics.spread(value, t.count).reshape(-1, LANES)
     return np.take_along_axis(values, np.where(inside, other, own), 1).reshape(-1)
 
 
@@ -52,7 +52,7 @@ def reduce(t: "Threads", what: str, value: Array, mask: Array | None) -> Array:
 def vote(t: "Threads", what: str, value: Array, mask: Array | None) -> Array:
     """``vote``: what all lanes say of a predicate."""
     t.require_whole(mask, LANES)
-    votes = np.broadcast_to(value, (t.count,)).reshape(-1, LANES)
+    votes = numerics.spread(value, t.count).reshape(-1, LANES)
     if what == "ballot":
         return np.repeat((votes.astype(u4) << np.arange(LANES, dtype=u4)).sum(1, dtype=u4), LANES)
     return np.repeat(votes.any(1) if what == "any" else votes.all(1), LANES)
