@@ -5,14 +5,14 @@
         y = layer(x)
     assert not [launch for launch in launches if launch.findings]
 
-Tensors are those of the CPU. Each launch sees copies of their storages, every one alone between red
-zones, and what nobody has written since ``torch.empty`` is garbage that no kernel may read.
+Each launch sees copies of the storages of CPU tensors, each alone between red zones; what nobody
+has written since ``torch.empty`` is garbage that no kernel may read.
 """
 
 import ctypes
+import functools
 import os
 import struct
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ from unittest import mock
 import numpy as np
 import torch
 import triton
-from benchmarks import codegen
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from ptx.machine import Finding, Program
+from benchmarks import codegen
+from ptx.machine import Program
 from ptx.memory import GLOBAL_BASE, RED_ZONE, Bytes, Memory
 from ptx.parse import NotEmulated
 
@@ -38,7 +38,7 @@ CACHE = Path(__file__).parents[2] / "build" / "ptx"
 Change = Callable[[codegen.Launch, str], str]
 
 _compiled: dict[tuple[str, str], tuple[str, int]] = {}
-_programs: dict[str, Program] = {}
+_program = functools.cache(Program)
 
 
 @dataclass
@@ -46,15 +46,7 @@ class Launched:
     """A launch that was run."""
 
     kernel: str
-    arch: str
-    grid: tuple[int, ...]
-    tile: str
-    findings: list[Finding]
-    seconds: float
-
-    def faults(self) -> list[str]:
-        """All findings as text, each with the launch."""
-        return [f"{self.kernel}{self.grid} for {self.arch}: {f}" for f in self.findings]
+    findings: list[str]  # each with its launch
 
 
 def compile_to_ptx(launch: codegen.Launch, arch: str) -> tuple[str, int]:
@@ -64,7 +56,7 @@ def compile_to_ptx(launch: codegen.Launch, arch: str) -> tuple[str, int]:
         source = ASTSource(launch.function, launch.signature, launch.constants, launch.attributes)
         target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
         with (
-            mock.patch.object(CUDABackend, "make_cubin", lambda *_: b""),
+            mock.patch.object(CUDABackend, "make_cubin", return_value=b""),
             mock.patch.dict(os.environ, TRITON_CACHE_DIR=str(CACHE)),
         ):
             result = triton.compile(source, target=target, options=dict(launch.options))
@@ -124,14 +116,9 @@ def _as_word(value: Any, where: dict[int, int]) -> int:
 
 
 def run(
-    function: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    arch: str,
-    unwritten: Unwritten,
-    change: Change | None,
-    options: dict[str, Any],
-) -> Launched:
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arch: str, unwritten: Unwritten,
+    change: Change | None, options: dict[str, Any],
+) -> Launched:  # fmt: skip
     """Compile one launch, run it, and write what it wrote into the tensors."""
     grid = kwargs["grid"]
     launch = codegen._catch(function, args, dict(kwargs))
@@ -144,40 +131,30 @@ def run(
     ptx, shared_bytes = compile_to_ptx(launch, arch)
     if change is not None:
         ptx = change(launch, ptx)
-    if ptx not in _programs:
-        _programs[ptx] = Program(ptx, shared_bytes)
-    program = _programs[ptx]
-    storages = {
-        v.untyped_storage().data_ptr(): v.untyped_storage()
-        for v in given.values()
-        if isinstance(v, torch.Tensor)
-    }
+    program = _program(ptx, shared_bytes)
+    tensors = [value for value in given.values() if isinstance(value, torch.Tensor)]
+    storages = {v.untyped_storage().data_ptr(): v.untyped_storage() for v in tensors}
     size = sum(s.nbytes() + 2 * RED_ZONE for s in storages.values()) + 4 * RED_ZONE
     memory = Memory("global", size, GLOBAL_BASE, np.random.default_rng(0))
     where = {start: memory.put(_bytes(s), unwritten.written(s)) for start, s in storages.items()}
     words = [_as_word(value, where) for value in given.values()]
     words += [0] * (len(program.kernel.parameters) - len(words))
-    begin = time.process_time()
     findings = program.launch(grid, words, memory, **options)
-    seconds = time.process_time() - begin
     for start, storage in storages.items():
         part = slice(where[start] - memory.base, where[start] - memory.base + storage.nbytes())
         _bytes(storage)[:] = memory.data[part]
         unwritten.update(storage, memory.written[part])
-    return Launched(function.__name__, arch, grid, launch.tile(), findings, seconds)
+    name = function.__name__
+    return Launched(name, [f"{name}{grid} for {arch}: {found}" for found in findings])
 
 
 @contextmanager
 def emulated(
     arch: str, launches: list[Launched], change: Change | None = None, **options: Any
 ) -> Iterator[None]:
-    """Run every launch of a Triton kernel in the emulator, on tensors of the CPU.
+    """Run every launch of a Triton kernel in the emulator: ``launches`` gets a `Launched` of each.
 
-    Args:
-        arch: the GPU to compile for, "sm_80" or "sm_90".
-        launches: gets a `Launched` for each.
-        change: what is done to the PTX of a launch before, to plant a fault.
-        options: ``races`` and ``order`` of `Program.launch`.
+    ``change`` is done to the PTX before, to plant a fault; options are those of `Program.launch`.
     """
     unwritten = Unwritten()
 

@@ -1,5 +1,6 @@
 """All threads of several blocks as one array axis, in lock-step under masks."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 from ptx import memory, proxies
 from ptx.memory import Memory
 from ptx.numerics import Array
-from ptx.parse import Instruction, Kernel, NotEmulated, execution_order, parse
+from ptx.parse import ENDS, Instruction, Kernel, NotEmulated, execution_order, parse
 from ptx.translate import Mask, Source, Step, Translator
 
 LANES = 32
@@ -17,44 +18,19 @@ LANES = 32
 TOGETHER = 4096
 
 
-@dataclass(frozen=True)
-class Finding:
-    """A fault of a kernel: what, where, and which threads."""
-
-    what: str
-    source: str
-    line: int
-    lanes: str
-
-    def __str__(self) -> str:
-        return f"{self.what}, at {self.source} (PTX line {self.line}), {self.lanes}"
-
-
 class Threads:
-    """The state of some blocks of a grid.
+    """The state of some blocks of a grid: ``count`` threads, ``threads`` of each.
 
-    Attributes:
-        count: threads of all of them; ``threads`` of one.
-        registers: an array (count,) each, unsigned or bool; garbage until assigned.
-        special: registers such as ``%tid.x``.
-        code: of an access that a thread would make now, see `memory`.
-        stride: bytes of shared memory from one block to the next, a red zone included.
-        live: threads that haven't returned.
-        committed: groups of copies, ``committed_products`` of products, of each thread.
+    ``registers`` are an array (count,) each, unsigned or bool, garbage until assigned; ``special``
+    are those such as ``%tid.x``. ``code`` is of an access that a thread would make now, see
+    `memory`. ``committed`` counts groups of copies, ``committed_products`` of products.
     """
 
     def __init__(
-        self,
-        kernel: Kernel,
-        shared_bytes: int,
-        global_memory: Memory,
-        grid: tuple[int, int, int],
-        blocks: Array,
-        arguments: Sequence[int],
-        *,
-        races: bool,
-        backwards: bool,
-    ) -> None:
+        self, kernel: Kernel, shared_bytes: int, global_memory: Memory,
+        grid: tuple[int, int, int], blocks: Array, arguments: Sequence[int], *,
+        races: bool, backwards: bool,
+    ) -> None:  # fmt: skip
         self.threads, self.arguments = kernel.threads, arguments
         self.races, self.backwards = races, backwards
         self.count = count = kernel.threads * len(blocks)
@@ -63,13 +39,10 @@ class Threads:
         self.code = block << memory.BLOCK | tid
         x, y, _ = grid
         words = {
-            "%tid.x": tid, "%tid.y": 0, "%tid.z": 0, "%laneid": tid % LANES,
-            "%warpid": tid // LANES, "%ctaid.x": block % x, "%ctaid.y": block // x % y,
-            "%ctaid.z": block // (x * y), "%nctaid.x": grid[0], "%nctaid.y": grid[1],
-            "%nctaid.z": grid[2], "%ntid.x": kernel.threads, "%ntid.y": 1, "%ntid.z": 1,
+            "%tid.x": tid, "%ctaid.x": block % x, "%ctaid.y": block // x % y,
+            "%ctaid.z": block // (x * y), "%nctaid.x": x, "%nctaid.y": y, "%nctaid.z": grid[2],
         }  # fmt: skip
         self.special = {k: np.full(count, v).astype(np.uint32) for k, v in words.items()}
-        self.names = [(int(b), int(n)) for b, n in zip(block, tid, strict=True)]
         garbage = np.random.default_rng(int(blocks[0]))
         self.stride = -(-shared_bytes // 16) * 16 + 64
         self.base, self.shared_bytes = place * self.stride, shared_bytes
@@ -81,24 +54,20 @@ class Threads:
         bits[0] = garbage.integers(0, 2, count).astype(bool)
         self.registers: list[Array] = [bits[width] for _, width in kernel.registers.values()]
         self.live = np.ones(count, bool)
-        self.all_live = True
         self.committed, self.committed_products = np.zeros((2, count), np.int64)
         self.copies: list[proxies.Copy] = []
         self.products: list[proxies.InFlight] = []
         self.instruction: Instruction | None = None
-        self.findings: dict[tuple[str, int], Finding] = {}
+        self.findings: dict[tuple[str, int], str] = {}
 
     def find(self, what: str, lanes: Array) -> None:
         """Report a fault of the instruction that runs, once."""
         i = self.instruction
         if i is not None and lanes.size and (what, i.line) not in self.findings:
-            block, thread = self.names[int(lanes.min())]
-            text = f"{lanes.size} lanes, first block {block} thread {thread}"
-            self.findings[what, i.line] = Finding(what, i.source, i.line, text)
-
-    def space(self, shared: bool) -> Memory:  # noqa: FBT001
-        """The state space."""
-        return self.shared if shared else self.memory
+            block, thread = divmod(int(self.code[lanes.min()]), 1 << memory.BLOCK)
+            who = f"block {block} thread {thread % (1 << memory.INTERVAL)}"
+            where = f"{i.source} (PTX line {i.line})"
+            self.findings[what, i.line] = f"{what}, at {where}, {lanes.size} lanes, first {who}"
 
     def lanes(self, mask: Mask) -> Array:
         """The numbers of the threads that execute; what stores last wins a place."""
@@ -111,15 +80,12 @@ class Threads:
             return
         parts = mask.reshape(-1, size)
         broken = parts.any(1) & ~parts.all(1)
-        if broken.any():
-            self.find("executed by a part of a warp or warp group", np.flatnonzero(broken) * size)
+        self.find("executed by a part of a warp or warp group", np.flatnonzero(broken) * size)
 
     def locate(
-        self, space: Memory, address: Array, size: int, lanes: Array, what: str, *,
-        by_lane: bool = True,
-    ) -> tuple[Array, Array]:  # fmt: skip
-        """Where accesses lie, in units of their size, and the lanes that pass the checks."""
-        offset = address[lanes] if by_lane else address
+        self, space: Memory, offset: Array, size: int, lanes: Array, what: str
+    ) -> tuple[Array, Array]:
+        """Where accesses of lanes lie, in units of their size, and which pass the checks."""
         shift = size.bit_length() - 1
         if space is self.shared:
             valid = (offset >= 0) & (offset + size <= self.shared_bytes)
@@ -140,7 +106,7 @@ class Threads:
     def load(self, space: Memory, address: Array, width: int, count: int, mask: Mask) -> Array:
         """Values (count, threads) of ``width`` bytes; 0 where the mask or a check forbids."""
         lanes = self.lanes(mask)
-        index, lanes = self.locate(space, address, width * count, lanes, "load")
+        index, lanes = self.locate(space, address[lanes], width * count, lanes, "load")
         out = np.zeros((self.count, count), f"u{width}")
         data = space.read(self, index, width * count, self.code[lanes], lanes)
         out[lanes] = np.ascontiguousarray(data).view(out.dtype)
@@ -149,14 +115,15 @@ class Threads:
     def store(self, space: Memory, address: Array, values: Sequence[Array], mask: Mask) -> None:
         """Store vectors of values."""
         size = values[0].dtype.itemsize * len(values)
-        index, lanes = self.locate(space, address, size, self.lanes(mask), "store")
+        lanes = self.lanes(mask)
+        index, lanes = self.locate(space, address[lanes], size, lanes, "store")
         rows = np.stack([value[lanes] for value in values], -1)
         space.write(self, index, rows.view(np.uint8), self.code[lanes], lanes)
 
 
 @dataclass
 class Code:
-    """A block's steps and how it ends: ``fall``, ``return``, ``barrier`` or a jump's target."""
+    """A block's steps and its end: ``fall``, ``return``, ``barrier``, or the block jumped to."""
 
     steps: list[tuple[Instruction, Step]]
     end: str | int = "fall"
@@ -170,69 +137,47 @@ class Program:
     def __init__(self, ptx: str, shared_bytes: int) -> None:
         self.kernel = parse(ptx)
         self.shared_bytes = shared_bytes
-        order = execution_order(self.kernel.successors())
-        self.rank = np.empty(len(order), np.int64)
-        self.rank[order] = np.arange(len(order))
-        self.order = order
+        self.order = execution_order(self.kernel.successors())
+        self.rank = np.argsort(self.order)
         self.labels = self.kernel.labels()
         self.translator = Translator(self.kernel)
-        self.codes: list[Code | None] = [None] * len(order)
+        self.code = functools.cache(self._code)  # most blocks are never reached
         grouped = any(i.opcode[0] == "wgmma" for b in self.kernel.blocks for i in b.instructions)
         self.unit = proxies.GROUP if grouped else LANES
 
-    def code(self, number: int) -> Code:
-        """A block's, made when it's reached."""
-        found = self.codes[number]
-        if found is None:
-            found = self.codes[number] = self._code(self.kernel.blocks[number].instructions)
-        return found
-
-    def _code(self, instructions: list[Instruction]) -> Code:
+    def _code(self, number: int) -> Code:
+        instructions = self.kernel.blocks[number].instructions
         last = instructions[-1] if instructions else None
         name = last.opcode[0] if last else ""
-        if last is not None and (name in {"bra", "ret", "exit"} or last.opcode[:2] == ("bar", "sync")):
-            code = Code([], "return", last=last)
-            if name == "bra":
-                code.end = self.labels[last.operands[0]]
-            elif name == "bar":
-                code.end = "barrier"
-                if last.operands != ("0",) or last.guard:
-                    raise NotEmulated(f"a barrier of a part of the block: {last.operands}")
-            if last.guard:
-                code.holds = self.translator.predicate(last.guard, negated=last.negated)
-            instructions = instructions[:-1]
-        else:
-            code = Code([])
-        code.steps = [(i, self.translator.step(i)) for i in instructions]
+        if last is None or (name not in ENDS and last.opcode[:2] != ("bar", "sync")):
+            return Code([(i, self.translator.step(i)) for i in instructions])
+        code = Code([(i, self.translator.step(i)) for i in instructions[:-1]], "return", last=last)
+        if name == "bra":
+            code.end = self.labels[last.operands[0]]
+        elif name == "bar":
+            code.end = "barrier"
+            if last.operands != ("0",) or last.guard:
+                raise NotEmulated(f"a barrier of a part of the block: {last.operands}")
+        if last.guard:
+            code.holds = self.translator.predicate(last.guard, negated=last.negated)
         return code
 
     def launch(
-        self,
-        grid: Sequence[int],
-        arguments: Sequence[int],
-        global_memory: Memory,
-        *,
-        races: bool = True,
-        order: int | None = None,
-    ) -> list[Finding]:
-        """Run all blocks of a grid.
+        self, grid: Sequence[int], arguments: Sequence[int], global_memory: Memory, *,
+        races: bool = True, order: int | None = None,
+    ) -> list[str]:  # fmt: skip
+        """Run all blocks of a grid; returns findings.
 
-        Args:
-            grid: up to three numbers of blocks.
-            arguments: of the kernel, each as 64 bits.
-            global_memory: read and written.
-            races: whether to look for them.
-            order: None runs warps in lock-step and blocks by their numbers; a number seeds another
-                order of blocks, and of warps, each of which then runs alone until its barrier.
+        With None as ``order`` warps run in lock-step and blocks by their numbers; a number seeds
+        another order of blocks, and of warps, each of which then runs alone until its barrier.
         """
         x, y, z = (*grid, 1, 1)[:3]
         blocks = np.arange(x * y * z)
-        chance = None
-        if order is not None:
-            chance = np.random.default_rng(order)
+        chance = None if order is None else np.random.default_rng(order)
+        if chance is not None:
             blocks = chance.permutation(blocks)
         global_memory.forget(self.kernel.smallest_access("global"))
-        findings: dict[tuple[str, int], Finding] = {}
+        findings: dict[tuple[str, int], str] = {}
         per = max(1, TOGETHER // self.kernel.threads)
         for start in range(0, len(blocks), per):
             t = Threads(
@@ -272,8 +217,7 @@ class Program:
                 step(t, mask)
             t.instruction = code.last
             self._leave(t, code, number, mask, where, waiting)
-            together = chance is None and t.all_live and not waiting.any()
-            together = together and bool((where == where[0]).all())
+            together = chance is None and bool((t.live & ~waiting & (where == where[0])).all())
 
     def _leave(
         self, t: Threads, code: Code, number: int, mask: Mask, where: Array, waiting: Array
@@ -287,7 +231,6 @@ class Program:
             where[taken] = code.end
         elif code.end == "return":
             t.live &= ~taken
-            t.all_live = bool(t.live.all())
         elif code.end == "barrier":
             t.require_whole(mask, LANES)
             waiting |= mask
@@ -307,5 +250,3 @@ class Program:
                 t.find("bar.sync after some threads have returned", np.flatnonzero(~t.live[part]))
             waiting[part] = False
             t.code[part] += 1 << memory.INTERVAL
-
-

@@ -1,8 +1,9 @@
 """State spaces: their bytes, what of them is allocated and written, and who touched each last.
 
-Whether two accesses race doesn't depend on the order in which they happen to run here: each cell
-(the smallest access of the kernel: a byte at least) keeps its last writer and its last readers with
-the interval between barriers in which they were, and what is in one interval, or in two blocks, isn't ordered.
+Whether two accesses race doesn't depend on the order in which they happen to run here: each cell,
+as large as the smallest access of the kernel, keeps its last writer and its last readers with the
+interval between barriers in which they were; what is in one interval, or in two blocks, isn't
+ordered.
 
 An access is described by a code: the block in the bits from 40 on, the interval from 12 on, the
 thread below; so of two codes, what they have in common can be read from their exclusive or.
@@ -17,8 +18,7 @@ if TYPE_CHECKING:
     from ptx.machine import Threads
 
 Bytes = NDArray[np.uint8]
-Indices = NDArray[np.int64]
-Codes = NDArray[np.int64]
+Ints = NDArray[np.int64]
 
 BLOCK, INTERVAL, WARP = 40, 12, 5
 NOBODY = -1
@@ -31,28 +31,22 @@ GLOBAL_BASE = 0x7F40_0000_0000
 RED_ZONE = 256
 
 
-def unordered(difference: Codes) -> NDArray[np.bool_]:
+def unordered(difference: Ints) -> NDArray[np.bool_]:
     """Where another warp of the same interval is: not for nobody, whose code is negative."""
     return (difference >= 1 << WARP) & (difference < 1 << INTERVAL)
 
 
-def elsewhere(difference: Codes) -> NDArray[np.bool_]:
+def elsewhere(difference: Ints) -> NDArray[np.bool_]:
     """Where another block is."""
     return difference >= 1 << BLOCK
 
 
 class Memory:
-    """A state space.
+    """A state space: its bytes, garbage at first, and for each what may be done with it.
 
-    Attributes:
-        data: its bytes, garbage at first.
-        allocated: bytes that may be touched.
-        written: bytes that somebody wrote.
-        pending: for each byte, asynchronous copies on their way to it.
-        unfenced: bytes written by threads that the asynchronous proxy may not see yet.
-        writer: code of the last writer of each cell.
-        reader: code of the last reader of each cell.
-        cell: bytes of the smallest access of the kernel.
+    ``allocated`` may be touched; ``written`` somebody wrote; ``pending`` asynchronous copies are on
+    their way; ``unfenced`` the asynchronous proxy may not see yet. ``writer`` and ``reader`` are
+    codes of each cell of ``cell`` bytes.
     """
 
     def __init__(
@@ -83,21 +77,17 @@ class Memory:
         self.top = end + RED_ZONE
         return self.base + start
 
-    def read(self, t: "Threads", index: Indices, size: int, codes: Codes, lanes: Indices) -> Bytes:
+    def read(self, t: "Threads", index: Ints, size: int, codes: Ints, lanes: Ints) -> Bytes:
         """The bytes (lanes, size) of the accesses, each at ``size * index``, after the checks."""
         self.check_read(t, index, size, codes, lanes)
         return self.data.reshape(-1, size)[index]
 
-    def check_read(
-        self, t: "Threads", index: Indices, size: int, codes: Codes, lanes: Indices
-    ) -> None:
+    def check_read(self, t: "Threads", index: Ints, size: int, codes: Ints, lanes: Ints) -> None:
         """Report reads of what isn't there yet, and remember them."""
         new = self.written.reshape(-1, size)[index]
         if not new.all():
             t.find(f"read of {self.name} memory that nobody wrote", lanes[~new.all(1)])
-        if t.copies and self is t.shared and self.pending.reshape(-1, size)[index].any():
-            busy = self.pending.reshape(-1, size)[index].any(1)
-            t.find("read of shared memory that an asynchronous copy is filling", lanes[busy])
+        self._check_copies(t, "read of", index, size, lanes)
         if not t.races:
             return
         mine, cells = codes[:, None], size // self.cell
@@ -118,34 +108,24 @@ class Memory:
             self.reader[place[~apart]] = (now[together] | SEVERAL_WARPS)[~apart]
             self.reader[place[apart]] = SEVERAL_BLOCKS
 
-    def write(
-        self, t: "Threads", index: Indices, values: Bytes, codes: Codes, lanes: Indices
-    ) -> None:
+    def write(self, t: "Threads", index: Ints, values: Bytes, codes: Ints, lanes: Ints) -> None:
         """Store the bytes (lanes, size) of the accesses, each at ``size * index``."""
         data = self.data.reshape(-1, values.shape[1])
         same = data[index] == values
         data[index] = values
         clash = (data[index] != values).any(1)
-        if clash.any():
-            t.find(f"lanes store different values to one place of {self.name} memory", lanes[clash])
+        t.find(f"lanes store different values to one place of {self.name} memory", lanes[clash])
         self.check_write(t, index, values.shape[1], codes, lanes, same)
 
     def check_write(
-        self,
-        t: "Threads",
-        index: Indices,
-        size: int,
-        codes: Codes,
-        lanes: Indices,
+        self, t: "Threads", index: Ints, size: int, codes: Ints, lanes: Ints,
         same: NDArray[np.bool_] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Report writes that race, and remember them; a byte that stays the same harms nobody."""
         self.written.reshape(-1, size)[index] = True
         if self is t.shared:
             self.unfenced.reshape(-1, size)[index] = True
-            if t.copies and self.pending.reshape(-1, size)[index].any():
-                busy = self.pending.reshape(-1, size)[index].any(1)
-                t.find("store to shared memory that an asynchronous copy is filling", lanes[busy])
+            self._check_copies(t, "store to", index, size, lanes)
         if not t.races:
             return
         mine, cells = codes[:, None], size // self.cell
@@ -157,15 +137,15 @@ class Memory:
             self._report(t, "write to", did, difference, lanes)
         writers[index] = mine
 
-    def _report(
-        self, t: "Threads", what: str, did: str, difference: Codes, lanes: Indices
-    ) -> None:
-        found = unordered(difference)
-        if found.any():
-            text = f"race: {what} {self.name} memory that another warp {did} since the last barrier"
-            t.find(text, lanes[found.any(1)])
-        if self is t.shared:
-            return
-        found = elsewhere(difference)
-        if found.any():
-            t.find(f"race: {what} {self.name} memory that another block {did}", lanes[found.any(1)])
+    def _check_copies(self, t: "Threads", what: str, index: Ints, size: int, lanes: Ints) -> None:
+        if t.copies and self is t.shared:
+            busy = self.pending.reshape(-1, size)[index].any(1)
+            t.find(f"{what} shared memory that an asynchronous copy is filling", lanes[busy])
+
+    def _report(self, t: "Threads", what: str, did: str, difference: Ints, lanes: Ints) -> None:
+        near = unordered(difference).any(1)
+        text = f"race: {what} {self.name} memory that another"
+        t.find(f"{text} warp {did} since the last barrier", lanes[near])
+        if self is not t.shared:
+            far = elsewhere(difference).any(1)
+            t.find(f"{text} block {did}", lanes[far])

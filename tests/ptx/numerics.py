@@ -1,5 +1,6 @@
 """Arithmetic of PTX on arrays: what an instruction computes, apart from where its operands lie."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -8,21 +9,19 @@ import numpy as np
 from ptx.parse import WIDTH, NotEmulated
 
 Array = np.ndarray[Any, Any]
-Function = Callable[..., Array]
+Function = Callable[..., Any]
 u1, u2, u4, u8 = np.uint8, np.uint16, np.uint32, np.uint64
-i4, i8 = np.int32, np.int64
+i8 = np.int64
 f2, f4, f8 = np.float16, np.float32, np.float64
 
 TINY = f4(2.0**-126)
 UNSIGNED = {n: np.dtype(f"u{n}") for n in (1, 2, 4, 8)}
-# What an operand of each type is computed with.
+# What an operand of each type is computed with; b is kept as unsigned, s is signed.
+DTYPES = {"pred": bool, "f16x2": f2, "bf16": f4, "bf16x2": f4, "tf32": f4}
 DTYPES = {
-    kind: np.dtype(f"{'u' if kind[0] == 'b' else 'i' if kind[0] == 's' else kind[0]}{width}")
+    kind: np.dtype(DTYPES.get(kind, f"{kind[0].translate(str.maketrans('bs', 'ui'))}{width}"))
     for kind, width in WIDTH.items()
-    if kind not in {"pred", "bf16", "bf16x2", "f16x2", "tf32"}
 }
-DTYPES |= {"pred": np.dtype(bool), "bf16": np.dtype(f4)}
-DTYPES |= {"f16x2": np.dtype(f2), "bf16x2": np.dtype(f4), "tf32": np.dtype(f4)}
 
 
 def bf16_f32(bits: Array) -> Array:
@@ -35,12 +34,6 @@ def f32_bf16(x: Array) -> Array:
     bits = np.ascontiguousarray(x).view(u4)
     rounded = (bits + u4(0x7FFF) + ((bits >> u4(16)) & u4(1))) >> u4(16)
     return np.where(np.isnan(x), u4(0x7FFF), rounded).astype(u2)
-
-
-def f32_tf32(x: Array) -> Array:
-    """Round to the ten bits of TF32, ties away from zero."""
-    bits = np.ascontiguousarray(x).view(u4)
-    return np.where(np.isfinite(x), (bits + u4(0x1000)) & u4(0xFFFFE000), bits).view(f4)
 
 
 def spread(value: Array, count: int) -> Array:
@@ -76,10 +69,10 @@ def encode(value: Array, kind: str, width: int) -> Array:
 
 def constant(text: str, kind: str) -> Any:
     """An immediate operand as a scalar of its type."""
-    if text[:2] in {"0f", "0d"}:
-        bits = int(text[2:], 16)
-    else:
-        bits = int(text.rstrip("U"), 0)
+    text = text.rstrip("U")
+    if not re.fullmatch(r"0[fd][0-9a-fA-F]+|-?(0x)?[0-9a-fA-F]+", text):
+        raise NotEmulated(f"the operand {text}")
+    bits = int(text[2:], 16) if text[:2] in {"0f", "0d"} else int(text, 0)
     if kind == "pred":
         return np.bool_(bits)
     width = WIDTH[kind]
@@ -144,11 +137,6 @@ def divide(x: Array, y: Array) -> Array:
     return floor + ((x != floor * safe) & ((x < 0) != (safe < 0))).astype(floor.dtype)
 
 
-def remainder(x: Array, y: Array) -> Array:
-    """Remainder with the sign of the dividend."""
-    return x - divide(x, y) * np.where(y == 0, y.dtype.type(1), y)
-
-
 def shift_left(x: Array, n: Array) -> Array:
     """Shift; nothing is left of a number moved by its width."""
     bits = x.dtype.itemsize * 8
@@ -162,27 +150,16 @@ def shift_right(x: Array, n: Array) -> Array:
     return moved if x.dtype.kind == "i" else np.where(n >= bits, x.dtype.type(0), moved)
 
 
-def _field(length: Array, dtype: Any) -> Array:
-    """As many ones."""
-    ones = np.full(np.shape(length), -1, f"i{dtype.itemsize}").view(dtype)
-    return np.asarray(~shift_left(ones, np.asarray(length)))
-
-
 def bit_field_extract(x: Array, place: Array, length: Array) -> Array:
     """``length`` bits from ``place`` on; of signed numbers with the sign of the last."""
     place, length = (np.asarray(n, u4) & u4(255) for n in (place, length))
     bits = x.dtype.itemsize * 8
     if x.dtype.kind == "u":
-        return shift_right(x, place) & _field(length, x.dtype)
+        ones = np.full(length.shape, ~x.dtype.type(0))
+        return shift_right(x, place) & ~shift_left(ones, length)
     if (length == 0).any() or (place + length > bits).any():
         raise NotEmulated("bfe.s beyond the word")
     return shift_right(shift_left(x, bits - place - length), bits - length)
-
-
-def bit_field_insert(x: Array, into: Array, place: Array, length: Array) -> Array:
-    """Replace ``length`` bits from ``place`` on."""
-    mask = shift_left(_field(length, into.dtype), np.asarray(place))
-    return (into & ~mask) | (shift_left(np.asarray(x), place) & mask)
 
 
 def permute_bytes(x: Array, y: Array, selector: Array) -> Array:
@@ -193,17 +170,6 @@ def permute_bytes(x: Array, y: Array, selector: Array) -> Array:
     chosen = np.take_along_axis(pool, (nibbles & u4(7)).astype(int), -1)
     signs = np.where(chosen & u1(128), u1(255), u1(0))
     return np.where(nibbles & u4(8), signs, chosen).view(u4).reshape(x.shape)
-
-
-def leading_zeros(x: Array) -> Array:
-    """Zeros above the first one of 32 bits."""
-    return (32 - np.frexp(x.astype(f8))[1]).astype(u4)
-
-
-def reverse_bits(x: Array) -> Array:
-    """The bits of a word of 32, the last first."""
-    bits = np.unpackbits(np.atleast_1d(x)[:, None].view(u1), axis=1, bitorder="little")
-    return np.packbits(bits, axis=1).view(">u4").astype(u4).reshape(np.shape(x))
 
 
 # ---- comparisons and conversions
@@ -236,34 +202,23 @@ def conversion(to: str, modifiers: set[str]) -> Function:
     """``cvt``; the operand is decoded already, and the result is encoded after it."""
     if to.endswith("x2"):
         return lambda high, low: np.stack(np.broadcast_arrays(low, high), -1)
-    if to == "tf32":
-        return f32_tf32
     dtype = DTYPES[to]
     whole = next((ROUND[name] for name in ROUND if name in modifiers), None)
     if whole is None:
         return lambda x: np.asarray(x).astype(dtype)
     if dtype.kind == "f":
         return lambda x: whole(x).astype(dtype)
-    info = np.iinfo(dtype)
-
-    def rounded(x: Array) -> Array:
-        held = np.clip(whole(x).astype(f8), info.min, info.max)
-        return np.where(np.isnan(x), 0, held).astype(dtype)
-
-    return rounded
+    low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+    return lambda x: np.where(np.isnan(x), 0, np.clip(whole(x).astype(f8), low, high)).astype(dtype)
 
 
 FUNCTIONS: dict[str, Function] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "mad": lambda x, y, z: x * y + z,
-    "fma": fma, "div": divide, "rem": remainder, "min": np.fmin, "max": np.fmax,
-    "neg": np.negative, "abs": np.abs, "and": np.bitwise_and, "or": np.bitwise_or,
+    "fma": fma, "div": divide, "rem": lambda x, y: x - divide(x, y) * y, "min": np.fmin,
+    "max": np.fmax, "neg": np.negative, "abs": np.abs, "and": np.bitwise_and, "or": np.bitwise_or,
     "xor": np.bitwise_xor, "not": np.invert, "shl": shift_left, "shr": shift_right,
-    "bfe": bit_field_extract, "bfi": bit_field_insert, "prmt": permute_bytes,
+    "bfe": bit_field_extract, "prmt": permute_bytes, "mov": lambda x: x,
     "popc": lambda x: np.unpackbits(x[:, None].view(u1), axis=1).sum(1, dtype=u4),
-    "clz": leading_zeros, "brev": reverse_bits,
-    "selp": lambda x, y, chosen: np.where(chosen, x, y), "mov": lambda x: x,
-    "ex2": in_f64(np.exp2), "lg2": in_f64(np.log2), "sqrt": in_f64(np.sqrt),
-    "rsqrt": in_f64(lambda x: 1 / np.sqrt(x)), "rcp": in_f64(np.reciprocal),
-    "sin": in_f64(np.sin), "cos": in_f64(np.cos), "tanh": in_f64(np.tanh),
-    "copysign": lambda sign, x: np.copysign(x, sign),
+    "selp": lambda x, y, chosen: np.where(chosen, x, y), "rcp": in_f64(np.reciprocal),
+    "ex2": in_f64(np.exp2), "sqrt": in_f64(np.sqrt), "rsqrt": in_f64(lambda x: 1 / np.sqrt(x)),
 }  # fmt: skip

@@ -19,27 +19,16 @@ class NotEmulated(Exception):
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction.
+    """One instruction."""
 
-    Attributes:
-        opcode: its parts between dots.
-        operands: as they are written; ``{a, b}`` and ``[a+4]`` are one operand.
-        guard: the register of its predicate, or None.
-        negated: whether the guard is ``@!``.
-        line: of the PTX text, from 1.
-        source: ``file:line:column`` of the kernel, and of what it was inlined into.
-        touches: all registers that it names.
-        writes: those among them that it assigns.
-    """
-
-    opcode: tuple[str, ...]
-    operands: tuple[str, ...]
-    guard: str | None
-    negated: bool
-    line: int
-    source: str
-    touches: frozenset[str] = frozenset()
-    writes: frozenset[str] = frozenset()
+    opcode: tuple[str, ...]  # its parts between dots
+    operands: tuple[str, ...]  # as they are written; {a, b} and [a+4] are one operand
+    guard: str | None  # the register of its predicate
+    negated: bool  # whether the guard is @!
+    line: int  # of the PTX text, from 1
+    source: str  # file:line:column of the kernel, and of what it was inlined into
+    touches: frozenset[str]  # all registers that it names
+    writes: frozenset[str]  # those among them that it assigns
 
 
 @dataclass
@@ -52,21 +41,12 @@ class Block:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One ``.entry``.
+    """One ``.entry``."""
 
-    Attributes:
-        name: of the kernel.
-        parameters: their names, in order.
-        blocks: in the order of the text.
-        registers: name -> (index, bytes); 0 bytes for predicates.
-        threads: of a block.
-    """
-
-    name: str
-    parameters: list[str]
+    parameters: list[str]  # their names, in order
     blocks: list[Block]
-    registers: dict[str, tuple[int, int]]
-    threads: int
+    registers: dict[str, tuple[int, int]]  # name -> (index, bytes); 0 bytes for predicates
+    threads: int  # of a block
 
     def successors(self) -> NDArray[np.bool_]:
         """Edges: whether a block may follow a block."""
@@ -97,17 +77,8 @@ class Kernel:
         return min(sizes)
 
 
-def split_operands(text: str) -> tuple[str, ...]:
-    """Split at the commas outside brackets."""
-    return tuple(p.strip() for p in re.split(r",(?![^{\[]*[}\]])", text) if p.strip())
-
-
 def parse(ptx: str) -> Kernel:
-    """Read the one kernel of a module.
-
-    Raises:
-        NotEmulated: for what isn't known.
-    """
+    """Read the one kernel of a module."""
     head = re.search(r"\.entry\s+(\w+)\(([^)]*)\)(.*?)^\{", ptx, re.DOTALL | re.MULTILINE)
     end = ptx.find("$L__func_end")
     if not head or end < 0:
@@ -129,13 +100,14 @@ def parse(ptx: str) -> Kernel:
             # Braces before an opcode are scopes of inline assembly.
             statement = part.strip(" \t").lstrip("{} \t")
             while label := re.match(r"([$\w]+):\s*", statement):
-                body.append(label[1])
+                if not label[1].startswith("$L__tmp"):  # they mark lines
+                    body.append(label[1])
                 statement = statement[label.end() :]
             if declared := re.match(r"\.reg\s+\.(\w+)\s+(.*)", statement):
                 _declare(registers, WIDTH[declared[1]], declared[2])
             elif statement and not statement.startswith("."):
                 body.append(_instruction(statement, number, source))
-    return Kernel(head[1], parameters, _blocks(body), registers, threads)
+    return Kernel(parameters, _blocks(body), registers, threads)
 
 
 def _declare(registers: dict[str, tuple[int, int]], width: int, names: str) -> None:
@@ -150,29 +122,22 @@ def _instruction(text: str, line: int, source: str) -> Instruction:
     if not match:
         raise NotEmulated(f"line {line}: {text}")
     opcode = tuple(part for part in re.split(r"\.|::", match[3]) if part)
-    operands = split_operands(match[4])
+    commas = r",(?![^{\[]*[}\]])"  # outside brackets
+    operands = tuple(part.strip() for part in re.split(commas, match[4]) if part.strip())
     touches = frozenset(re.findall(r"%\w+", text))
     stores = opcode[0] in {"st", "stmatrix", "cp", "bar", "bra"} or not operands
     writes = frozenset() if stores else frozenset(re.findall(r"%\w+", operands[0]))
-    return Instruction(
-        opcode, operands, match[2], bool(match[1]), line, source, touches, writes
-    )
+    return Instruction(opcode, operands, match[2], bool(match[1]), line, source, touches, writes)
 
 
 def _blocks(body: list[str | Instruction]) -> list[Block]:
-    """Cut the text at labels that are jumped to, at jumps, and behind barriers of the block."""
-    targets = {
-        item.operands[0]
-        for item in body
-        if isinstance(item, Instruction) and item.opcode[0] == "bra"
-    }
+    """Cut the text at labels, at jumps, and behind barriers of the block."""
     blocks = [Block(None)]
     for item in body:
         if isinstance(item, str):
-            if item in targets and (blocks[-1].label or blocks[-1].instructions):
-                blocks.append(Block(item))
-            elif item in targets:
-                blocks[-1].label = item
+            if blocks[-1].label or blocks[-1].instructions:
+                blocks.append(Block(None))
+            blocks[-1].label = item
             continue
         blocks[-1].instructions.append(item)
         if item.opcode[0] in ENDS or item.opcode[:2] == ("bar", "sync"):

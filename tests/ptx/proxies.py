@@ -1,8 +1,8 @@
 """What runs on by itself: asynchronous copies, products of warp groups, and the fence between.
 
-A copy owns its destination from its start until its thread has waited for it, a product of a warp
-group the registers of its result and operands and what it reads of shared memory. The products
-read by another proxy than threads write by, so a fence has to stand between.
+A copy owns its destination until its thread has waited for it, a product of a warp group its
+registers and what it reads of shared memory; it reads by another proxy than threads write by, so a
+fence has to stand between.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ptx import memory, numerics, warps
-from ptx.numerics import Array, f4, f8, u1, u2
+from ptx.numerics import Array, f4, f8, u1
 from ptx.parse import Instruction, NotEmulated
 
 if TYPE_CHECKING:
@@ -32,28 +32,25 @@ class Copy:
     group: Array
 
 
-def copy(
-    t: "Threads", to: Array, of: Array, size: int, valid: Array, mask: Array | None
-) -> None:
+def copy(t: "Threads", to: Array, of: Array, size: int, valid: Array, mask: Array | None) -> None:
     """``cp.async``: all of it, or zeros where ``valid`` is 0."""
-    index, lanes = t.locate(t.shared, to, size, t.lanes(mask), "asynchronous copy")
+    lanes = t.lanes(mask)
+    index, lanes = t.locate(t.shared, to[lanes], size, lanes, "asynchronous copy")
     count = numerics.spread(valid, t.count)[lanes]
     if not ((count == 0) | (count == size)).all():
         raise NotEmulated("a copy of a part")
     reading = np.zeros(t.count, bool)
     reading[lanes] = count == size
-    words = t.load(t.memory, of, 4, size // 4, reading) if reading.any() else None
-    data = np.zeros((lanes.size, size), u1)
-    if words is not None:
-        data = np.ascontiguousarray(words.T[lanes]).view(u1)
+    words = t.load(t.memory, of, 4, size // 4, reading)
+    data = np.ascontiguousarray(words.T[lanes]).view(u1)
     t.shared.check_write(t, index, size, t.code[lanes], lanes)
     t.shared.pending.reshape(-1, size)[index] += 1
     t.copies.append(Copy(lanes, index, data, t.committed[lanes]))
 
 
-def commit_copies(t: "Threads", mask: Array | None) -> None:
-    """``cp.async.commit_group``."""
-    t.committed[t.lanes(mask)] += 1
+def commit(t: "Threads", counter: Array, mask: Array | None) -> None:
+    """Close a group of copies or products."""
+    counter[t.lanes(mask)] += 1
 
 
 def wait_for_copies(t: "Threads", keep: int, mask: Array | None) -> None:
@@ -99,36 +96,30 @@ class Product:
     operands: frozenset[str]
 
     @classmethod
-    def of(cls, i: Instruction, flags: list[int]) -> "Product":
-        """Read it.
-
-        Raises:
-            NotEmulated: for negated factors, and results that aren't of 32 bits.
-        """
+    def of(cls, i: Instruction) -> "Product":
+        """Read it; factors aren't negated, and results have 32 bits."""
         shape, kinds = re.fullmatch(r"m64n(\d+)k(\d+)", i.opcode[4]), i.opcode[5:]
-        inside = i.operands[1].startswith("{")
+        inside, flags = i.operands[1].startswith("{"), [int(text) for text in i.operands[4:]]
         if kinds[0] != "f32" or kinds[1] != kinds[2] or flags[:2] != [1, 1] or not shape:
             raise NotEmulated(f"{kinds} {flags}")
         trans = [False] * inside + [bool(flag) for flag in flags[2:]] + [False, False]
         operands = frozenset(re.findall(r"%\w+", i.operands[1])) if inside else frozenset()
-        return cls(
-            int(shape[1]), int(shape[2]), kinds[1], (trans[0], trans[1]), i.writes, operands
-        )
+        return cls(int(shape[1]), int(shape[2]), kinds[1], (trans[0], trans[1]), i.writes, operands)
 
 
 @dataclass
 class InFlight:
-    """A product that nobody has waited for: of which warp group, in which group of products."""
+    """A product that nobody has waited for."""
 
     product: Product
-    lane: int
-    group: int
+    lane: int  # the first of its warp group
+    group: int  # of products
     reads: list[tuple[Array, Array]]
 
 
 def multiply(
-    t: "Threads", p: Product, old: list[Array], a: list[Array] | Array, b: Array, keep: Array,
-    mask: Array | None,
+    t: "Threads", old: list[Array], a: list[Array] | Array, b: Array, keep: list[Array],
+    mask: Array | None, *, product: Product,
 ) -> list[Array]:  # fmt: skip
     """D = A B + D, or A B where ``keep`` is False; A in registers or, as B, in shared memory."""
     t.require_whole(mask, GROUP)
@@ -136,33 +127,26 @@ def multiply(
     active = (t.live if mask is None else mask).reshape(-1, GROUP).any(1)
     for lane in np.flatnonzero(active) * GROUP:
         part = slice(lane, lane + GROUP)
-        flight = InFlight(p, lane, int(t.committed_products[lane]), [])
+        flight = InFlight(product, lane, int(t.committed_products[lane]), [])
         t.products.append(flight)
         if isinstance(a, list):
-            per = 1 if p.kind == "tf32" else 2
-            packed = [np.ascontiguousarray(x[part]) for x in a]
-            parts = [warps.factor(x.view(u2) if per == 2 else x, p.kind) for x in packed]
-            low, high = (
-                np.concatenate([x.reshape(4, 8, 4 * per) for x in parts[k::2]], 2)
-                for k in range(2)
-            )
-            left = np.stack([low, high], 1).reshape(64, p.depth)
+            halves = warps.rows_of([x[part] for x in a], product.kind, 2)
+            left = np.stack(halves, 1).reshape(64, -1)
         else:
-            left = _matrix(t, flight, a[part], 64, trans=p.transposed[0])
-        right = _matrix(t, flight, b[part], p.columns, trans=p.transposed[1])
+            left = _matrix(t, flight, a[part], 64, trans=product.transposed[0])
+        right = _matrix(t, flight, b[part], product.columns, trans=product.transposed[1])
         # Warp, half of its rows, row; eight columns, pair, element.
-        product = (left @ right.T).reshape(4, 2, 8, p.columns // 8, 4, 2)
+        total = (left @ right.T).reshape(4, 2, 8, -1, 4, 2)
         for i, register in enumerate(result):
-            before = np.where(keep[part], register[part].view(f4), f4(0)).astype(f8)
-            value = before + product[:, i // 2 % 2, :, i // 4, :, i % 2].reshape(-1)
+            before = np.where(keep[0][part], register[part].view(f4), f4(0)).astype(f8)
+            value = before + total[:, i // 2 % 2, :, i // 4, :, i % 2].reshape(-1)
             register[part] = value.astype(f4).view(register.dtype)
     return result
 
 
 def _matrix(t: "Threads", flight: InFlight, words: Array, rows: int, *, trans: bool) -> Array:
     """A factor (rows, depth) that a descriptor tells the place of in shared memory."""
-    if (words != words[0]).any():
-        t.find("descriptors of a warp group differ", flight.lane + np.flatnonzero(words != words[0]))
+    t.find("descriptors of a warp group differ", flight.lane + np.flatnonzero(words != words[0]))
     word, kind = int(words[0]), flight.product.kind
     start, lead, stride = ((word >> bit & 0x3FFF) << 4 for bit in (0, 16, 32))
     if word >> 62 == 0 or word >> 49 & 7:
@@ -178,7 +162,7 @@ def _matrix(t: "Threads", flight: InFlight, words: Array, rows: int, *, trans: b
     address = (start + place).reshape(-1)
     address ^= (address >> 7 & (width // 16 - 1)) << 4
     lanes = np.full(address.size, flight.lane)
-    index, found = t.locate(t.shared, address, 16, lanes, "wgmma reads", by_lane=False)
+    index, found = t.locate(t.shared, address, 16, lanes, "wgmma reads")
     if found.size < lanes.size:
         return np.zeros((rows, flight.product.depth))
     if t.races and t.shared.unfenced.reshape(-1, 16)[index].any():
@@ -193,12 +177,6 @@ def _code(t: "Threads", lanes: Array) -> Array:
     """The code of accesses that a warp group makes together."""
     group = lanes % t.threads // GROUP << memory.WARP
     return t.code[lanes] & ~memory.SEVERAL_WARPS | memory.GROUP | group
-
-
-def commit_products(t: "Threads", mask: Array | None) -> None:
-    """``wgmma.commit_group``."""
-    t.require_whole(mask, warps.LANES)
-    t.committed_products[t.lanes(mask)] += 1
 
 
 def wait_for_products(t: "Threads", keep: int, mask: Array | None) -> None:

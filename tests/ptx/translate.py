@@ -1,5 +1,6 @@
 """Each instruction as a function on all threads at once, under a mask of those that execute it."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -136,11 +137,11 @@ class Translator:
             types[2:] = [to] * (name == "mad")
         elif name in {"shl", "shr"}:
             types[1] = "u32"
-        elif name in {"bfe", "bfi"}:
+        elif name == "bfe":
             types[-2:] = ["u32", "u32"]
         elif name == "selp":
             types[2] = "pred"
-        elif name in {"popc", "clz"}:
+        elif name == "popc":
             to = "u32"
         elif "NaN" in i.opcode:
             function = np.minimum if name == "min" else np.maximum
@@ -149,44 +150,30 @@ class Translator:
             function = lambda *x: numerics.ftz(exact(*map(numerics.ftz, x)))  # noqa: E731
         reads = [self.source(text, of) for text, of in zip(i.operands[1:], types, strict=True)]
         write = self.destination(i.operands[0], to)
-        if len(reads) == 2:  # most are
-            one, two = reads
-            return lambda t, mask: write(t, function(one(t), two(t)), mask)
         return lambda t, mask: write(t, function(*[read(t) for read in reads]), mask)
 
     def _compare(self, i: Instruction, kind: str) -> Step:
         function = numerics.comparison(i.opcode[1], kind)
         one, two = (self.source(text, kind) for text in i.operands[1:])
-        names = [name.strip() for name in i.operands[0].split("|")]
-        if len(names) == 1:
-            write = self.destination(names[0], "pred")
-            return lambda t, mask: write(t, function(one(t), two(t)), mask)
-        if not kind.endswith("x2"):
-            raise NotEmulated("a predicate and its opposite")
-        low, high = (self.destination(name, "pred") for name in names)
+        write = self.destinations(i.operands[0].replace("|", ","), "pred")
 
-        def both(t: "Threads", mask: Mask) -> None:
-            found = function(one(t), two(t))
-            low(t, found[:, 0], mask)
-            high(t, found[:, 1], mask)
+        def compare(_t: "Threads", x: Array, y: Array, _mask: Mask) -> list[Array]:
+            found = function(x, y)
+            return list(found.T) if kind.endswith("x2") else [found]
 
-        return both
+        return _call(write, compare, one, two)
 
     def _mov(self, i: Instruction) -> Step:
         to, what = i.operands
-        whole = WIDTH[i.opcode[-1]]
+        whole, bits = WIDTH[i.opcode[-1]], f"b{8 * WIDTH[i.opcode[-1]]}"
         if to.startswith("{"):
             count = len(_vector(to))
-            write = self.destinations(to, f"b{8 * whole // count}")
-            read = self.source(what, f"b{8 * whole}")
+            write, read = self.destinations(to, f"b{8 * whole // count}"), self.source(what, bits)
             part = UNSIGNED[whole // count]
-            return lambda t, mask: write(
-                t, np.ascontiguousarray(read(t)).view(part).reshape(-1, count).T, mask
-            )
+            return lambda t, mask: write(t, read(t).view(part).reshape(-1, count).T, mask)
         if what.startswith("{"):
             reads = self.sources(what, f"b{8 * whole // len(_vector(what))}")
-            one = self.destination(to, f"b{8 * whole}")
-            word = UNSIGNED[whole]
+            one, word = self.destination(to, bits), UNSIGNED[whole]
             return lambda t, mask: one(t, np.stack(reads(t), -1).view(word).reshape(-1), mask)
         return self._compute(i)
 
@@ -196,19 +183,14 @@ class Translator:
         if "param" in i.opcode:
             number = self.kernel.parameters.index(i.operands[1].strip("[] "))
             write = self.destination(i.operands[0], kind)
-            size = WIDTH[kind]
-
-            def parameter(t: "Threads", mask: Mask) -> None:
-                bits = np.array([t.arguments[number]], np.uint64).view(UNSIGNED[size])[:1]
-                write(t, numerics.decode(bits, kind)[0], mask)
-
-            return parameter
+            given = numerics.constant
+            return lambda t, mask: write(t, given(str(t.arguments[number]), kind), mask)
         count, width, where = len(_vector(i.operands[0])), WIDTH[kind], self.address(i.operands[1])
         assign = self.destinations(i.operands[0], kind)
-        shared = "shared" in i.opcode
+        space = "shared" if "shared" in i.opcode else "memory"
 
         def load(t: "Threads", mask: Mask) -> None:
-            rows = t.load(t.space(shared), where(t), width, count, mask)
+            rows = t.load(getattr(t, space), where(t), width, count, mask)
             assign(t, numerics.decode(rows, kind), mask)
 
         return load
@@ -216,12 +198,12 @@ class Translator:
     def _st(self, i: Instruction) -> Step:
         width, where = WIDTH[i.opcode[-1]], self.address(i.operands[0])
         reads = self.sources(i.operands[1], f"b{8 * width}")
-        shared = "shared" in i.opcode
-        return lambda t, mask: t.store(t.space(shared), where(t), reads(t), mask)
+        space = "shared" if "shared" in i.opcode else "memory"
+        return lambda t, mask: t.store(getattr(t, space), where(t), reads(t), mask)
 
     def _cp(self, i: Instruction) -> Step:
         if i.opcode[1:3] == ("async", "commit_group"):
-            return proxies.commit_copies
+            return lambda t, mask: proxies.commit(t, t.committed, mask)
         if i.opcode[1:3] == ("async", "wait_group"):
             keep = int(i.operands[0])
             return lambda t, mask: proxies.wait_for_copies(t, keep, mask)
@@ -239,33 +221,19 @@ class Translator:
         return lambda t, mask: t.require_whole(mask, 32)
 
     def _shfl(self, i: Instruction) -> Step:
-        value, lane = (self.source(text, "b32") for text in i.operands[1:3])
-        control = self.source(i.operands[3], "b32")
-        write = self.destination(i.operands[0], "b32")
-        mode = i.opcode[2]
-        return lambda t, mask: write(
-            t, warps.shuffle(t, mode, value(t), lane(t), control(t), mask), mask
-        )
+        reads = [self.source(text, "b32") for text in i.operands[1:4]]
+        function = functools.partial(warps.shuffle, mode=i.opcode[2])
+        return _call(self.destination(i.operands[0], "b32"), function, *reads)
 
     def _redux(self, i: Instruction) -> Step:
-        value, write = (f(x, i.opcode[-1]) for f, x in
-                        ((self.source, i.operands[1]), (self.destination, i.operands[0])))  # fmt: skip
-        what = i.opcode[2]
-        return lambda t, mask: write(t, warps.reduce(t, what, value(t), mask), mask)
-
-    def _vote(self, i: Instruction) -> Step:
-        value = self.source(i.operands[1], "pred")
-        write = self.destination(i.operands[0], i.opcode[-1])
-        what = i.opcode[2]
-        return lambda t, mask: write(t, warps.vote(t, what, value(t), mask), mask)
+        function, kind = functools.partial(warps.reduce, what=i.opcode[2]), i.opcode[3]
+        write, read = self.destination(i.operands[0], kind), self.source(i.operands[1], kind)
+        return _call(write, function, read)
 
     def _ldmatrix(self, i: Instruction) -> Step:
-        count, where = len(_vector(i.operands[0])), self.address(i.operands[1])
-        assign = self.destinations(i.operands[0], "b32")
-        trans = "trans" in i.opcode
-        return lambda t, mask: assign(
-            t, warps.load_matrices(t, where(t), count, mask, trans=trans), mask
-        )
+        count, trans = len(_vector(i.operands[0])), "trans" in i.opcode
+        function = functools.partial(warps.load_matrices, count=count, trans=trans)
+        return _call(self.destinations(i.operands[0], "b32"), function, self.address(i.operands[1]))
 
     def _stmatrix(self, i: Instruction) -> Step:
         where, reads = self.address(i.operands[0]), self.sources(i.operands[1], "b32")
@@ -275,42 +243,36 @@ class Translator:
     def _mma(self, i: Instruction) -> Step:
         shape, types = i.opcode[3], i.opcode[6:]
         kind = "b64" if types[0] == "f64" else "b32"
-        a, b, c = (self.sources(text, kind) for text in i.operands[1:])
-        assign = self.destinations(i.operands[0], kind)
-        return lambda t, mask: assign(
-            t, warps.multiply(t, shape, types, a(t), b(t), c(t), mask), mask
-        )
+        function = functools.partial(warps.multiply, shape=shape, types=types)
+        reads = [self.sources(text, kind) for text in i.operands[1:]]
+        return _call(self.destinations(i.operands[0], kind), function, *reads)
 
     def _fence(self, i: Instruction) -> Step:
-        if i.opcode[1:3] == ("proxy", "async"):
-            return proxies.fence
-        return self._compute(i)
+        return proxies.fence if i.opcode[1:3] == ("proxy", "async") else self._compute(i)
 
     def _wgmma(self, i: Instruction) -> Step:
         what = i.opcode[1]
         if what == "fence":
             return lambda t, mask: t.require_whole(mask, proxies.GROUP)
         if what == "commit_group":
-            return proxies.commit_products
+            return lambda t, mask: proxies.commit(t, t.committed_products, mask)
         if what == "wait_group":
             keep = int(i.operands[0])
             return lambda t, mask: proxies.wait_for_products(t, keep, mask)
-        flags = [int(text) for text in i.operands[4:]]
-        call = proxies.Product.of(i, flags)
-        old, assign = self.sources(i.operands[0], "b32"), self.destinations(i.operands[0], "b32")
-        inside = i.operands[1].startswith("{")
+        function = functools.partial(proxies.multiply, product=proxies.Product.of(i))
+        old, inside = self.sources(i.operands[0], "b32"), i.operands[1].startswith("{")
         a = self.sources(i.operands[1], "b32") if inside else self.source(i.operands[1], "b64")
-        b, scale = self.source(i.operands[2], "b64"), self.source(i.operands[3], "pred")
+        b, keep = self.source(i.operands[2], "b64"), self.sources(i.operands[3], "pred")
+        return _call(self.destinations(i.operands[0], "b32"), function, old, a, b, keep)
 
 
-        def multiply(t: "Threads", mask: Mask) -> None:
-            keep = numerics.spread(scale(t), t.count)
-            assign(t, proxies.multiply(t, call, old(t), a(t), b(t), keep, mask), mask)
+def _call(write: Callable[..., None], function: Function, *reads: Source) -> Step:
+    """Write what a function of all threads makes of the operands."""
 
-        return multiply
+    def run(t: "Threads", mask: Mask) -> None:
+        write(t, function(t, *[read(t) for read in reads], mask), mask)
 
-    def _trap(self, _i: Instruction) -> Step:
-        return lambda t, mask: t.find("trap", t.lanes(mask))
+    return run
 
 
 def _vector(text: str) -> list[str]:

@@ -1,25 +1,21 @@
-"""What the lanes of a warp do together: shuffles, reductions, votes, matrices, tensor cores."""
+"""What the lanes of a warp do together: shuffles, reductions, matrices, tensor cores."""
 
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ptx import numerics
-from ptx.numerics import Array, f2, f4, f8, u2, u4, u8
+from ptx.numerics import Array, f4, f8, u2, u4, u8
 from ptx.parse import NotEmulated
 
 if TYPE_CHECKING:
     from ptx.machine import Threads
 
 LANES = 32
-REDUCE = {
-    "add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and,
-    "or": np.bitwise_or, "xor": np.bitwise_xor,
-}  # fmt: skip
 
 
 def shuffle(
-    t: "Threads", mode: str, value: Array, lane: Array, control: Array, mask: Array | None
+    t: "Threads", value: Array, lane: Array, control: Array, mask: Array | None, *, mode: str
 ) -> Array:
     """``shfl``: the value of another lane, or the lane's own beyond its segment."""
     t.require_whole(mask, LANES)
@@ -43,19 +39,11 @@ def shuffle(
     return np.take_along_axis(values, np.where(inside, other, own), 1).reshape(-1)
 
 
-def reduce(t: "Threads", what: str, value: Array, mask: Array | None) -> Array:
+def reduce(t: "Threads", value: Array, mask: Array | None, *, what: str) -> Array:
     """``redux``: one integer of all lanes."""
     t.require_whole(mask, LANES)
-    return np.repeat(REDUCE[what].reduce(value.reshape(-1, LANES), 1, dtype=value.dtype), LANES)
-
-
-def vote(t: "Threads", what: str, value: Array, mask: Array | None) -> Array:
-    """``vote``: what all lanes say of a predicate."""
-    t.require_whole(mask, LANES)
-    votes = numerics.spread(value, t.count).reshape(-1, LANES)
-    if what == "ballot":
-        return np.repeat((votes.astype(u4) << np.arange(LANES, dtype=u4)).sum(1, dtype=u4), LANES)
-    return np.repeat(votes.any(1) if what == "any" else votes.all(1), LANES)
+    function = numerics.FUNCTIONS[what]
+    return np.repeat(function.reduce(value.reshape(-1, LANES), 1, dtype=value.dtype), LANES)
 
 
 def _givers(t: "Threads", count: int, mask: Array | None) -> Array:
@@ -66,7 +54,7 @@ def _givers(t: "Threads", count: int, mask: Array | None) -> Array:
 
 
 def load_matrices(
-    t: "Threads", address: Array, count: int, mask: Array | None, *, trans: bool
+    t: "Threads", address: Array, mask: Array | None, *, count: int, trans: bool
 ) -> list[Array]:
     """``ldmatrix``: 8 x 8 numbers of 16 bits; row r lies in four lanes from 4 r on."""
     rows = t.load(t.shared, address, 2, 8, _givers(t, count, mask))
@@ -101,37 +89,32 @@ def factor(bits: Array, kind: str) -> Array:
     return numerics.decode(bits, kind).astype(f8)
 
 
-def multiply(
-    t: "Threads",
-    shape: str,
-    types: tuple[str, ...],
-    a: list[Array],
-    b: list[Array],
-    c: list[Array],
-    mask: Array | None,
-) -> list[Array]:
-    """``mma``: D = A B + C, exact products, one rounding.
+def rows_of(registers: list[Array], kind: str, tall: int) -> list[Array]:
+    """A factor of each warp, in ``tall`` parts (warps, 8, depth).
 
-    A register has the next ``per`` numbers of row ``lane / 4`` of its 8 x (4 per) part; the parts
-    of A and C go down the rows first.
+    A register has the next numbers, one or two of 16 bits, of row ``lane / 4`` of its part; the
+    registers go down the rows first.
     """
+    parts = []
+    for bits in registers:
+        packed = np.ascontiguousarray(bits)
+        packed = packed.view(u2) if kind in {"f16", "bf16"} else packed
+        parts.append(factor(packed, kind).reshape(len(bits) // LANES, 8, -1))
+    return [np.concatenate(parts[k::tall], 2) for k in range(tall)]
+
+
+def multiply(
+    t: "Threads", a: list[Array], b: list[Array], c: list[Array], mask: Array | None, *,
+    shape: str, types: tuple[str, ...],
+) -> list[Array]:  # fmt: skip
+    """``mma``: D = A B + C, exact products, one rounding."""
     t.require_whole(mask, LANES)
-    kind = types[1]
-    per = {"f16": 2, "bf16": 2}.get(kind, 1)
     out = {"f32": f4, "f64": f8}.get(types[0])
     if out is None or not shape.startswith(("m16n8k", "m8n8k")):
         raise NotEmulated(f"mma {shape} {types}")
-    tall = 2 if shape.startswith("m16") else 1
-
-    def parts(registers: list[Array]) -> list[Array]:
-        packed = [np.ascontiguousarray(r).view(u2) if per == 2 else r for r in registers]
-        return [factor(r, kind).reshape(-1, 8, 4 * per) for r in packed]
-
-    left = parts(a)
-    rows = [np.concatenate(left[k::tall], 2) for k in range(tall)]
-    right = np.concatenate(parts(b), 2).swapaxes(1, 2)
+    right = rows_of(b, types[1], 1)[0].swapaxes(1, 2)
     result = []
-    for k, block in enumerate(rows):
+    for k, block in enumerate(rows_of(a, types[1], 2 if shape.startswith("m16") else 1)):
         product = block @ right  # (warps, 8, 8)
         for column in range(2):
             old = c[2 * k + column].view(out).astype(f8)
