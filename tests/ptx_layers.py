@@ -11,10 +11,12 @@ Exit status 1 if a layer has a finding, or is less accurate than `segmoe_kernels
 import argparse
 import ast
 import hashlib
+import io
 import json
 import os
 import sys
 import time
+import tokenize
 from pathlib import Path
 from unittest import mock
 
@@ -93,7 +95,10 @@ def kernel_digests():
             if isinstance(node, ast.FunctionDef) and "triton.jit" in map(
                 ast.unparse, node.decorator_list
             ):
-                texts[node.name] = ast.get_source_segment(text, node)
+                source = ast.get_source_segment(text, node)
+                words = tokenize.generate_tokens(io.StringIO(source).readline)
+                skipped = {tokenize.COMMENT, tokenize.NL}
+                texts[node.name] = " ".join(w.string for w in words if w.type not in skipped)
                 calls[node.name] = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
     found = {}
     for name in (name for name in texts if name.endswith("_kernel")):
