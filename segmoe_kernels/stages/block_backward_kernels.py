@@ -263,7 +263,7 @@ def block_dx_kernel(
             gate_ptr is not None, up_bias_ptr is not None, gate_bias_ptr is not None,
             ACTIVATION, ACC, PRECISION, f0,
         )  # fmt: skip
-        # Products are rounded first: fused with the sum, lanes of a row would have other bits of it.
+        # Rounded before the sum: fused with it, the lanes of a row would have different bits.
         dweight += tl.sum(tl.fma(dhidden, hidden, 0.0), 1)
         if dx_ptr is not None:
             dpre = (dpre * weights[:, None]).to(x.dtype)
