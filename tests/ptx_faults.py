@@ -111,11 +111,10 @@ def right_output(where):
 
 
 def plant_core(arch):
-    """Whether one place of each kind that this architecture has is noticed again."""
+    """Whether one place of the kinds in CORE that this architecture has is noticed again."""
     rows = json.loads(REPORT.read_text(encoding="utf-8"))
-    found = {
-        r["kind"]: plant(r["kind"], r["first"]) for r in rows if KINDS[r["kind"]][0][0] == arch
-    }
+    rows = [r for r in rows if r["kind"] in CORE and KINDS[r["kind"]][0][0] == arch]
+    found = {row["kind"]: plant(row["kind"], row["first"]) for row in rows}
     return {kind: bool(reports or wrong) for kind, (reports, wrong, _) in found.items()}
 
 
