@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Test processes: one for each core of a small machine.
 JOBS ?= 2
 
-.PHONY: demo test fuzz accuracy mutants matrix ptx ttsem sanitize lint docs bench gpu clean
+.PHONY: demo test fuzz accuracy mutants matrix ptx sanitize lint docs bench gpu clean
 
 $(READY): setup.py
 	$(PYTHON) -m venv $(VENV)
