@@ -286,7 +286,7 @@ def grouped_gemm_dhidden_kernel(
     dweight = tl.zeros((BLOCK_M,), dtype=ACC)
     k_end = tl.where(expert < num_experts, K, 0)
     # Where registers read dy too, Triton 3.7 pipelines with one buffer too few for wgmma: the next
-    # next rows would be loaded over those that it still reads.
+    # rows would be loaded over those that it still reads.
     for k0 in tl.range(0, k_end, BLOCK_K, num_stages=1 if down_bias_ptr is not None else None):
         offs_k = k0 + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
