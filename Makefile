@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Test processes: one for each core of a small machine.
 JOBS ?= 2
 
-.PHONY: demo test fuzz accuracy mutants matrix sanitize lint docs bench gpu clean
+.PHONY: demo test fuzz accuracy mutants matrix ptx sanitize lint docs bench gpu clean
 
 $(READY): setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,10 @@ mutants: $(READY)  ## faults planted in the kernels, which tests have to notice;
 
 matrix: $(READY)  ## core tests with each release of torch and triton; writes tests/reports/versions.md
 	$(RUN) tests/matrix.py
+
+ptx: $(READY)  ## compiled kernels of every layer, executed without a GPU; writes tests/reports/ptx.md
+	$(RUN) tests/ptx_layers.py
+	$(RUN) tests/ptx_faults.py
 
 lint: $(READY)  ## style and types
 	$(RUN) -m ruff check .

@@ -435,11 +435,44 @@ def deploying() -> Figure:
     return figure
 
 
+def trust() -> Figure:
+    """Which check sees which fault of a kernel: fully, in part, not at all."""
+    checks = ["interpreter", "compiled ahead", "emulator", "GPU run"]
+    faults = {
+        "wrong formula": (2, 0, 2, 2),
+        "programs of a grid depend on each other": (2, 0, 2, 1),
+        "access beyond a tensor, wrong mask": (2, 0, 2, 1),
+        "read of what nobody wrote": (2, 0, 2, 1),
+        "race of warps, barrier too few": (0, 0, 2, 1),
+        "copy or product not waited for": (0, 0, 2, 1),
+        "false claim of alignment": (0, 0, 2, 2),
+        "what Triton and LLVM make of the source": (0, 1, 2, 2),
+        "registers spill, shared memory too large": (0, 2, 0, 2),
+        "what ptxas makes of PTX": (0, 1, 0, 2),
+        "approximate instructions' true error": (0, 0, 0, 2),
+        "time": (0, 0, 0, 2),
+    }
+    figure = Figure(figsize=(7.2, 3.9), layout="constrained")
+    axis = figure.subplots()
+    for row, marks in enumerate(faults.values()):
+        for column, mark in enumerate(marks):
+            face = (GREY, "white", COLOURS[0])[mark] if mark else "none"
+            edge = COLOURS[0] if mark else GREY
+            axis.scatter(column, -row, s=(8, 90, 90)[mark], facecolor=face, edgecolor=edge)
+    axis.set_xticks(range(len(checks)), checks)
+    axis.set_yticks([-row for row in range(len(faults))], list(faults))
+    axis.xaxis.tick_top()
+    axis.tick_params(length=0)
+    axis.set(xlim=(-0.6, len(checks) - 0.4), ylim=(-len(faults) + 0.4, 0.6))
+    axis.spines[:].set_visible(False)
+    return figure
+
+
 PICTURES: dict[str, Callable[[], Figure]] = {
     function.__name__: function
     for function in (
         *(segments, routing, permutation, experts, shared, plans, backward, losses, precision),
-        *(parallel, swapping, deploying),
+        *(parallel, swapping, deploying, trust),
         *(result_pictures.baselines, result_pictures.sizes, result_pictures.cost),
         *(result_pictures.ablations, result_pictures.specialisation, result_pictures.failures),
     )

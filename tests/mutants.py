@@ -1031,8 +1031,8 @@ _BLOCK_BACKWARD = _in(
     ),
     ("_finish_segments", "step", "(position == p)", "(position >= p)", "steps share their shares"),
     (
-        "block_dx_kernel", "no sum over chunks", "dweight += tl.sum(dhidden * hidden, 1)",
-        "dweight = tl.sum(dhidden * hidden, 1)", "the last chunk is all, the bias is lost",
+        "block_dx_kernel", "no sum over chunks", "dweight += tl.sum(tl.fma(dhidden",
+        "dweight = tl.sum(tl.fma(dhidden", "the last chunk is all, the bias is lost",
     ),
     (
         "block_dx_kernel", "missing weight", "dpre = (dpre * weights[:, None]).to(x.dtype)",
@@ -1153,8 +1153,8 @@ _EXPERTS = _in(
         "steps of a segment drop the same", {"tests": DROPOUT},
     ),
     (
-        "expert_ffn_dx_kernel", "no sum over chunks", "dweight += tl.sum(dhidden * hidden, 1)",
-        "dweight = tl.sum(dhidden * hidden, 1)", "the last chunk is all, the bias is lost",
+        "expert_ffn_dx_kernel", "no sum over chunks", "dweight += tl.sum(tl.fma(dhidden",
+        "dweight = tl.sum(tl.fma(dhidden", "the last chunk is all, the bias is lost",
     ),
     (
         "expert_ffn_dx_kernel", "place of a share", "drow_weights_ptr + row_ids",

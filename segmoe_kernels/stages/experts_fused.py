@@ -183,7 +183,7 @@ def expert_ffn_dx_kernel(
     if down_bias_ptr is not None:
         # Before the loop: dy need not stay in registers through it.
         bias = tl.load(down_bias_ptr + e * D + offs_d, mask=(offs_d < D) & (f_end > 0), other=0.0)
-        dweight += tl.sum(dy.to(ACC) * bias.to(ACC)[None, :], 1)
+        dweight += tl.sum(tl.fma(dy.to(ACC), bias.to(ACC)[None, :], 0.0), 1)
         if dy.dtype.primitive_bitwidth > 16:
             # Without tensor cores the sum and the products below would share dy in registers, whole
             # rows in each thread. Loaded anew, behind a barrier, it's read from shared memory.
@@ -206,7 +206,8 @@ def expert_ffn_dx_kernel(
             gate_ptr is not None, up_bias_ptr is not None, gate_bias_ptr is not None,
             ACTIVATION, ACC, PRECISION, f0,
         )  # fmt: skip
-        dweight += tl.sum(dhidden * hidden, 1)
+        # Rounded before the sum: fused with it, the lanes of a row would have different bits.
+        dweight += tl.sum(tl.fma(dhidden, hidden, 0.0), 1)
         if dx_ptr is not None:
             dpre = (dpre * weights[:, None]).to(x.dtype)
             dx = tl.dot(dpre, up, dx, input_precision=PRECISION, out_dtype=ACC)

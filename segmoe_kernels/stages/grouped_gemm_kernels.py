@@ -285,7 +285,9 @@ def grouped_gemm_dhidden_kernel(
     dhidden = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     dweight = tl.zeros((BLOCK_M,), dtype=ACC)
     k_end = tl.where(expert < num_experts, K, 0)
-    for k0 in range(0, k_end, BLOCK_K):
+    # Where registers read dy too, Triton 3.7 pipelines with one buffer too few for wgmma: the next
+    # rows would be loaded over those that it still reads.
+    for k0 in tl.range(0, k_end, BLOCK_K, num_stages=1 if down_bias_ptr is not None else None):
         offs_k = k0 + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
         dy = load_rows(
@@ -402,7 +404,8 @@ def grouped_gemm_dw_kernel(
         if start < stop:
             dw = tl.zeros((BLOCK_N, BLOCK_K), dtype=ACC)
             dbias = tl.zeros((BLOCK_N,), dtype=ACC)
-            for tile in range(start, stop):
+            # As in `grouped_gemm_dhidden_kernel`: the bias reads a in registers.
+            for tile in tl.range(start, stop, num_stages=1 if HAS_BIAS else None):
                 rows = lo + (tile - before) * BLOCK_M + tl.arange(0, BLOCK_M)
                 mask_m = rows < hi
                 slot = rows

@@ -1,0 +1,345 @@
+"""Layers of every kind under the emulator of `ptx`: values, choices, races, stray accesses.
+
+    make ptx                                     all, on both architectures; writes the report
+    python tests/ptx_layers.py --only TEXT       those whose name has the text
+    python tests/ptx_layers.py --core sm_90      the few of a test; prints JSON
+
+A row whose kernels have not changed since keeps its result, so a run can be stopped and goes on.
+Exit status 1 if a layer has a finding, or is less accurate than `segmoe_kernels.testing` allows.
+"""
+
+import argparse
+import ast
+import hashlib
+import io
+import json
+import os
+import sys
+import time
+import tokenize
+from pathlib import Path
+from unittest import mock
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+REPORT = HERE / "reports" / "ptx.json"
+ARCHS = ("sm_80", "sm_90")
+GROUPED = {"plan": "grouped"}
+ALONE = {"shared_expert": None}
+MANY = {"gated": True, "bias": True, "activation": "silu", "top_k": 2, "masked": 0.3}
+# Name -> options of the layer, and: dtype, shape (batch, steps), masked, plan, backward, shared,
+# tf32, layout, order (a seed: run again in another order of warps and blocks).
+LAYERS = {
+    "fp32": {"dtype": "float32", **ALONE},
+    "fp32 many options": {"dtype": "float32", **MANY, **ALONE},
+    "fp32 grouped": {"dtype": "float32", **GROUPED, "top_k": 2, **ALONE},
+    "fp32 grouped many options": {"dtype": "float32", **GROUPED, **MANY, **ALONE},
+    "fp32 TF32": {"dtype": "float32", "tf32": True, **ALONE},
+    "fp32 TF32 grouped": {"dtype": "float32", "tf32": True, **GROUPED, **MANY, **ALONE},
+    "fp32 shared fused": {"dtype": "float32", "shared": "fused", "masked": 0.3, "segment_size": 3},
+    "fp16 grouped": {"dtype": "float16", **GROUPED, "top_k": 2, **ALONE},
+    "fp64": {"dtype": "float64", "d_model": 16, "shape": (1, 23), **ALONE},
+    "fp64 grouped": {"dtype": "float64", "d_model": 16, "shape": (1, 23), **GROUPED, **ALONE},
+    "bf16": ALONE,
+    "bf16 top_k=E": {"top_k": 4, **ALONE},
+    "bf16 many options": {**MANY, **ALONE},
+    "bf16 grouped many options": {**GROUPED, **MANY, **ALONE},
+    "bf16 two passes": {"backward": "two", **ALONE},
+    "bf16 P=1": {"segment_size": 1, **ALONE},
+    "bf16 P=3": {"segment_size": 3, **ALONE},
+    "bf16 D=16": {"d_model": 16, **ALONE},
+    "bf16 D=33 F=65": {"d_model": 33, "d_ff": 65, **ALONE},
+    "bf16 D=33 F=65 grouped": {"d_model": 33, "d_ff": 65, **GROUPED, **ALONE},
+    "bf16 D=256": {"d_model": 256, **ALONE},
+    "bf16 D=512 many options": {"d_model": 512, "d_ff": 128, **MANY, **ALONE},
+    "bf16 mean causal": {"pooling": "mean", "causal": True, **ALONE},
+    "bf16 max masked": {"pooling": "max", "masked": 0.3, **ALONE},
+    "bf16 first": {"pooling": "first", **ALONE},
+    "bf16 last causal": {"pooling": "last", "causal": True, **ALONE},
+    "bf16 dropout": {"dropout": 0.2, "router_dropout": 0.1, **ALONE},
+    "bf16 shared fused many options": {"shared": "fused", "segment_size": 3, **MANY},
+    "bf16 shared vendor": {"shared": "vendor", "segment_size": 3, **MANY},
+    "bf16 shared token": {"shared_expert": "token", "segment_size": 3},
+    "bf16 whole segments": {"expert_scope": "segment", "segment_size": 3, "d_model": 32, **ALONE},
+    "bf16 unaligned": {"layout": "unaligned", **ALONE},
+    "bf16 sliced": {"layout": "sliced", **GROUPED, **ALONE},
+    "bf16 ties": {"num_experts": 7, "top_k": 3, "ties": True, **ALONE},
+    "fp32 ties grouped": {"dtype": "float32", "top_k": 2, "ties": True, **GROUPED, **ALONE},
+    "bf16 one segment": {"shape": (1, 4), **ALONE},
+    "bf16 E=20 top_k=4": {"num_experts": 20, "top_k": 4, "shape": (1, 13), **ALONE},
+    "stages alone": {},
+    "fp16 other orders": {"dtype": "float16", "order": 1, **ALONE},
+    "fp32 grouped other orders": {"dtype": "float32", "order": 2, **GROUPED, **ALONE},
+    "bf16 top_k=2 other orders": {"top_k": 2, "masked": 0.3, "order": 3, **ALONE},
+    "bf16 grouped other orders": {"order": 4, **GROUPED, **ALONE},
+    "bf16 shared fused other orders": {
+        "shared": "fused", "segment_size": 3, "masked": 0.3, "order": 5,
+    },
+}  # fmt: skip
+CORE = ("fp32 grouped", "bf16 top_k=2 other orders")
+# The rest of a layer's settings; not options of it.
+CALLS = {"dtype", "shape", "masked", "plan", "backward", "shared", "tf32"}
+CALLS |= {"layout", "ties", "order"}
+
+
+def kernel_digests():
+    """Name -> digest of each kernel's source, and of all compiled functions that it calls."""
+    texts, calls = {}, {}
+    for path in sorted((ROOT / "segmoe_kernels").glob("*/*.py")):
+        text = path.read_text(encoding="utf-8")
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef) and "triton.jit" in map(
+                ast.unparse, node.decorator_list
+            ):
+                source = ast.get_source_segment(text, node)
+                words = tokenize.generate_tokens(io.StringIO(source).readline)
+                skipped = {tokenize.COMMENT, tokenize.NL}
+                texts[node.name] = " ".join(w.string for w in words if w.type not in skipped)
+                calls[node.name] = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    found = {}
+    for name in (name for name in texts if name.endswith("_kernel")):
+        needed = {name}
+        while more := {c for n in needed for c in calls[n] & texts.keys()} - needed:
+            needed |= more
+        joined = "\n".join(texts[n] for n in sorted(needed))
+        found[name] = hashlib.sha256(joined.encode()).hexdigest()[:12]
+    return found
+
+
+def build(options):
+    """``(layer, x, dy, mask)`` of a layer of the list."""
+    import torch
+
+    from segmoe_kernels import SegMoE
+    from segmoe_kernels.testing import make_inputs
+
+    settings = {"d_model": 64, "num_experts": 4, "segment_size": 5}
+    settings |= {name: value for name, value in options.items() if name not in CALLS}
+    settings.setdefault("d_ff", 2 * settings["d_model"])
+    dtype = getattr(torch, options.get("dtype", "bfloat16"))
+    torch.manual_seed(0)
+    layer = SegMoE(**settings, dtype=dtype, backend="triton")
+    if options.get("ties"):
+        with torch.no_grad():  # rows in pairs: every logit twice
+            layer.router.weight[:] = layer.router.weight[torch.arange(layer.num_experts) // 2]
+    shape = (*options.get("shape", (2, 37)), layer.d_model)
+    x, dy, mask = make_inputs(*shape, dtype=dtype, masked=options.get("masked", 0.0))
+    if options.get("layout") == "unaligned":
+        x = torch.zeros(x.numel() + 1, dtype=dtype)[1:].view(shape).copy_(x)
+    elif options.get("layout") == "sliced":
+        x = torch.zeros(shape[0], shape[1] + 3, shape[2] + 8, dtype=dtype)[:, 2:-1, 3:-5].copy_(x)
+    return layer, x, dy, mask
+
+
+def run_once(layer, x, dy, mask):
+    """Forward and backward: results by name, and the choices."""
+    import torch
+
+    torch.manual_seed(1)
+    layer.zero_grad()
+    x = x.detach().requires_grad_()
+    y, routing = layer.forward_with_routing(x, mask)
+    y.backward(dy)
+    results = {"y": y.detach(), "dx": x.grad}
+    results |= {f"d{n}": p.grad for n, p in layer.named_parameters() if p.grad is not None}
+    return {name: value.clone() for name, value in results.items()}, routing.topk_ids
+
+
+def run_stages():
+    """What a layer leaves out, since a neighbour does the work of it."""
+    import torch
+
+    from segmoe_kernels import functional
+
+    ids = torch.randint(-1, 4, (513 * 32, 1), dtype=torch.int32)
+    found = functional.permute(ids, 4, backend="triton")
+    exact = functional.permute(ids, 4, backend="reference")
+    parts = torch.randn(2, 3, 41, 40, requires_grad=True)
+    shared = torch.randn(3, 14, 120, requires_grad=True)
+    logits = torch.randn(3, 14, requires_grad=True)
+    mask = torch.rand(3, 41) < 0.8
+    dy = torch.randn(3, 41, 40)
+    results = []
+    for backend, dtype in (("triton", None), ("reference", None), ("reference", torch.float64)):
+        given = [t.detach().to(dtype).requires_grad_() for t in (parts, shared, logits)]
+        y = functional.combine(*given, padding_mask=mask, backend=backend)
+        y.backward(dy.to(y.dtype))
+        results.append({"y": y.detach()} | {str(k): t.grad for k, t in enumerate(given)})
+    same = all(torch.equal(value, getattr(found, name)) for name, value in vars(exact).items())
+    return results, same
+
+
+def share_of_limit(actual, eager, exact):
+    """The worst error over its limit: over 1 is too large. NaN is infinite."""
+    import torch
+
+    from segmoe_kernels.testing import compare
+
+    worst = 0.0
+    for name, value in exact.items():
+        found = compare(actual[name], eager[name], value)
+        if value.numel() and actual[name].dtype == torch.float64:  # where eager has no error
+            shares = [found.max / (1e-11 * max(1.0, value.abs().max().item()))]
+        else:
+            tiny = sys.float_info.min
+            shares = [found.rms / (found.rms_limit + tiny), found.max / (found.max_limit + tiny)]
+        worst = max([worst, *(share if share == share else float("inf") for share in shares)])  # noqa: PLR0124
+    return worst
+
+
+def measure(name, arch, order=None):
+    """A row of the report.
+
+    Args:
+        name: of a layer.
+        arch: "sm_80" or "sm_90".
+        order: a seed: the layer must give the same bits in another order of warps and blocks.
+    """
+    import torch
+    from ptx.harness import emulated
+
+    from segmoe_kernels.testing import oracle, run_layer
+
+    options, launches, again = LAYERS[name], [], []
+    variables = {
+        f"SEGMOE_{key.upper()}": options[key]
+        for key in ("plan", "backward", "shared")
+        if key in options
+    }
+    begin = time.process_time()
+    repeats = share = None
+    torch.backends.cuda.matmul.allow_tf32 = bool(options.get("tf32"))
+    with mock.patch.dict(os.environ, variables):
+        if not options:
+            with emulated(arch, launches):
+                results, same_ids = run_stages()
+            share = share_of_limit(*results)
+        else:
+            layer, x, dy, mask = build(options)
+            with emulated(arch, launches):
+                actual, ids = run_once(layer, x, dy, mask)
+            if order is not None:
+                with emulated(arch, again, order=order, races=False):
+                    other, _ = run_once(layer, x, dy, mask)
+                repeats = all(torch.equal(actual[key], other[key]) for key in actual)
+            layer.eval()
+            same_ids = _same_ids(layer, x, mask, ids)
+            if "dropout" not in options:
+                # TF32 cuts off what float16 would round.
+                lower = torch.bfloat16 if options.get("tf32") else None
+                eager = run_layer(
+                    layer, x, dy, mask, topk_ids=ids, backend="reference", dtype=lower
+                )
+                share = share_of_limit(actual, eager, oracle(layer, x, dy, mask, topk_ids=ids))
+    return {
+        "layer": name,
+        "arch": arch,
+        "kernels": sorted({launch.kernel for launch in launches}),
+        "launches": len(launches),
+        "share": share if share is None else round(share, 3),
+        "ids": same_ids if "router_dropout" not in options else None,
+        "repeats": repeats,
+        "findings": list(dict.fromkeys(f for launch in launches + again for f in launch.findings)),
+        "seconds": round(time.process_time() - begin, 1),
+    }
+
+
+def _same_ids(layer, x, mask, ids):
+    """Whether all choices are the reference's, in the layer's dtype."""
+    import torch
+
+    layer.backend = "reference"
+    with torch.no_grad():
+        return torch.equal(layer.forward_with_routing(x, mask)[1].topk_ids, ids)
+
+
+def is_fault(row):
+    """Whether a row says that something is wrong."""
+    beyond = row["share"] is not None and row["share"] > 1
+    return bool(row["findings"] or beyond or row["ids"] is False or row["repeats"] is False)
+
+
+def render(rows):
+    """The report as Markdown."""
+    digests = {k: v for row in rows for k, v in row["digests"].items()}
+    yes = {True: "yes", False: "NO", None: ""}
+    lines = [
+        "# Compiled kernels, executed",
+        "",
+        "Written by `make ptx`: whole layers, forward and backward, through the real launchers;",
+        "the PTX that Triton emits for each architecture is executed by the emulator in",
+        "`tests/ptx/`. What that can and can't show: [trust](../../docs/trust.md).",
+        "",
+        f"**{len(rows)}** runs with {sum(row['launches'] for row in rows)} launches of "
+        f"{len(digests)} kernels; {sum(map(is_fault, rows))} with a fault.",
+        "",
+        "`error` is the worst of all outputs and gradients, as a share of what",
+        "`segmoe_kernels.testing` allows (float64: of 1e-11; TF32: of what bfloat16 is allowed).",
+        "`ids`: all choices are the reference's. `repeats`: the same bits when each warp runs",
+        "alone until its barrier, warps and blocks in random order. A finding is a race, an access",
+        "that is misaligned, outside its tensor, or of what nobody wrote, or an asynchronous copy",
+        "or product that was not waited for. Dropout draws other numbers than PyTorch, so has no",
+        "error here.",
+        "",
+        "| layer | arch | launches | error | ids | repeats | findings | seconds |",
+        "|---|---|---:|---:|---|---|---:|---:|",
+    ]
+    for row in rows:
+        share = "" if row["share"] is None else f"{row['share']:.2f}"
+        lines.append(
+            f"| {row['layer']} | {row['arch']} | {row['launches']} | {share} | {yes[row['ids']]} | "
+            f"{yes[row['repeats']]} | {len(row['findings'])} | {row['seconds']:.0f} |"
+        )
+    lines += ["", "| kernel | runs | digest of its source |", "|---|---:|---|"]
+    for kernel, digest in sorted(digests.items()):
+        runs = sum(kernel in row["kernels"] for row in rows)
+        lines.append(f"| `{kernel}` | {runs} | {digest} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(rows):
+    """Write the report."""
+    REPORT.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    REPORT.with_suffix(".md").write_text(render(rows), encoding="utf-8")
+
+
+def main():
+    """Run the command line."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    sys.path.insert(0, str(ROOT))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--core", choices=ARCHS, help="print the rows of a test as JSON")
+    parser.add_argument("--only", default="", metavar="TEXT")
+    arguments = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(1)
+    if arguments.core:
+        import ptx_faults
+        import ptx_kernels
+
+        rows = [measure(name, arguments.core) for name in CORE]
+        planted = ptx_faults.plant_core(arguments.core)
+        small = ptx_kernels.check(arguments.core)
+        print(json.dumps({"rows": rows, "planted": planted, "small": small}))  # noqa: T201
+        return 0
+    digests = kernel_digests()
+    old = json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else []
+    rows = {(row["layer"], row["arch"]): row for row in old}
+    for key in [(name, arch) for name in LAYERS for arch in ARCHS]:
+        row = rows.get(key)
+        settings = repr(LAYERS[key[0]])
+        current = row and row["settings"] == settings and not is_fault(row)
+        current = current and row["digests"] == {k: digests.get(k) for k in row["kernels"]}
+        if current or arguments.only not in key[0]:
+            continue
+        row = measure(*key, LAYERS[key[0]].get("order"))
+        row |= {"settings": settings, "digests": {k: digests[k] for k in row["kernels"]}}
+        rows[key] = row
+        print({k: v for k, v in row.items() if k not in {"kernels", "digests"}}, flush=True)  # noqa: T201
+        write([rows[name, arch] for name in LAYERS for arch in ARCHS if (name, arch) in rows])
+    return int(any(map(is_fault, rows.values())))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
