@@ -55,7 +55,8 @@ class SeriesTable:
         values: (N, C) float64, a row for each step.
         columns: C names of channels; "column 3" where the file has none.
         left_out: name of each other column, and what it holds.
-        notes: what is unusual, as sentences: gaps in the time stamps, decimal commas.
+        notes: what is unusual, as sentences: gaps in the time stamps, or that these were not
+            checked; decimal commas.
     """
 
     values: Array
@@ -65,15 +66,11 @@ class SeriesTable:
 
     def describe(self) -> list[str]:
         """All that there is to say of the file, as sentences."""
-        said = [f"Channels: {_listed(self.columns)}."]
-        if self.left_out:
-            left = [f"{name} ({what})" for name, what in self.left_out.items()]
-            said.append(f"Left out: {_listed(left)}.")
-        return [*said, *self.notes]
+        return [f"Channels: {_listed(self.columns)}.", *_said_of(self.left_out), *self.notes]
 
 
 def read_series(path: str | PathLike[str]) -> Array:
-    """Read the numbers of a CSV file; what `read_table` notes is a warning.
+    """Read the numbers of a CSV file; columns of text, and what `read_table` notes, are warnings.
 
     Args:
         path: as of `read_table`.
@@ -87,7 +84,8 @@ def read_series(path: str | PathLike[str]) -> Array:
         ValueError: as `read_table`.
     """
     table = read_table(path)
-    for note in table.notes:
+    text = {name: what for name, what in table.left_out.items() if "text" in what}
+    for note in (*_said_of(text), *table.notes):
         warnings.warn(f"{Path(path).name}: {note}", stacklevel=2)
     return table.values
 
@@ -97,8 +95,9 @@ def read_table(path: str | PathLike[str]) -> SeriesTable:
 
     Columns are separated by commas, tabs or semicolons; with the latter numbers may have decimal
     commas. Words above numbers are a header, and so is 0, 1, 2, ... above decimals, as
-    pandas writes it. Left out are columns of dates and of text, numbers under a name such as
-    "timestamp", and the nameless column of row numbers that pandas writes.
+    pandas writes it; a word that its column has again below is a value. Left out are columns of
+    dates and of text, numbers under a name such as "timestamp", and the nameless column of row
+    numbers that pandas writes.
 
     Args:
         path: of the file, UTF-8 with or without byte order mark; gzip is known by its content.
@@ -121,7 +120,7 @@ def read_table(path: str | PathLike[str]) -> SeriesTable:
     marks: set[str] = set()
     lines, first, columns = _read(text, delimiter, marks, file)
     kinds = [_kind(column) for column in columns]
-    named = _is_header(first, kinds, bool(marks), file)
+    named = _is_header(first, columns, kinds, bool(marks), file)
     if not named:
         for column, cell in zip(columns, first, strict=True):
             column.insert(0, _part([cell], delimiter, marks))
@@ -137,7 +136,7 @@ def read_table(path: str | PathLike[str]) -> SeriesTable:
     names = _names(first if named else [""] * len(first))
     used: list[tuple[str, Array]] = []
     left: dict[str, str] = {}
-    stamps: list[Column] = []
+    stamps: dict[str, Column] = {}
     for place, (name, kind, column) in enumerate(zip(names, kinds, columns, strict=True)):
         bad = _bad_cell(column, delimiter) if kind in {"number", "missing"} else None
         if bad is not None:
@@ -151,9 +150,14 @@ def read_table(path: str | PathLike[str]) -> SeriesTable:
         else:
             left[name] = what
         if what == "time stamps":
-            stamps.append(column)
+            stamps[name] = column
     if not used:
         _refuse("be a file with columns of numbers", f"none in {file.name}")
+    notes += [
+        f"Time stamps were not checked: those of {name!r} can't be read."
+        for name, what in left.items()
+        if what != "time stamps" and _is_time(name)
+    ]
     notes += time_stamps.irregularities(stamps, lines)
     values = np.stack([values for _, values in used], axis=1)
     return SeriesTable(values, tuple(name for name, _ in used), left, tuple(notes))
@@ -316,7 +320,9 @@ def _kind_of_cell(cell: str) -> str:
     return "number" if _LIKE_NUMBER.fullmatch(cell) else "text"
 
 
-def _is_header(first: list[str], kinds: list[str], decimals: bool, file: Path) -> bool:
+def _is_header(
+    first: list[str], columns: list[Column], kinds: list[str], decimals: bool, file: Path
+) -> bool:
     """Whether the first row has names, above columns of these kinds."""
     cells = [cell.strip() for cell in first]
     above = list(zip(map(_kind_of_cell, cells), kinds, strict=True))
@@ -325,6 +331,13 @@ def _is_header(first: list[str], kinds: list[str], decimals: bool, file: Path) -
     if ("text", "time") in above:
         return True
     names = [cell for cell, kind in zip(cells, kinds, strict=True) if kind in {"number", "missing"}]
+    repeated = (
+        cell in {other.strip() for part in column for other in part}
+        for cell, column, pair in zip(cells, columns, above, strict=True)
+        if pair == ("text", "text")
+    )
+    if any(map(_NUMBER.fullmatch, names)) and any(repeated):
+        return False
     if ("text", "number") in above or ("text", "missing") in above:
         # Names may be whole numbers; beside a number with decimals a word is a bad cell.
         return all(_WHOLE.fullmatch(name) or not _NUMBER.fullmatch(name) for name in names)
@@ -369,13 +382,23 @@ def _left_out(name: str, kind: str, column: Column, *, index: bool) -> str | Non
             for part in column
         )
         return "text and numbers" if any(numbers) else "text"
-    if kind == "time" or re.sub(r"[(\[].*|[^a-z]", "", name.lower()) in TIME_NAMES:
+    if kind == "time" or _is_time(name):
         return "time stamps"
     if index:
         values = np.concatenate(column)
         if (np.diff(values) > 0).all() and (values % 1 == 0).all():
             return "row numbers"
     return None
+
+
+def _is_time(name: str) -> bool:
+    """Whether it is a name of time stamps, but for a unit; one with digits is a channel's."""
+    return re.sub(r"[(\[].*|[\W_]", "", name.lower()) in TIME_NAMES
+
+
+def _said_of(left_out: dict[str, str]) -> list[str]:
+    left = [f"{name} ({what})" for name, what in left_out.items()]
+    return [f"Left out: {_listed(left)}."] if left else []
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """Time stamps of a series: gaps, doubled ones, and those that go back."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -35,12 +35,12 @@ def matches(text: str) -> bool:
     return bool(_STAMP.fullmatch(text) or _TIME.fullmatch(text))
 
 
-def irregularities(columns: Sequence[Sequence[Any]], lines: Sequence[int]) -> list[str]:
+def irregularities(columns: Mapping[str, Sequence[Any]], lines: Sequence[int]) -> list[str]:
     """What is unusual about the time stamps of a series, as sentences.
 
     Args:
-        columns: of time stamps, each in parts that are lists of text or arrays of numbers. A date
-            in one column and the time of the day in another are taken together.
+        columns: of time stamps by name, in parts that are lists of text or arrays of numbers. A
+            date in one column and the time of the day in another are taken together.
         lines: number in the file of each row.
 
     Returns:
@@ -48,7 +48,7 @@ def irregularities(columns: Sequence[Sequence[Any]], lines: Sequence[int]) -> li
     """
     stamps = clock = None
     dated = True
-    for column in columns:
+    for column in columns.values():
         if all(isinstance(part, np.ndarray) for part in column):
             numbers = np.concatenate(column)
             days = _seconds([f"{number:.0f}" for number in numbers])
@@ -64,7 +64,8 @@ def irregularities(columns: Sequence[Sequence[Any]], lines: Sequence[int]) -> li
         if stamps is None:
             stamps = found
     if stamps is None:
-        return []
+        names = ", ".join(map(repr, columns))
+        return [f"Time stamps were not checked: {names} has no date."] if columns else []
     if clock is not None and not (stamps % 86400).any():
         stamps = stamps + clock
     bad = np.flatnonzero(~np.isfinite(stamps))

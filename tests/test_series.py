@@ -71,6 +71,12 @@ TAKEN = {
     "epoch": ("timestamp,a\n1467331200,1.5\n1467334800,2.5\n", [[1.5], [2.5]], "a"),
     "Unix time": ("Unix_Time (ms),a\n1467331200,1.5\n1467334800,2.5\n", [[1.5], [2.5]], "a"),
     "dates as numbers": ("date,a\n20200131,1.5\n20200201,2.5\n", [[1.5], [2.5]], "a"),
+    "names of time with a number": (
+        "TS1,TS2,PS1\n1,2,3\n4,5,6.5\n", [[1, 2, 3], [4, 5, 6.5]], "TS1,TS2,PS1",
+    ),
+    "text again below": ("A,5\nA,6.5\nA,7.25\n", [[5], [6.5], [7.25]], "column 2"),
+    "text again below, whole numbers": ("A,5\nB,6\nA,7\n", [[5], [6], [7]], "column 2"),
+    "names again below text": ("a,kind\n1.5,kind\n2.5,b\n", [[1.5], [2.5]], "a"),
     "text": ("a,kind\n1.5,calm\n2.5,\n", [[1.5], [2.5]], "a"),
     "comma in text": ('a,kind\n1.5,"calm, mild"\n2.5,x;y\n', [[1.5], [2.5]], "a"),
     "names that look missing": ("a,NA\n1.5,2\n2.5,3\n", [[1.5, 2], [2.5, 3]], "a,NA"),
@@ -116,6 +122,7 @@ REFUSED = {
     "7 below a word": (
         "A,7\nB,8\n", ["names in words, or none", "A, 7 above whole numbers in d.csv"],
     ),
+    "word beside text again below": ("A,x,5\nA,1,6.5\n", [NUMBER, "'x' in row 1, column 2"]),
     "ragged": ("a,b\n1.5,2\n3\n", ["2 columns everywhere", "1 in row 3 of d.csv"]),
     "empty row inside": ("a\n1.5\n\n2.5\n", ["no empty row inside", "row 3 of d.csv"]),
     "open quote": ('a,b\n1.5,"2\n2.5,3\n', ["be a CSV file", "unexpected end of data", "d.csv"]),
@@ -175,8 +182,10 @@ def test_what_is_left_out_is_said(tmp_path):
     assert table.describe() == ["Channels: c0, c1, c2, c3, c4, c5, c6, c7 and 2 more."]
     with pytest.warns(UserWarning, match="d.csv: No header: the first row was read as values"):
         assert read_series(write(tmp_path, "1.5\n2.5\n")).tolist() == [[1.5], [2.5]]
-    table = read_table(write(tmp_path, "a,b\n1,low\n2,bad\n3,7.5\n"))
-    assert table.left_out == {"b": "text and numbers"}
+    path = write(tmp_path, "date,a,b\n2020-01-01,1,low\n2020-01-02,2,bad\n2020-01-03,3,7.5\n")
+    assert read_table(path).left_out == {"date": "time stamps", "b": "text and numbers"}
+    with pytest.warns(UserWarning, match=r"^d.csv: Left out: b \(text and numbers\).$"):
+        read_series(path)
     assert read_table(write(tmp_path, "a;b\n1,5;2\n")).notes == ("Numbers have decimal commas.",)
 
 
@@ -223,6 +232,21 @@ STAMPED = {
         ["Time stamps were not checked: that of row 5 can't be read."],
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("header", "stamps", "left_out", "said"),
+    [
+        ("Date", ["1 Jan 2020", "2 Jan 2020", "9 Jan 2020"], "text", "those of 'Date'"),
+        ("Date", ["01/13/20", "01/14/20", "01/19/20"], "text", "those of 'Date'"),
+        ("when", ["10:00", "10:01", "10:09"], "time stamps", "'when' has no date."),
+    ],
+)
+def test_time_stamps_that_are_not_checked_are_named(tmp_path, header, stamps, left_out, said):
+    table = read_table(write(tmp_path, dated([1.5, 2.5, 3.5], stamps, f"{header},a")))
+    assert table.left_out == {header: left_out}
+    (note,) = table.notes
+    assert note.startswith(f"Time stamps were not checked: {said}")
 
 
 @pytest.mark.parametrize("name", STAMPED)
