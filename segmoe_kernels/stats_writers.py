@@ -75,7 +75,7 @@ class CSVWriter(AbstractContextManager["CSVWriter"]):
 
     def __init__(self, path: str | PathLike[str]) -> None:
         _check_path("CSVWriter", "path", path)
-        self._path = fspath(path)
+        self._path = os.path.abspath(path)  # whatever the working directory becomes
         self._file = Path(path).open("a+b", buffering=0)  # noqa: SIM115  closed by `close`
         self._file.seek(0)
         start = self._file.read(len(_START))
@@ -95,18 +95,30 @@ class CSVWriter(AbstractContextManager["CSVWriter"]):
             TypeError: if entry is not a dict.
             ValueError: if it is not an entry of a collector, or has other layers or experts than
                 the file.
-            OSError: if the row could not be written whole; nothing of it is left in the file.
+            OSError: if the row could not be written whole, and nothing of it is left in the file;
+                if another program has removed or replaced the file.
         """
         numbers = dict(_flat("CSVWriter.write", entry))
         row = {"step": entry["step"], "epoch": entry["epoch"], **numbers}
         header, line = _csv_line(row), _csv_line(row.values())
         with _locked(self._file):
+            self._check_place()
             size = self._file.seek(0, os.SEEK_END)
             # Read again only where another program may have written, or been stopped, meanwhile.
             if header != self._header or not size or self._last_byte(size) != b"\n":
                 size = self._cut(header)
             self._append(line if size else header + line, size)
         self._header = header
+
+    def _check_place(self) -> None:
+        """Refuse a file that no path leads to any more: its rows are lost once it is closed."""
+        try:
+            there = os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
+        except (FileNotFoundError, NotADirectoryError):
+            there = False
+        if not there:
+            message = f"{self._path} was removed or replaced by another program"
+            raise OSError(f"segmoe_kernels.CSVWriter.write: {message}; the row was not written.")
 
     def _last_byte(self, size: int) -> bytes:
         self._file.seek(size - 1)

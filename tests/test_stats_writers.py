@@ -135,6 +135,26 @@ def test_csv_takes_back_what_was_written_in_part(tmp_path):
     assert read(path) == [expected_row(first), expected_row(third)]
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_csv_writes_no_rows_into_a_file_that_is_gone(tmp_path, monkeypatch, replaced):
+    first, second = entries(2)
+    monkeypatch.chdir(tmp_path)
+    with CSVWriter("stats.csv") as writer:
+        monkeypatch.chdir("/")
+        writer.write(first)
+        path = tmp_path / "stats.csv"
+        path.rename(tmp_path / "moved.csv")
+        if replaced:
+            path.write_bytes((tmp_path / "moved.csv").read_bytes())
+        with pytest.raises(OSError, match=r"CSVWriter\.write: .*stats.csv was removed or replaced"):
+            writer.write(second)
+        assert read(tmp_path / "moved.csv") == [expected_row(first)]
+        assert not replaced or read(path) == [expected_row(first)]
+        (tmp_path / "moved.csv").replace(path)  # put back
+        writer.write(second)
+    assert read(path) == [expected_row(first), expected_row(second)]
+
+
 def test_writers_share_a_file(tmp_path):
     """One header, whoever writes first, and whole rows, though another writer was stopped."""
     history = entries(4)
