@@ -216,16 +216,13 @@ def advise(
         Advice.
 
     Raises:
-        TypeError: for an argument of the wrong type.
+        TypeError: for an argument of the wrong type, and values that are not of real numbers.
         ValueError: for a size below 1, a value that is not finite, or a series too short.
     """
     for argument, value in (("patch", patch), ("num_layers", num_layers), ("max_size", max_size)):
         check.check_integer("advise", argument, value, 1)
     check.check_integer("advise", "look_back", look_back, 8)
-    _check_values("advise", values)
-    values = values.astype(np.float64)
-    if not np.isfinite(values).all():
-        check.fail_value("advise", "values", "be finite", "NaN or infinity")
+    values = _checked_values("advise", values)
     needed = 4 * patch * (max_size + 1)
     if len(values) < needed:
         rule = f"have at least {needed} steps: 4 segments of {max_size + 1} patches"
@@ -256,10 +253,17 @@ def advise(
     return Advice(schedule, best, scores, periods, memory, reasons)
 
 
-def _check_values(function: str, values: Any) -> None:
+def _checked_values(function: str, values: Any) -> Array:
+    """As float64; NumPy would drop imaginary parts, and take text and dates for numbers."""
     if not isinstance(values, np.ndarray) or values.ndim != 2 or values.size == 0:
         got = getattr(values, "shape", type(values).__name__)
         check.fail_value(function, "values", "be an array of shape (N, C)", got)
+    if values.dtype.kind not in "iufb":
+        check.fail_type(function, "values", "be of real numbers", f"dtype {values.dtype}")
+    numbers: Array = values.astype(np.float64)
+    if not np.isfinite(numbers).all():
+        check.fail_value(function, "values", "be finite", "NaN or infinity")
+    return numbers
 
 
 def _explain(
@@ -326,11 +330,12 @@ def plot_advice(values: Array, advice: Advice, *, patch: int = 1, look_back: int
         matplotlib Figure of three axes.
 
     Raises:
-        TypeError: for an argument of the wrong type.
-        ValueError: if values is no array of shape (N, C), or a size is below its least.
+        TypeError: for an argument of the wrong type, and values that are not of real numbers.
+        ValueError: if values is no array of shape (N, C) or not finite, or a size is below its
+            least.
         ImportError: without matplotlib.
     """
-    _check_values("plot_advice", values)
+    values = _checked_values("plot_advice", values)
     if not isinstance(advice, Advice):
         check.fail_type("plot_advice", "advice", "be an Advice", type(advice).__name__)
     check.check_integer("plot_advice", "patch", patch, 1)

@@ -10,6 +10,7 @@ from segmoe_kernels.advise import Advice, advise, plot_advice
 from segmoe_kernels.series import read_series, read_table
 
 SERIES = np.sin(np.arange(400.0))[:, None]
+DATES = np.arange(400).astype("datetime64[D]")[:, None]
 ask = caller(advise, values=SERIES)
 draw = caller(plot_advice, values=SERIES, advice=Advice([1], 1, [0.0], [], None, []))
 series = caller(read_series)
@@ -34,8 +35,14 @@ ROWS = [
     ("advise_list", ask(values=[1.0, 2.0]), ValueError, ["values", "(N, C)", "got list"]),
     ("advise_flat", ask(values=SERIES[:, 0]), ValueError, ["values", "(N, C)", "(400,)"]),
     ("advise_nan", ask(values=SERIES * np.nan), ValueError, ["values", "finite", "NaN"]),
+    ("advise_complex", ask(values=SERIES + 1j), TypeError, ["values", "real", "complex128"]),
+    ("advise_text", ask(values=SERIES.astype(str)), TypeError, ["values", "real", "dtype <U"]),
+    ("advise_dates", ask(values=DATES), TypeError, ["values", "real", "datetime64[D]"]),
+    ("advise_objects", ask(values=SERIES.astype(object)), TypeError, ["values", "real", "object"]),
     ("advise_short", ask(patch=16), ValueError, ["at least 576 steps", "9 patches", "got 400"]),
     ("picture_values", draw(values=None), ValueError, ["plot_advice", "values", "NoneType"]),
+    ("picture_complex", draw(values=SERIES * 1j), TypeError, ["plot_advice", "values", "real"]),
+    ("picture_nan", draw(values=SERIES * np.nan), ValueError, ["plot_advice", "values", "finite"]),
     ("picture_advice", draw(advice=[4, 4]), TypeError, ["advice", "be an Advice", "list"]),
     ("picture_patch", draw(patch=0), ValueError, ["plot_advice", "patch", "at least 1"]),
     ("picture_look_back", draw(look_back=0.5), TypeError, ["look_back", "be an int"]),
