@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Test processes: one for each core of a small machine.
 JOBS ?= 2
 
-.PHONY: demo test fuzz accuracy mutants matrix ptx sanitize lint docs bench gpu clean
+.PHONY: demo test slow fuzz accuracy mutants matrix ptx sanitize lint docs bench gpu clean
 
 $(READY): setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -16,8 +16,11 @@ $(READY): setup.py
 demo: $(READY)  ## dense, token-wise and segment-wise forecasters on one series
 	$(RUN) examples/train_forecaster.py --demo
 
-test: $(READY)  ## every test that needs no GPU
+test: $(READY)  ## the tests that need no GPU
 	$(RUN) -m pytest -q -m "not slow" -n $(JOBS) --dist worksteal
+
+slow: $(READY)  ## those that take minutes: packaging, pictures, every kind of export
+	$(RUN) -m pytest -q -m slow -n $(JOBS) --dist worksteal
 
 fuzz: $(READY)  ## 5,000 random layers, both backends against float64; writes tests/reports/fuzz.md
 	$(RUN) tests/fuzz.py

@@ -222,6 +222,7 @@ def run_module(name, argument):
     return done
 
 
+@pytest.mark.slow
 def test_pictures_are_those_that_the_script_draws(tmp_path):
     run_module("docs.pictures", str(tmp_path))
     drawn = {path.name for path in tmp_path.iterdir()}

@@ -15,6 +15,8 @@ import pytest
 
 import segmoe_kernels
 
+# Environments of their own take most of a minute, and change with setup.py alone.
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "segmoe_kernels"
 # What a checkout may hold beside the project's own files.
