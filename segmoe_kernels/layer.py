@@ -348,7 +348,14 @@ class SegMoE(nn.Module):
             "padding_mask": padding_mask,
             "backend": self.backend,
         }
-        if (shared is None or shared.is_plain()) and all(map(is_plain, (gate, in_proj, out_proj))):
+        if self.causal != (start is not None):
+            rule = "be as the layer was made: its router has a start vector only then"
+            check.fail_value("SegMoE.forward", "causal", rule, self.causal)
+        plain = (shared is None or shared.is_plain()) and all(
+            map(is_plain, (gate, in_proj, out_proj))
+        )
+        # The stages know no bias of the gate, which somebody's own may have.
+        if plain and (gate is None or gate.bias is None):
             options["shared"] = None if shared is None else shared.weights()
             options["shared_gate"] = None if gate is None else gate.weight
             options["in_proj"] = None if in_proj is None else (in_proj.weight, in_proj.bias)
