@@ -4,7 +4,6 @@ import copy
 
 import torch
 from bad_calls import LAYER, caller, draw, layer
-from torch import nn
 
 from segmoe_kernels import load_official, load_official_layers, segment_schedule, to_official
 
@@ -27,21 +26,6 @@ def part_of_a_layer():
     part = copy.deepcopy(LAYER)
     part.experts.num_experts = 2
     return part
-
-
-def parametrised(layer):
-    nn.utils.parametrizations.weight_norm(layer.shared_expert.up_proj)
-    return layer
-
-
-def gate_with_bias(layer):
-    layer.shared_gate = nn.Linear(12, 1)
-    return layer
-
-
-def wrapped(layer):
-    layer.router = nn.Sequential(layer.router)
-    return layer
 
 
 CONSTRUCTOR = [
@@ -265,19 +249,6 @@ ROWS = [
         lambda: to_official(part_of_a_layer()),
         ValueError,
         ["layer", "all experts (gather_experts first)", "2 of 3"],
-    ),
-    *(
-        (
-            f"to_official_{name}",
-            lambda change=change: to_official(change(copy.deepcopy(LAYER))),
-            ValueError,
-            ["layer", "merge adapters and parametrisations first", key],
-        )
-        for name, change, key in [
-            ("parametrised", parametrised, "up_proj.parametrizations.weight.original0"),
-            ("gate_bias", gate_with_bias, "shared_gate.bias"),
-            ("wrapped", wrapped, "router.0.weight"),
-        ]
     ),
     *(
         (

@@ -3,7 +3,6 @@
 import tempfile
 from pathlib import Path
 
-import torch
 from bad_calls import LAYER, ROUTING, caller, draw
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -99,26 +98,6 @@ ROWS = [
         load_state(lambda state: {**state, "num_experts": [2]}),
         ValueError,
         ["layers with [3] experts", "got [2]"],
-    ),
-    *(
-        (
-            f"stats_load_{key}_{name}",
-            load_state(lambda state, key=key, value=value: {**state, key: value}),
-            ValueError,
-            [f"state['{key}']", "tensors of shapes [(13,)]", f"got {got}"],
-        )
-        for key in ("totals", "sums")
-        for name, value, got in [
-            ("none", [], "[]"),
-            ("scalar", [torch.tensor(7.0)], "[()]"),
-            ("numbers", [[0.0]], "['list']"),
-        ]
-    ),
-    (
-        "stats_load_sums_type",
-        load_state(lambda state: {**state, "sums": state["sums"][0]}),
-        TypeError,
-        ["state['sums']", "be a list", "Tensor"],
     ),
     *((f"load_plot_{n}", load_plot(history=h), e, words) for n, h, e, words in HISTORIES),
     *((f"usage_plot_{n}", usage_plot(history=h), e, words) for n, h, e, words in HISTORIES),
