@@ -196,10 +196,6 @@ def _stack(found: Mapping[int, Tensor], count: int, dialect: _Dialect, name: str
 def _write(ours: Mapping[str, Tensor], dialect: _Dialect, place: str) -> dict[str, Tensor]:
     """One mixture under the dialect's names."""
     result: dict[str, Tensor] = {}
-    width, routed = ours["experts.up_proj"].shape[-1], ours["router.weight"].shape[-1]
-    if dialect.block is not None and routed != width:
-        rule = f"be token-wise, as the target is, under {place!r}"
-        _fail("state_dict", rule, f"a router of width {routed} over experts of width {width}")
     for key, tensor in ours.items():
         part = key.removeprefix("experts.").removesuffix("_proj")
         if not key.startswith("experts."):
@@ -218,4 +214,8 @@ def _write(ours: Mapping[str, Tensor], dialect: _Dialect, place: str) -> dict[st
             result[f"experts.{dialect.parts['gate_up']}"] = fused
     if dialect.experts != "stacked" and "experts.gate_proj" not in ours:
         _fail("state_dict", f"be gated, as the target is, under {place!r}", "no gate_proj")
+    width, routed = ours["experts.up_proj"].shape[-1], ours["router.weight"].shape[-1]
+    if dialect.block is not None and routed != width:
+        rule = f"be token-wise, as the target is, under {place!r}"
+        _fail("state_dict", rule, f"a router of width {routed} over experts of width {width}")
     return result

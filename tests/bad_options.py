@@ -31,7 +31,9 @@ def part_of_a_layer():
 
 def gate_elsewhere():
     """On the meta device, and called for its bias."""
-    return layer_with(shared_gate=nn.Linear(12, 1, device="meta"))
+    new = layer()()
+    new.shared_gate = nn.Linear(12, 1, device="meta")
+    return new
 
 
 CONSTRUCTOR = [

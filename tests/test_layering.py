@@ -15,7 +15,7 @@ ARROWS = {
     "__main__": {"", "_triton.tiles", "advise", "functional", "layer", "series", "testing"},
     "adapters": {"layer", "validation"},
     "advise": {"series", "validation"},
-    "called": {"composed_ffn", "functional", "modules", "reference", "routing", "validation"},
+    "called": {"composed_ffn", "functional", "modules", "routing", "validation"},
     "composed_ffn": {"grouped_mm", "routing"},
     "convert": {"layer", "validation"},
     "dense_ffn": set(),
