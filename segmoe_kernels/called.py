@@ -1,14 +1,15 @@
 """The layer around linear maps that are more than their weights: PyTorch calls them.
 
 An adapter, a quantised map, a subclass or a hook does something where it is called. So where one of
-the shared expert, its gate or the projections is of that kind, all of these are called, and the
-backend's stages run what is between them.
+the shared expert, its gate or the projections is of that kind, or the gate has a bias, all of these
+are called, and the backend's stages run what is between them.
 """
 
 import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from segmoe_kernels import validation as check
@@ -55,11 +56,22 @@ def run_called(
         ``(y, routing)``.
 
     Raises:
-        ValueError: for DTensors, on which the stages run locally, and a module can't.
+        TypeError: for a linear map whose weights have another dtype than x, or are sparse.
+        ValueError: for one on another device, and for DTensors, on which the stages run locally,
+            and a module can't.
     """
     if any(hasattr(tensor, "device_mesh") for tensor in (x, router_weight, experts.up_proj)):
         rule = "have plain torch.nn.Linear modules where tensors are DTensors"
-        check.fail_value("SegMoE.forward", "layer", rule, "a subclass, an adapter or a hook")
+        check.fail_value(
+            "SegMoE.forward",
+            "layer",
+            rule,
+            "a subclass, an adapter, a hook or a shared_gate with a bias",
+        )
+    if not torch.compiler.is_compiling():
+        named = {"shared_gate": shared_gate, "in_proj": in_proj, "out_proj": out_proj}
+        for name, part in named.items():
+            check.check_linear("SegMoE.forward", name, part, x)
     length, d_model = x.shape[-2:]
     tokens = x.reshape(math.prod(x.shape[:-2]), length, d_model)
     mask = real = None if padding_mask is None else padding_mask.reshape(tokens.shape[:2])

@@ -26,6 +26,10 @@ _OTHER_KEYS = {
     "out_proj.weight": "out_proj.weight",
     "out_proj.bias": "out_proj.bias",
 }
+_OUR_KEY = re.compile(
+    r"experts\.(up|gate|down)_proj(_bias)?|shared_expert\.(up|gate|down)_proj\.(weight|bias)|"
+    + "|".join(map(re.escape, _OTHER_KEYS.values()))
+)
 # What a state dict can't tell of a layer.
 _OPTIONS = ("dropout", "router_dropout", "aux_loss_weight", "z_loss_weight", "backend")
 
@@ -273,8 +277,9 @@ def to_official(layer: SegMoE, *, prefix: str = "") -> dict[str, Tensor]:
     """Write a layer's parameters as the official code names them; `load_official` reads them.
 
     Args:
-        layer: one that the official code can express: shared expert "segment" or None, pooling
-            "concat", not causal, GELU plain or SiLU gated.
+        layer: one that the official code can express: shared expert "segment" or None and as wide
+            as an expert, pooling "concat", not causal, GELU plain or SiLU gated, adapters and
+            parametrisations merged.
         prefix: put in front of every key.
 
     Returns:
@@ -284,7 +289,8 @@ def to_official(layer: SegMoE, *, prefix: str = "") -> dict[str, Tensor]:
 
     Raises:
         TypeError: if layer is not a SegMoE, or prefix not a string.
-        ValueError: if the official code has no such layer, or other ranks have experts of it.
+        ValueError: if the official code has no such layer, other ranks have experts of it, or
+            parts of it are not plain parameters.
     """
     if not isinstance(layer, SegMoE):
         check.fail_type("to_official", "layer", "be a SegMoE", type(layer).__name__)
@@ -299,11 +305,16 @@ def to_official(layer: SegMoE, *, prefix: str = "") -> dict[str, Tensor]:
         ("pooling", layer.pooling == "concat" or (same_at_one and layer.pooling != "mean")),
         ("activation", layer.activation == expected),
         ("shared_expert_scope", layer.shared_expert_scope != "token" or same_at_one),
+        ("shared_d_ff", layer.shared_d_ff in {None, layer.d_ff}),
     ):
         if not fits:
             rule = f"have an official counterpart (activation {expected!r}, pooling 'concat')"
             got = f"{option}={getattr(layer, option)!r}"
             check.fail_value("to_official", "layer", rule, got)
+    unknown = sorted(name for name in layer.state_dict() if not _OUR_KEY.fullmatch(name))
+    if unknown:
+        rule = "have parameters of its own alone (merge adapters and parametrisations first)"
+        check.fail_value("to_official", "layer", rule, f"also {unknown[:4]}")
     nested = "1." if layer.expert_scope == "token" and layer.segment_size > 1 else ""
     names = layer._official or OfficialNames(nested, "proj")
     back = {ours: official for official, ours in _OTHER_KEYS.items()}

@@ -69,9 +69,10 @@ def convert_state_dict(
 
     Raises:
         TypeError: if a dialect is not a string, or a value not a tensor.
-        ValueError: for an unknown dialect, no mixture of the source's kind, an expert or a
-            projection that is missing, or keys that the target can't name (biases, a shared
-            expert in Mixtral).
+        ValueError: for an unknown dialect, no mixture of the source's kind or one in a module of
+            another name, an expert or a projection that is missing, matrices that don't fit each
+            other, or what the target can't say (biases, a shared expert in Mixtral, a router that
+            sees several steps).
     """
     _check(state_dict, {"source": source, "target": target})
     here, there = DIALECTS[source], DIALECTS[target]
@@ -125,7 +126,10 @@ def _places(state_dict: Mapping[str, Tensor], dialect: _Dialect) -> list[str]:
     pattern = _key_of(dialect)
     found = dict.fromkeys(m[1] for key in state_dict if (m := pattern.fullmatch(key)))
     block = dialect.block
-    return [p for p in found if not p or block is None or p.split(".")[-2] == block]
+    places = [p for p in found if not p or block is None or p.split(".")[-2] == block]
+    if places and (others := sorted(set(found) - set(places))):
+        _fail("state_dict", f"have all its mixtures in modules named {block!r}", others[:4])
+    return places
 
 
 def _move(place: str, target: _Dialect) -> str:
@@ -150,7 +154,8 @@ def _read(inside: Mapping[str, Tensor], dialect: _Dialect, place: str) -> dict[s
             unknown.append(place + key)
     if unknown:
         _fail("state_dict", "have weights of router and experts alone, no biases", unknown[:4])
-    wanted = [name for name in dialect.parts.values() if name != "gate_proj"]
+    stacked = dialect.experts == "stacked"  # ours, which need not be gated
+    wanted = [name for ours, name in dialect.parts.items() if not (stacked and ours == "gate")]
     missing = [f"experts.{name}" for name in wanted if name not in parts]
     if "router.weight" not in result:
         missing.append(dialect.others["router.weight"])
@@ -161,6 +166,9 @@ def _read(inside: Mapping[str, Tensor], dialect: _Dialect, place: str) -> dict[s
         if theirs in parts:
             whole = _stack(parts[theirs], count, dialect, f"{theirs} under {place!r}")
             if ours == "gate_up":
+                if whole.shape[1] % 2:
+                    rule = f"have an even second dimension in {theirs} under {place!r}"
+                    _fail("state_dict", rule, [*whole.shape])
                 result["experts.gate_proj"], result["experts.up_proj"] = (
                     half.contiguous() for half in whole.chunk(2, 1)
                 )
@@ -206,4 +214,8 @@ def _write(ours: Mapping[str, Tensor], dialect: _Dialect, place: str) -> dict[st
             result[f"experts.{dialect.parts['gate_up']}"] = fused
     if dialect.experts != "stacked" and "experts.gate_proj" not in ours:
         _fail("state_dict", f"be gated, as the target is, under {place!r}", "no gate_proj")
+    width, routed = ours["experts.up_proj"].shape[-1], ours["router.weight"].shape[-1]
+    if dialect.block is not None and routed != width:
+        rule = f"be token-wise, as the target is, under {place!r}"
+        _fail("state_dict", rule, f"a router of width {routed} over experts of width {width}")
     return result

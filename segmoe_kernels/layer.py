@@ -1,6 +1,7 @@
 """`SegMoE`, the drop-in layer."""
 
 import math
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -80,7 +81,9 @@ class SegMoE(nn.Module):
             returned tensor carries in training (the training loop stays as it is). The official
             recipe is another loss, 0.02 times one that pools the routing of all layers; layers
             with a weight of 0.02 each add about as many times that as there are layers. For the
-            official one leave this at 0 and see `stats.collect_routings`.
+            official one leave this at 0 and see `stats.collect_routings`; so, too, where one
+            output gets several backward calls, or one for gradients of inputs: the injected
+            gradient would count in each.
         z_loss_weight: likewise for the router z-loss.
         backend: "auto", "triton" or "reference"; see `functional.resolve_backend`.
         device: of the parameters.
@@ -348,7 +351,14 @@ class SegMoE(nn.Module):
             "padding_mask": padding_mask,
             "backend": self.backend,
         }
-        if (shared is None or shared.is_plain()) and all(map(is_plain, (gate, in_proj, out_proj))):
+        if self.causal != (start is not None):
+            rule = "be as the layer was made: its router has a start vector only then"
+            check.fail_value("SegMoE.forward", "causal", rule, self.causal)
+        plain = (shared is None or shared.is_plain()) and all(
+            map(is_plain, (gate, in_proj, out_proj))
+        )
+        # The stages know no bias of the gate, which somebody's own may have.
+        if plain and (gate is None or gate.bias is None):
             options["shared"] = None if shared is None else shared.weights()
             options["shared_gate"] = None if gate is None else gate.weight
             options["in_proj"] = None if in_proj is None else (in_proj.weight, in_proj.bias)
@@ -399,7 +409,7 @@ class SegMoE(nn.Module):
         return y, Routing(nothing, nothing, nothing, ids, ids.new_zeros(0))
 
     def _inject_losses(self, y: Tensor, routing: Routing) -> Tensor:
-        if not self.training or (self.aux_loss_weight == 0 and self.z_loss_weight == 0):
+        if not self.training:
             return y
         loss = routing.router_probs.new_zeros(())
         if self.aux_loss_weight:
@@ -407,7 +417,8 @@ class SegMoE(nn.Module):
         if self.z_loss_weight:
             loss = loss + self.z_loss_weight * router_z_loss(routing)
         self._keep_loss(loss.detach())
-        if not torch.is_grad_enabled():
+        unweighted = self.aux_loss_weight == 0 and self.z_loss_weight == 0
+        if unweighted or not torch.is_grad_enabled():
             return y
         return inject_loss(y, scale_loss(loss, self.loss_scaler))
 
@@ -463,16 +474,19 @@ def set_loss_scaler(model: nn.Module, scaler: Any) -> None:
 
     Raises:
         TypeError: if model is not a module, or scaler neither a number nor has ``scale``.
-        ValueError: if the number is not positive and finite.
+        ValueError: if the number is not positive and finite, or model has no layer.
     """
     check.check_module("set_loss_scaler", "model", model)
-    if isinstance(scaler, int | float):
-        check.check_positive("set_loss_scaler", "scaler", scaler)
+    layers = [module for module in model.modules() if isinstance(module, SegMoE)]
+    if not layers:
+        rule = "have a SegMoE inside"
+        check.fail_value("set_loss_scaler", "model", rule, type(model).__name__)
+    if isinstance(scaler, Real):
+        scaler = check.check_positive("set_loss_scaler", "scaler", scaler)
     elif scaler is not None:
         if not callable(getattr(scaler, "scale", None)):
             rule = "be a number, None, or have scale(loss), as torch.amp.GradScaler has"
             check.fail_type("set_loss_scaler", "scaler", rule, type(scaler).__name__)
         remember_scaler(scaler)
-    for module in model.modules():
-        if isinstance(module, SegMoE):
-            module.loss_scaler = scaler
+    for layer in layers:
+        layer.loss_scaler = scaler

@@ -281,8 +281,8 @@ class RoutingCollector(AbstractContextManager["RoutingCollector"]):
             state: of a collector of as many layers with as many experts.
 
         Raises:
-            TypeError: if state is not a dict.
-            ValueError: if it is not of such a collector.
+            TypeError: if state is not a dict, or its sums are no list.
+            ValueError: if it is not of such a collector. The collector is then as it was.
         """
         name = "RoutingCollector.load_state_dict"
         if not isinstance(state, dict):
@@ -292,6 +292,16 @@ class RoutingCollector(AbstractContextManager["RoutingCollector"]):
         if state["num_experts"] != self._num_experts:
             rule = f"be of layers with {self._num_experts} experts"
             check.fail_value(name, "state", rule, state["num_experts"])
+        # All of it before the first assignment.
+        shapes = [tuple(counter.sums.shape) for counter in self._counters]
+        for key in ("totals", "sums"):
+            kept = state[key]
+            if not isinstance(kept, list):
+                check.fail_type(name, f"state[{key!r}]", "be a list", type(kept).__name__)
+            found = [tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in kept]
+            if found != shapes:
+                rule = f"have tensors of shapes {shapes}"
+                check.fail_value(name, f"state[{key!r}]", rule, found)
         state = copy.deepcopy(state)
         self._step, self._epoch = state["step"], state["epoch"]
         self._totals = state["totals"]

@@ -182,6 +182,26 @@ def check_like(
         fail_value(function, argument, f"be on {like.device} as x", value.device)
 
 
+def check_linear(function: str, argument: str, part: Any, x: Tensor) -> None:
+    """Refuse a linear map to be called whose own tensors PyTorch may compute nonsense with."""
+    # What replaces its ``forward``, as offloading does, may bring the weights in the call.
+    if not isinstance(part, nn.Linear) or "forward" in part.__dict__:
+        return
+    own = type(part).forward is not nn.Linear.forward or part._forward_pre_hooks
+    for name, value in (*part.named_parameters(), *part.named_buffers()):
+        # Tensors of other libraries and DTensors have rules of their own.
+        others = type(value).__module__.partition(".")[0] != "torch"
+        if others or hasattr(value, "device_mesh"):
+            continue
+        if value.device != x.device:
+            fail_value(function, f"{argument}.{name}", f"be on {x.device} as x", value.device)
+        if not own and name in {"weight", "bias"}:
+            check_tensor(function, f"{argument}.{name}", value)
+            cast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+            like = x.new_empty(0, dtype=value.dtype) if cast else x
+            check_like(function, f"{argument}.{name}", value, like, tuple(value.shape))
+
+
 def check_index(function: str, argument: str, value: Any, like: Tensor) -> None:
     """Refuse an index array that is not int32 on the device of ``like``."""
     if not isinstance(value, Tensor):

@@ -201,13 +201,13 @@ ROWS = [
     ("route_dropout_nan", route(router_dropout=float("nan")), ValueError, ["router_dropout"]),
     ("route_dropout", route(router_dropout=1), ValueError, ["router_dropout", "[0, 1)"]),
     (
-        "route_steps",
+        "route_steps_expanded",
         route(x=draw(1, 1, 1).expand(2**24, 130, 4)),
         ValueError,
         ["at most 2147483647 steps", "top_k=1", "split the batch", "2214592512", "16777216, 130"],
     ),
     (
-        "seg_moe_steps",
+        "seg_moe_steps_expanded",
         seg_moe(x=draw(1, 1, 1).expand(2**29, 5, 4)),
         ValueError,
         ["seg_moe", "at most 2147483647 steps", str(2**29 * 6)],

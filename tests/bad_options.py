@@ -3,7 +3,8 @@
 import copy
 
 import torch
-from bad_calls import LAYER, caller, draw, layer
+from bad_calls import LAYER, caller, draw, layer, layer_with
+from torch import nn
 
 from segmoe_kernels import load_official, load_official_layers, segment_schedule, to_official
 
@@ -26,6 +27,13 @@ def part_of_a_layer():
     part = copy.deepcopy(LAYER)
     part.experts.num_experts = 2
     return part
+
+
+def gate_elsewhere():
+    """On the meta device, and called for its bias."""
+    new = layer()()
+    new.shared_gate = nn.Linear(12, 1, device="meta")
+    return new
 
 
 CONSTRUCTOR = [
@@ -108,6 +116,18 @@ ROWS = [
         layer(expert_scope="segment", shared_expert=None, causal=True),
         ValueError,
         ["causal", "expert_scope='segment', shared_expert=None"],
+    ),
+    (
+        "layer_causal_later",
+        lambda: layer_with(causal=True)(draw(2, 5, 4)),
+        ValueError,
+        ["SegMoE.forward: expected causal to be as the layer was made", "got True"],
+    ),
+    (
+        "layer_gate_elsewhere",
+        lambda: gate_elsewhere()(draw(2, 5, 4)),
+        ValueError,
+        ["SegMoE.forward: expected shared_gate.weight to be on cpu as x, got meta"],
     ),
     ("schedule_type", schedule(sizes=[5.5]), TypeError, ["sizes", "be an int", "5.5 (float)"]),
     ("schedule_layers", schedule(num_layers=0), ValueError, ["num_layers", "at least 1"]),
@@ -245,6 +265,12 @@ ROWS = [
     ("to_official_type", write(layer={}), TypeError, ["layer", "be a SegMoE", "dict"]),
     ("to_official_prefix", write(prefix=0), TypeError, ["prefix", "be a str", "int"]),
     (
+        "to_official_more",
+        lambda: to_official(gate_elsewhere()),
+        ValueError,
+        ["layer", "merge adapters and parametrisations first", "['shared_gate.bias']"],
+    ),
+    (
         "to_official_part",
         lambda: to_official(part_of_a_layer()),
         ValueError,
@@ -263,6 +289,7 @@ ROWS = [
             ("activation", {"activation": "silu"}, ["'gelu'", "activation='silu'"]),
             ("gated", {"gated": True}, ["'silu'", "activation='gelu'"]),
             ("shared", {"shared_expert": "token"}, ["shared_expert", "'token'"]),
+            ("shared_width", {"shared_d_ff": 7}, ["shared_d_ff=7"]),
         ]
     ),
 ]

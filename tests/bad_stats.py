@@ -99,6 +99,18 @@ ROWS = [
         ValueError,
         ["layers with [3] experts", "got [2]"],
     ),
+    (
+        "stats_load_totals",
+        load_state(lambda state: {**state, "totals": []}),
+        ValueError,
+        ["state['totals']", "tensors of shapes [(13,)]", "got []"],
+    ),
+    (
+        "stats_load_sums",
+        load_state(lambda state: {**state, "sums": state["sums"][0]}),
+        TypeError,
+        ["state['sums']", "be a list", "Tensor"],
+    ),
     *((f"load_plot_{n}", load_plot(history=h), e, words) for n, h, e, words in HISTORIES),
     *((f"usage_plot_{n}", usage_plot(history=h), e, words) for n, h, e, words in HISTORIES),
     ("load_plot_key", load_plot(key="entropy"), ValueError, ["key", "'prob_mass'", "'entropy'"]),

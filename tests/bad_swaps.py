@@ -403,6 +403,12 @@ ROWS = [
         TypeError,
         ["scaler", "a number, None, or have scale(loss)", "got str"],
     ),
+    (
+        "scaler_no_layer",
+        scale(model=nn.Linear(2, 2)),
+        ValueError,
+        ["set_loss_scaler: expected model to have a SegMoE inside", "Linear"],
+    ),
     ("scaler_zero", scale(scaler=0.0), ValueError, ["scaler", "positive, got 0"]),
     ("scaler_flag", scale(scaler=True), TypeError, ["scaler", "True (bool)"]),
     ("convert_source_type", convert(source=1), TypeError, ["source", "be a str", "int"]),

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from layers import make_layer
+from torch import nn
 
 from segmoe_kernels import load_official, load_official_layers, segment_schedule, to_official
 
@@ -97,6 +98,36 @@ def test_to_official_shares_no_memory():
         assert not value.requires_grad
         value.zero_()
     assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
+
+
+def parametrised(layer):
+    nn.utils.parametrizations.weight_norm(layer.shared_expert.up_proj)
+
+
+def with_a_bias(layer):
+    layer.shared_gate = nn.Linear(20, 1)
+
+
+def wrapped(layer):
+    layer.router = nn.Sequential(layer.router)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (parametrised, "shared_expert.up_proj.parametrizations.weight.original0"),
+        (with_a_bias, "shared_gate.bias"),
+        (wrapped, "router.0.weight"),
+    ],
+)
+def test_to_official_refuses_what_is_not_merged(change, key):
+    layer = make_layer()
+    change(layer)
+    with pytest.raises(
+        ValueError, match=r"\(merge adapters and parametrisations first\)"
+    ) as raised:
+        to_official(layer)
+    assert f"'{key}'" in str(raised.value)
 
 
 def test_load_official_shares_no_memory():

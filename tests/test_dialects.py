@@ -176,6 +176,39 @@ def test_what_is_missing_is_said(change, words):
         convert_state_dict(theirs, "mixtral")
 
 
+@pytest.mark.parametrize("dialect", ["time_moe", "qwen2_moe", "mixtral"])
+def test_lists_of_experts_without_gates_are_refused(dialect):
+    """They are gated models: no mixture without gates is made of a part of one."""
+    _, theirs = random_mixture(dialect)
+    gate = DIALECTS[dialect].parts["gate"]
+    theirs = {k: v for k, v in theirs.items() if not re.match(rf"experts\.\d+\.{gate}\.", k)}
+    with pytest.raises(ValueError, match=rf"be complete under '', got no experts\.{gate}\."):
+        convert_state_dict(theirs, dialect)
+
+
+def test_halves_of_unequal_size_are_refused():
+    _, theirs = random_mixture("mixtral_stacked")
+    theirs["experts.gate_up_proj"] = theirs["experts.gate_up_proj"][:, 1:]
+    with pytest.raises(ValueError, match=r"even second dimension .* got \[4, 47, 16\]"):
+        convert_state_dict(theirs, "mixtral_stacked")
+
+
+@pytest.mark.parametrize("target", [name for name in DIALECTS if name != "segmoe"])
+def test_a_router_of_segments_goes_into_no_model_of_tokens(target):
+    layer = SegMoE(D, HIDDEN, E, segment_size=5, gated=True, shared_expert=None)
+    ours = layer.state_dict()
+    check_same(convert_state_dict(ours, "segmoe"), ours)
+    with pytest.raises(ValueError, match="router of width 80 over experts of width 16"):
+        convert_state_dict(ours, "segmoe", target)
+
+
+def test_a_mixture_under_another_name_is_not_left_behind():
+    _, theirs = random_mixture("mixtral", "layers.0.mlp.")
+    other = {k.replace("0.block_sparse_moe", "1.moe"): v for k, v in theirs.items()}
+    with pytest.raises(ValueError, match=r"named 'block_sparse_moe', got \['layers\.1\.moe\.'\]"):
+        convert_state_dict(theirs | other, "mixtral")
+
+
 def test_what_the_target_cannot_say_is_refused():
     ours, _ = random_mixture("qwen2_moe", shared=True)
     with pytest.raises(ValueError, match="a name for every weight, got none for shared_"):

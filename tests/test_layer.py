@@ -139,6 +139,14 @@ def test_layer_made_on_meta_is_loaded_moved_and_keeps_its_loss(name):
     assert layer.to("meta").aux_loss.is_meta
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_layer_is_not_made_causal_later(causal):
+    layer = make_layer(shared_expert="token", causal=not causal)
+    layer.causal = causal
+    with pytest.raises(ValueError, match=f"forward: expected causal to be .* got {causal}"):
+        layer(make_inputs(2, 12, D).x)
+
+
 SUBSET_LAYER = {
     "bias": True,
     "gated": True,

@@ -39,7 +39,7 @@ ARROWS = {
         "validation",
     },
     "losses": {"routing", "validation"},
-    "modules": {"composed_ffn", "routing"},
+    "modules": {"composed_ffn", "routing", "validation"},
     "reference": {"composed_ffn", "exported", "grouped_ffn", "grouped_mm", "routing"},
     "places": {"dense_ffn", "layer", "validation"},
     "probe": {"adapters", "dense_ffn", "layer", "validation"},

@@ -5,6 +5,7 @@ import gc
 import math
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn, tensor
@@ -16,6 +17,7 @@ from segmoe_kernels import (
     collect_routings,
     load_balancing_loss,
     router_z_loss,
+    set_loss_scaler,
 )
 from segmoe_kernels.losses import inject_loss
 
@@ -279,3 +281,31 @@ def test_inject_loss_of_low_precision_output():
     inject_loss(y * 1, weight * 3).sum().backward()
     assert weight.grad == 3
     assert weight.grad.dtype == torch.float32
+
+
+def test_the_loss_kept_is_of_the_last_call_in_training():
+    layer, x = SegMoE(4, 6, 3, segment_size=5, aux_loss_weight=0.1), torch.randn(2, 10, 4)
+    layer(x)
+    kept = layer.aux_loss
+    layer.eval()(x)
+    assert layer.aux_loss == kept > 0
+    layer.train().aux_loss_weight = 0
+    layer(x)
+    assert layer.aux_loss == 0
+    layer.aux_loss_weight, layer.z_loss_weight = 0.1, 0.1
+    y = layer(x)
+    assert layer.aux_loss > kept
+    # Each backward pass through one output brings the loss again.
+    (0 * y).sum().backward(retain_graph=True)
+    once = layer.router.weight.grad.clone()
+    (0 * y).sum().backward()
+    assert once.any()
+    torch.testing.assert_close(layer.router.weight.grad, 2 * once)
+
+
+def test_a_loss_scaler_is_a_number_of_any_kind():
+    layer = SegMoE(4, 6, 3)
+    for number in (np.float32(0.25), np.float64(0.25), np.int64(4), 4):
+        set_loss_scaler(nn.Sequential(layer), number)
+        assert layer.loss_scaler == number
+        assert type(layer.loss_scaler) is float

@@ -89,6 +89,56 @@ def test_called_linear_maps_equal_read_ones(name, masked, backend):
             torch.testing.assert_close(found[key], value, rtol=1e-12, atol=1e-13, msg=key)
 
 
+def watch(part):
+    part.register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "exception", "words"),
+    [
+        (lambda w: w.to("meta"), ValueError, "be on cpu as x, got meta"),
+        (lambda w: w.to_sparse(), TypeError, "be a dense tensor, got layout torch.sparse_coo"),
+        (lambda w: w.long(), TypeError, "have dtype float32, float16, bfloat16 or float64, got"),
+        (lambda w: w > 0, TypeError, "have dtype float32, float16, bfloat16 or float64, got"),
+        (lambda w: w.half(), TypeError, "have dtype torch.float32 as x"),
+        (lambda w: w.double(), TypeError, "have dtype torch.float32 as x"),
+    ],
+    ids=["meta", "sparse", "int64", "bool", "float16", "float64"],
+)
+def test_called_linear_maps_are_checked_before_they_compute(change, exception, words):
+    """PyTorch multiplies by what has no memory, or says nothing that helps."""
+    x = make_inputs(2, 12, D).x
+    for name in ("projected", "dense"):
+        layer = make_layer(**LAYERS[name])
+        for place, _ in all_linears(layer):
+            for leaf, _ in layer.get_submodule(place).named_parameters():
+                other = copy.deepcopy(layer)
+                for _, part in all_linears(other):
+                    watch(part)
+                part = other.get_submodule(place)
+                value = change(getattr(part, leaf).detach())
+                setattr(part, leaf, nn.Parameter(value, requires_grad=False))
+                with pytest.raises(exception, match=re.escape(words)) as raised:
+                    other(x)
+                assert f"SegMoE.forward: expected {place}.{leaf} to" in str(raised.value)
+
+
+def test_called_linear_maps_may_bring_their_weights_or_cast():
+    """As offloading does, in ``forward``, and others in a hook."""
+    layer, x = make_layer(bias=True), make_inputs(2, 12, D).x
+    expected, half = layer(x), copy.deepcopy(layer)
+    gate = layer.shared_gate
+    weight, gate.weight = gate.weight, nn.Parameter(gate.weight.detach().to("meta"))
+    gate.forward = lambda rows: rows @ weight.T
+    up = layer.shared_expert.up_proj.double()
+    up.register_forward_pre_hook(lambda _, args: args[0].double())
+    up.register_forward_hook(lambda *found: found[-1].float())
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
+    watch(half.shared_gate.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(half(x), expected, rtol=5e-2, atol=5e-2)
+
+
 def test_hooks_see_the_calls_of_every_part():
     layer = make_layer(**LAYERS["projected"], top_k=2)
     x, dy, mask = make_inputs(2, 12, D, masked=0.3)
@@ -105,6 +155,20 @@ def test_hooks_see_the_calls_of_every_part():
     assert sorted(seen) == sorted(wanted)
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("name", ["segment", "projected"])
+def test_a_bias_of_the_shared_gate_counts(name):
+    layer, x = make_layer(**LAYERS[name]), make_inputs(2, 12, D).x
+    alone = copy.deepcopy(layer)
+    alone.shared_expert = alone.shared_gate = None
+    weight = layer.shared_gate.weight
+    layer.shared_gate = nn.Linear(weight.shape[1], 1)
+    with torch.no_grad():
+        layer.shared_gate.bias.fill_(-60)
+    torch.testing.assert_close(layer(x), alone(x))
+    layer(x).sum().backward()
+    assert layer.shared_gate.bias.grad is not None
 
 
 class Twice(nn.Module):

@@ -139,3 +139,25 @@ def test_ranks_are_summed_where_statistics_are_read():
 def test_summing_ranks_needs_a_group():
     with pytest.raises(RuntimeError, match=r"needs torch\.distributed: call"):
         collect_routing_stats(SegMoE(4, 6, 2), all_reduce=True)
+
+
+@pytest.mark.parametrize("key", ["totals", "sums"])
+@pytest.mark.parametrize(
+    ("value", "exception", "words"),
+    [
+        ([], ValueError, r"have tensors of shapes \[\(13,\)\], got \[\]"),
+        ([torch.tensor(7.0)], ValueError, r"have tensors of shapes \[\(13,\)\], got \[\(\)\]"),
+        ([[0.0]], ValueError, r"have tensors of shapes \[\(13,\)\], got \['list'\]"),
+        (torch.zeros(1, 13), TypeError, "be a list, got Tensor"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(key, value, exception, words):
+    layer = make_layer()
+    stats = collect_routing_stats(layer)
+    layer(torch.randn(2, 5, 4))
+    before = stats.state_dict()
+    with pytest.raises(exception, match=rf"expected state\['{key}'\] to {words}"):
+        stats.load_state_dict({**before, "step": 9, "epoch": 9, key: value})
+    assert torch.equal(stats.state_dict()["sums"][0], before["sums"][0])
+    assert (stats.state_dict()["step"], stats.state_dict()["epoch"]) == (0, 0)
+    assert stats.end_step()["global"]["num_tokens"] == 2
