@@ -15,7 +15,8 @@ from segmoe_kernels import validation as check
 from segmoe_kernels.adapters import (
     SegMoEEncoderLayer,
     TSLibEncoderLayer,
-    check_padding,
+    check_masks,
+    leave_encoder,
     mixes_steps,
     refuse_rows,
 )
@@ -337,16 +338,16 @@ def _apply_and_probe(
 
 def _finish(model: nn.Module, layers: Mapping[str, SegMoE], causal: bool | None) -> None:
     """Guard what can go wrong in later calls: masks, causal calls, caches."""
-    inside: set[nn.Module] = set()
-    for module in model.modules():  # an encoder comes before its layers
-        if isinstance(module, nn.TransformerEncoder):
-            inside.update(module.layers)
-            guarded = any(isinstance(layer, SegMoEEncoderLayer) for layer in module.layers)
-        else:
-            guarded = isinstance(module, SegMoEEncoderLayer) and module not in inside
+    for module in model.modules():
+        swapped = isinstance(module, SegMoEEncoderLayer)
+        whole = isinstance(module, nn.TransformerEncoder) and any(
+            isinstance(layer, SegMoEEncoderLayer) for layer in module.layers
+        )
         hooks: Any = module._forward_pre_hooks
-        if guarded and check_padding not in hooks.values():
-            module.register_forward_pre_hook(check_padding, with_kwargs=True)
+        if (swapped or whole) and check_masks not in hooks.values():
+            module.register_forward_pre_hook(check_masks, with_kwargs=True)
+            if whole:
+                module.register_forward_hook(leave_encoder, always_call=True)
         if isinstance(module, SegMoEEncoderLayer) and module.seg_moe in layers.values():
             module.may_look_ahead = causal is False
     if any(mixes_steps(layer) for layer in layers.values()):
