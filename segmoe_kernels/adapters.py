@@ -159,7 +159,8 @@ def _is_causal(module: Any, mask: Tensor | None) -> Tensor | None:
     if mask.ndim == 2:
         return hidden.all()
     # (B * heads, T, T): a step is hidden where no head sees it.
-    return hidden.unflatten(0, (-1, looking[0].self_attn.num_heads)).flatten(1).all(1).any()
+    heads = hidden.unflatten(0, (-1, int(looking[0].self_attn.num_heads)))
+    return heads.flatten(1).all(1).any()
 
 
 class TSLibEncoderLayer(nn.Module):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from test_swap import D, T, encoder
-from torch import nn
 
 from segmoe_kernels import replace_ffn
 
