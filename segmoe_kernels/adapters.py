@@ -159,7 +159,7 @@ def _is_causal(module: Any, mask: Tensor | None) -> Tensor | None:
     if mask.ndim == 2:
         return hidden.all()
     # (B * heads, T, T): a step is hidden where no head sees it.
-    heads = hidden.unflatten(0, (-1, int(looking[0].self_attn.num_heads)))
+    heads: Tensor = hidden.unflatten(0, (-1, int(looking[0].self_attn.num_heads)))
     return heads.flatten(1).all(1).any()
 
 

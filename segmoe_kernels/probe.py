@@ -202,7 +202,7 @@ def _trials(inputs: Any) -> Iterator[_Trial]:
 
 
 def _of_others(inputs: Any, dim: int) -> _Trial:
-    """Change one variate alone: also where each has weights of its own, so that they have an order."""
+    """Change one variate alone, as variates with weights of their own have an order."""
     first = _tensors(inputs)[0]
     size = first.shape[dim]
 
@@ -237,7 +237,7 @@ def _of_hidden_steps(inputs: Any) -> Iterator[_Trial]:
             hiding, bits = mask.clone(), bits.clone()
             hiding[:, length // 2 :] = (~bits[:, :1]).to(mask.dtype)
             bits[:, length // 2 :] = ~bits[:, :1]
-        # Whether 1 hides or shows is the model's matter: the other way outputs depend on the change.
+        # Whether 1 hides or shows is the model's matter: the other way nothing holds before.
         for hidden in (bits, ~bits):
             yield _of_hidden(inputs, mask, hiding, hidden.to(first.device))
 
@@ -250,7 +250,7 @@ def _of_hidden(inputs: Any, mask: Tensor, hiding: Tensor, hidden: Tensor) -> _Tr
 
     def exchange_hidden(x: Tensor) -> Tensor:
         where = hidden.view(*hidden.shape, *[1] * (x.ndim - 2))
-        return torch.where(where, x.roll(1, 0), x) if x is first else hide(x)
+        return torch.where(where, x.flip(1).roll(1, 0), x) if x is first else hide(x)
 
     def same_visible(old: Tensor, new: Tensor) -> list[tuple[Tensor, Tensor]]:
         if old.shape != new.shape or old.shape[:2] != hidden.shape:
@@ -259,7 +259,7 @@ def _of_hidden(inputs: Any, mask: Tensor, hiding: Tensor, hidden: Tensor) -> _Tr
         return [(old[visible], new[visible])]
 
     name = "keep its independence of the steps that a mask hides"
-    base = _changed(inputs, hide)
+    base = None if hiding is mask else _changed(inputs, hide)
     return _Trial(name, _changed(inputs, exchange_hidden), same_visible, _nothing, base)
 
 

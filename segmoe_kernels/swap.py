@@ -1,5 +1,6 @@
 """Segment-wise experts in models that exist: `replace_ffn` and `upcycle`."""
 
+import inspect
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -176,8 +177,10 @@ def replace_ffn(
 
     Experts of segments look at neighbouring rows, so rows have to be the time steps of a sequence.
     With ``example_inputs`` the model is called before and after: sequences of a batch that did not
-    depend on each other, outputs that did not depend on later steps, and dimensions whose order did
-    not matter have to stay so. Use it wherever an example is at hand.
+    depend on each other, outputs that did not depend on later steps, or on steps that a mask of
+    shape (B, T) among the inputs hides, and dimensions whose order or others did not matter have to
+    stay so. Use it wherever an example is at hand. Padding reaches experts through
+    ``src_key_padding_mask`` of PyTorch's encoder layers alone.
 
     Args:
         model: changed in place; what it returns keeps its shape.
@@ -352,6 +355,13 @@ def _finish(model: nn.Module, layers: Mapping[str, SegMoE], causal: bool | None)
             module.may_look_ahead = causal is False
     if any(mixes_steps(layer) for layer in layers.values()):
         switch_cache_off(model)
+        if "attention_mask" in inspect.signature(model.forward).parameters:
+            message = (
+                "segmoe_kernels.replace_ffn: experts don't see the model's attention_mask: what it "
+                "hides changes their segments. Pad behind causal experts alone, and pass "
+                "example_inputs with a mask that hides steps."
+            )
+            warnings.warn(message, stacklevel=3)
 
 
 def _sizes(segment_sizes: int | str | Sequence[int], count: int) -> list[int]:
