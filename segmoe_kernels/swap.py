@@ -30,6 +30,7 @@ from segmoe_kernels.places import (
     find_ffns,
     inverted_at,
     listed,
+    obstacle,
     switch_cache_off,
 )
 from segmoe_kernels.probe import Probe, check_inputs
@@ -123,7 +124,8 @@ def upcycle(ffn: nn.Module, num_experts: int, *, noise: float = 0.0, **options: 
     auxiliary losses alone; ``top_k=2`` learns from the task, too, once the experts differ.
 
     Args:
-        ffn: what `replace_ffn` understands.
+        ffn: an FFN that `replace_ffn` understands, without attention, a dropout on its output, or
+            hooks; frozen or not as a whole, which the layer then is, too.
         num_experts: E.
         noise: relative size of normal noise on each expert's weights, measured by their root mean
             square, so that the experts part.
@@ -141,13 +143,21 @@ def upcycle(ffn: nn.Module, num_experts: int, *, noise: float = 0.0, **options: 
     check.check_module("upcycle", "ffn", ffn)
     check.check_positive("upcycle", "noise", noise, zero=True)
     dense = read_ffn(ffn)
-    if not isinstance(dense, DenseFFN):
-        got = type(ffn).__name__ if dense is None else f"{type(ffn).__name__}, which {dense}"
+    reason = _beside(ffn, dense) if isinstance(dense, DenseFFN) else dense
+    if reason is not None or not isinstance(dense, DenseFFN):
+        got = type(ffn).__name__ if reason is None else f"{type(ffn).__name__}, which {reason}"
         check.fail_value("upcycle", "ffn", UNDERSTOOD, got)
-    if (differs := difference(ffn, dense)) is not None:
-        check.fail_value("upcycle", "ffn", UNDERSTOOD, f"{type(ffn).__name__}, which {differs}")
     layer = _build("upcycle", dense, True, noise, {"num_experts": num_experts, **options})
     return layer.train(ffn.training)
+
+
+def _beside(ffn: nn.Module, dense: DenseFFN) -> str | None:
+    """Say what of a module a `SegMoE` alone would lose."""
+    if isinstance(ffn, nn.TransformerEncoderLayer) or isinstance(dense.up, nn.Conv1d):
+        return "has attention beside its FFN: use replace_ffn(copy_weights=True)"
+    if getattr(dense.behind, "p", 0) > 0:
+        return "ends in a dropout, which would be lost: upcycle what is in front of it"
+    return obstacle({"": ffn}, "", dense) or difference(ffn, dense)
 
 
 def replace_ffn(
@@ -193,7 +203,7 @@ def replace_ffn(
             "activation" (a child, an attribute, or a name that `SegMoE` knows), perhaps "gate"
             (its output is activated, not that of "up") and "dropout" (on the hidden layer).
         copy_weights: start each expert from the FFN's weights, see `upcycle`.
-        noise: see `upcycle`.
+        noise: see `upcycle`; 0 without copy_weights.
         causal: see `SegMoE`; None: False, but refused in a decoder, whose experts would see the
             future.
         example_inputs: arguments of the model as a tuple, or as a dict by name; the first tensor
@@ -214,6 +224,8 @@ def replace_ffn(
     check.check_module(name, "model", model)
     check.check_flag(name, "copy_weights", copy_weights)
     check.check_positive(name, "noise", noise, zero=True)
+    if noise and not copy_weights:
+        check.fail_value(name, "noise", "be 0 without copy_weights=True", noise)
     check.check_flag(name, "causal", causal, optional=True)
     _check_parts(parts)
     if example_inputs is not None:
