@@ -39,6 +39,7 @@ class _Seen(NamedTuple):
 
     outputs: list[Tensor]
     rows: dict[str, Tensor]
+    calls: int
 
 
 class Probe:
@@ -87,6 +88,10 @@ class Probe:
             alone = place in mixed.rows and mixed.rows[place].shape[-2] == 1
             if alone or all(_close(*pair) for pair in zip(plain, mixed.outputs, strict=True)):
                 yield place
+
+    def calls(self, layers: Mapping[str, SegMoE]) -> int:
+        """How often one forward calls the layers, all of them together."""
+        return _run(self.model, self.inputs, watched=layers).calls
 
 
 def check_inputs(inputs: Any) -> None:
@@ -294,6 +299,7 @@ def _run(
 ) -> _Seen:
     """Call a model in eval mode, the same random numbers each time."""
     rows: dict[str, Tensor] = {}
+    calls: list[str] = []
     with ExitStack() as after:
         after.enter_context(evaluating(model))
         cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
@@ -303,12 +309,15 @@ def _run(
 
             def keep(_: nn.Module, args: tuple[Any, ...], place: str = place) -> None:
                 rows[place] = args[0]
+                calls.append(place)
 
             after.callback(layer.register_forward_pre_hook(keep).remove)
         for layer in (mixed or {}).values():
             after.callback(layer.register_forward_hook(_mix).remove)
         out = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
-    return _Seen([tensor for tensor in _tensors(out) if tensor.is_floating_point()], rows)
+    return _Seen(
+        [tensor for tensor in _tensors(out) if tensor.is_floating_point()], rows, len(calls)
+    )
 
 
 def _mix(layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:

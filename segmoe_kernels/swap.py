@@ -209,8 +209,9 @@ def replace_ffn(
         example_inputs: arguments of the model as a tuple, or as a dict by name; the first tensor
             is (B, T, ...) with at least 2 sequences.
         **options: of `SegMoE`, such as ``top_k`` and ``shared_expert``. ``aux_loss_weight`` and
-            ``z_loss_weight`` are divided by the number of layers made, so that the losses' sum has
-            the size of the official one.
+            ``z_loss_weight`` are divided by the number of layers made by one call, so that the
+            losses' sum has the size of the official one; with example_inputs by how often a forward
+            calls these, which without it you have to divide by where a layer is called repeatedly.
 
     Returns:
         Names of the modules that were swapped.
@@ -235,7 +236,6 @@ def replace_ffn(
     for weight in ("aux_loss_weight", "z_loss_weight"):
         if weight in options:
             check.check_positive(name, weight, options[weight], zero=True)
-            options[weight] /= len(found)
     layers: dict[str, SegMoE] = {}
     for (place, dense), size in zip(found.items(), sizes, strict=True):
         own = {"num_experts": num_experts, "segment_size": size, "causal": bool(causal), **options}
@@ -244,10 +244,14 @@ def replace_ffn(
     if left:
         warnings.warn(f"segmoe_kernels.{name} left {listed(model, left)}.", stacklevel=2)
     before = _count(model)
+    calls = len(layers)
     if example_inputs is None:
         _apply(model, found, layers)
     else:
-        _apply_and_probe(model, found, layers, example_inputs)
+        calls = _apply_and_probe(model, found, layers, example_inputs) or calls
+    for layer in layers.values():
+        layer.aux_loss_weight /= calls
+        layer.z_loss_weight /= calls
     _finish(model, layers, causal)
     after = _count(model)
     # A warning, as logging shows no less by default, and a segment-wide shared expert is large.
@@ -319,8 +323,11 @@ def _apply(model: nn.Module, found: Mapping[str, DenseFFN], layers: Mapping[str,
 
 def _apply_and_probe(
     model: nn.Module, found: Mapping[str, DenseFFN], layers: Mapping[str, SegMoE], inputs: Any
-) -> None:
-    """Put layers where FFNs are if the model keeps its properties; else leave it as it was."""
+) -> int:
+    """Put layers where FFNs are if the model keeps its properties; return how often it calls them.
+
+    Else the model is left as it was.
+    """
     probe = Probe(model, inputs)
     state = [(m, m.__class__, {**vars(m), "_modules": {**m._modules}}) for m in model.modules()]
 
@@ -348,7 +355,9 @@ def _apply_and_probe(
         if unseen is not None:
             rule = f"reach {unseen!r} with more than a segment, and to show in the outputs"
             check.fail_value("replace_ffn", "example_inputs", rule, "no change")
+        calls = probe.calls(layers)
         undo.pop_all()
+    return calls
 
 
 def _finish(model: nn.Module, layers: Mapping[str, SegMoE], causal: bool | None) -> None:

@@ -450,6 +450,23 @@ def test_weights_of_losses_are_shared_among_the_layers(name):
         torch.testing.assert_close(total, 0.02 * torch.stack(losses).mean().detach())
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_losses_of_a_layer_that_is_called_repeatedly_sum_to_the_official_size(size):
+    def forward(block, x):
+        x = x + block.position + x.mean(1, keepdim=True)
+        for _ in range(3):
+            x = x + block.a(x)
+        return x + block.b(x)
+
+    model = Block(
+        forward, a=sequential(), b=sequential(), position=nn.Embedding(T, D).weight
+    )  # fmt: skip
+    options = {**SIZES, "segment_sizes": size, "example_inputs": (torch.randn(2, T, D),)}
+    replace_ffn(model, aux_loss_weight=0.02, z_loss_weight=0.4, **options)
+    assert [layer.aux_loss_weight for layer in layers_of(model)] == [0.005] * 2
+    assert [layer.z_loss_weight for layer in layers_of(model)] == [0.1] * 2
+
+
 def test_growth_is_said(caplog):
     model = encoder(layers=2)
     before = sum(parameter.numel() for parameter in model.parameters())
