@@ -238,6 +238,8 @@ def _of_hidden_steps(inputs: Any) -> Iterator[_Trial]:
         if mask.shape != (batch, length) or not ((mask == 0) | (mask == 1)).all():
             continue
         hiding, bits = mask, mask == 1
+        if not bits.any() and not (mask.dtype == torch.bool or mask.is_floating_point()):
+            continue  # perhaps indices, of which 1 may be none
         if bits.all() or not bits.any():
             hiding, bits = mask.clone(), bits.clone()
             hiding[:, length // 2 :] = (~bits[:, :1]).to(mask.dtype)
