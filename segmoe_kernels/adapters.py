@@ -1,5 +1,6 @@
 """`SegMoE` behind the interfaces of other models' layers."""
 
+import threading
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ class SegMoEEncoderLayer(nn.TransformerEncoderLayer):
     is below half of the dtype's lowest value hides a step.
 
     Raises:
-        ValueError: for ``is_causal=True`` if the experts see later steps; see `replace_ffn`.
+        ValueError: for a causal mask, or ``is_causal=True``, if the experts see later steps; see
+            `replace_ffn`. The values of a mask are looked at, which waits for a GPU once a call.
     """
 
     seg_moe: SegMoE
@@ -39,13 +41,7 @@ class SegMoEEncoderLayer(nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         """Attention and experts, each with its residual; arguments as in the base class."""
-        if (
-            is_causal
-            and mixes_steps(self.seg_moe)
-            and not (
-                self.seg_moe.causal or self.may_look_ahead or src.shape[_time_dim(self, src)] == 1
-            )
-        ):
+        if is_causal and _looks_ahead(self) and src.shape[_time_dim(self, src)] > 1:
             rule = "be False where experts see later steps (swap with replace_ffn(causal=True))"
             check.fail_value("SegMoEEncoderLayer", "is_causal", rule, True)
         padding = src_key_padding_mask
@@ -85,29 +81,86 @@ def refuse_rows(place: str, _: nn.Module, args: tuple[Any, ...]) -> None:
         check.fail_value("SegMoE.forward", "x", rule, tuple(args[0].shape))
 
 
-def check_padding(
+# Whether an encoder that looked at the masks is running in this thread.
+_encoder = threading.local()
+
+
+def check_masks(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Refuse a mask of floats that neither hides a step nor leaves it as it is.
+    """Refuse causal masks where experts look ahead, and floats that neither hide a step nor not.
 
-    A pre-hook of what a user calls, as `torch.nn.TransformerEncoder` hands bool masks on as floats:
-    so a GPU is waited for where the user's own mask has floats, and once a call.
+    A pre-hook of encoders and of their layers. An encoder hands bool masks on as floats, so its
+    layers leave the look to it: a GPU is waited for once a call, and only for what the user gave.
     """
-    inside = len(args) > 2
-    mask = args[2] if inside else kwargs.get("src_key_padding_mask")
-    if mask is None or not mask.is_floating_point():
+    # Compiled code can't look and refuse: NaN in all outputs, rather than wrong ones.
+    compiling = torch.compiler.is_compiling()
+    if not compiling and getattr(_encoder, "runs", False):
         return args, kwargs
-    odd = ~_hidden(mask) & (mask != 0)
-    if torch.compiler.is_compiling():
-        # Compiled code can't look and refuse: NaN in all outputs, rather than wrong ones.
-        mask = mask.masked_fill(odd, torch.nan)
-        if inside:
-            return (*args[:2], mask, *args[3:]), kwargs
-        return args, {**kwargs, "src_key_padding_mask": mask}
-    if bool(odd.any()):
-        rule = "be 0 or below half of its dtype's lowest value, such as -inf (or use a bool mask)"
-        check.fail_value(type(module).__name__, "src_key_padding_mask", rule, mask[odd][0].item())
+    whole = isinstance(module, nn.TransformerEncoder)
+    name = "mask" if whole else "src_mask"
+    causal = None
+    if not _argument(args, kwargs, 3, "is_causal"):  # which a layer refuses without a look
+        causal = _is_causal(module, _argument(args, kwargs, 1, name))
+    if causal is not None and compiling:
+        src = _argument(args, kwargs, 0, "src")
+        args, kwargs = _replaced(args, kwargs, 0, "src", src.masked_fill(causal, torch.nan))
+    elif causal is not None and bool(causal):
+        rule = "show later steps where experts see them (swap with replace_ffn(causal=True))"
+        check.fail_value(type(module).__name__, name, rule, "a causal mask")
+    mask = _argument(args, kwargs, 2, "src_key_padding_mask")
+    if mask is not None and mask.is_floating_point():
+        odd = ~_hidden(mask) & (mask != 0)
+        if compiling:
+            mask = mask.masked_fill(odd, torch.nan)
+            args, kwargs = _replaced(args, kwargs, 2, "src_key_padding_mask", mask)
+        elif bool(odd.any()):
+            rule = "be 0 or below half of its dtype's lowest value, such as -inf (or a bool mask)"
+            got = mask[odd][0].item()
+            check.fail_value(type(module).__name__, "src_key_padding_mask", rule, got)
+    if whole and not compiling:
+        _encoder.runs = True
     return args, kwargs
+
+
+def leave_encoder(*_: Any) -> None:
+    """Let layers look at masks again: a hook behind an encoder, which errors reach, too."""
+    if not torch.compiler.is_compiling():
+        _encoder.runs = False
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], index: int, name: str) -> Any:
+    return args[index] if len(args) > index else kwargs.get(name)
+
+
+def _replaced(
+    args: tuple[Any, ...], kwargs: dict[str, Any], index: int, name: str, value: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if len(args) > index:
+        return (*args[:index], value, *args[index + 1 :]), kwargs
+    return args, {**kwargs, name: value}
+
+
+def _looks_ahead(layer: nn.Module) -> bool:
+    """Whether experts see later steps that nobody allowed them to see."""
+    if not isinstance(layer, SegMoEEncoderLayer) or layer.may_look_ahead:
+        return False
+    return mixes_steps(layer.seg_moe) and not layer.seg_moe.causal
+
+
+def _is_causal(module: Any, mask: Tensor | None) -> Tensor | None:
+    """Whether a mask hides all later steps of a sequence; None where that would do no harm."""
+    layers = module.layers if isinstance(module, nn.TransformerEncoder) else [module]
+    looking = [layer for layer in layers if _looks_ahead(layer)]
+    if mask is None or not looking or mask.shape[-1] == 1:
+        return None
+    later = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(1)
+    hidden = _hidden(mask) | ~later
+    if mask.ndim == 2:
+        return hidden.all()
+    # (B * heads, T, T): a step is hidden where no head sees it.
+    heads: Tensor = hidden.unflatten(0, (-1, int(looking[0].self_attn.num_heads)))
+    return heads.flatten(1).all(1).any()
 
 
 class TSLibEncoderLayer(nn.Module):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.func import functional_call
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = ["UNDERSTOOD", "DenseFFN", "activation_of", "difference", "evaluating", "read_ffn"]
@@ -96,7 +97,7 @@ def read_ffn(module: nn.Module, parts: Mapping[str, str] | None = None) -> Dense
     if isinstance(module, nn.TransformerEncoderLayer):
         if type(module) is not nn.TransformerEncoderLayer:
             return _extends(nn.TransformerEncoderLayer)
-        own = module.linear1, module.linear2, None, module.activation, _rate(module.dropout), None
+        own = module.linear1, module.linear2, None, module.activation, module.dropout, None
         return _describe(*own)
     if isinstance(module, nn.Sequential):
         return _read_sequential(module)
@@ -107,11 +108,10 @@ def _read_children(module: Any, children: dict[str, nn.Module]) -> DenseFFN | st
     """Know classes by their children; what these compute is tried later."""
     function = getattr(module, "activation", None)
     if children.keys() - {"activation"} == _CONVOLUTIONAL:
-        dropout = _rate(module.dropout)
-        return _describe(module.conv1, module.conv2, None, function, dropout, None)
+        return _describe(module.conv1, module.conv2, None, function, module.dropout, None)
     if children.keys() - {"act_fn"} == {"up_proj", "gate_proj", "down_proj"}:
         function, gate = getattr(module, "act_fn", None), module.gate_proj
-        return _describe(module.up_proj, module.down_proj, gate, function, 0.0, None)
+        return _describe(module.up_proj, module.down_proj, gate, function, None, None)
     sizes = {name: _size(child) for name, child in children.items() if _size(child)}
     others = [child for name, child in children.items() if name not in sizes]
     if any(re.match("q|k_|key|v_|value", name) for name in sizes):
@@ -137,7 +137,7 @@ def _read_sequential(module: nn.Sequential) -> DenseFFN | str | None:
     if type(module) is not nn.Sequential:
         return _extends(nn.Sequential)
     inside = len(parts) == 4 and type(parts[2]) is nn.Dropout
-    dropout = _rate(parts.pop(2)) if inside else 0.0
+    dropout = parts.pop(2) if inside else None
     if len(parts) != 3:
         return f"has other parts than Linear, activation, Dropout and Linear: {kinds}"
     return _describe(parts[0], parts[2], None, parts[1], dropout, behind)
@@ -156,9 +156,7 @@ def _read_parts(module: nn.Module, parts: Mapping[str, str]) -> DenseFFN | str |
     name = parts["activation"]
     function = named.get(name, getattr(module, name, name if name in _COMPUTED else None))
     dropout = own.get("dropout")
-    if dropout is not None and type(dropout) is not nn.Dropout:
-        return f"has a {type(dropout).__name__} for its dropout"
-    return _describe(own["up"], own["down"], own.get("gate"), function, _rate(dropout), None)
+    return _describe(own["up"], own["down"], own.get("gate"), function, dropout, None)
 
 
 def _extends(kind: type) -> str:
@@ -166,7 +164,7 @@ def _extends(kind: type) -> str:
 
 
 def _rate(dropout: Any) -> float:
-    return float(dropout.p) if isinstance(dropout, nn.Dropout) else 0.0
+    return float(dropout.p) if isinstance(dropout, _DropoutNd) else 0.0
 
 
 def _size(module: Any) -> tuple[int, ...]:
@@ -180,7 +178,7 @@ def _size(module: Any) -> tuple[int, ...]:
 
 
 def _describe(
-    up: Any, down: Any, gate: Any, function: Any, dropout: float, behind: nn.Module | None
+    up: Any, down: Any, gate: Any, function: Any, dropout: Any, behind: nn.Module | None
 ) -> DenseFFN | str | None:
     """Check that the parts make an FFN that `SegMoE` computes."""
     activation = function if isinstance(function, str) else activation_of(function)
@@ -195,7 +193,9 @@ def _describe(
     if activation is None:
         kind = getattr(function, "__name__", type(function).__name__)
         return f"has an activation other than GELU, ReLU and SiLU of torch or transformers: {kind}"
-    return DenseFFN(up, down, gate, activation, dropout, behind)
+    if dropout is not None and type(dropout) not in {nn.Dropout, nn.Identity}:
+        return f"has a {type(dropout).__name__} for its dropout, which must be exactly nn.Dropout"
+    return DenseFFN(up, down, gate, activation, _rate(dropout), behind)
 
 
 def _is_linear(module: Any) -> bool:

@@ -11,7 +11,15 @@ from segmoe_kernels import validation as check
 from segmoe_kernels.dense_ffn import UNDERSTOOD, DenseFFN, difference, read_ffn
 from segmoe_kernels.layer import SegMoE
 
-__all__ = ["Match", "decoder_at", "find_ffns", "inverted_at", "listed", "switch_cache_off"]
+__all__ = [
+    "Match",
+    "decoder_at",
+    "find_ffns",
+    "inverted_at",
+    "listed",
+    "obstacle",
+    "switch_cache_off",
+]
 
 # Of modules and of parameters.
 _HOOKS = (
@@ -83,7 +91,7 @@ def _reason(named: dict[str, nn.Module], place: str, dense: DenseFFN | str | Non
     mixture = _mixture_at(named, place)
     if mixture is not None:
         return f"is inside the mixture of experts {mixture!r}, whose rows are gathered tokens"
-    return _obstacle(named, place, dense) or difference(named[place], dense)
+    return obstacle(named, place, dense) or difference(named[place], dense)
 
 
 def listed(model: nn.Module, reasons: Mapping[str, str]) -> str:
@@ -175,7 +183,7 @@ def inverted_at(named: dict[str, nn.Module], place: str) -> str | None:
     return None
 
 
-def _obstacle(named: dict[str, nn.Module], place: str, dense: DenseFFN) -> str | None:
+def obstacle(named: dict[str, nn.Module], place: str, dense: DenseFFN) -> str | None:
     """Say what would be lost or untied if an FFN were swapped."""
     module = named[place]
     own = list(dense.linears().values())

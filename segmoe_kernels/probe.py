@@ -24,13 +24,14 @@ class _Trial(NamedTuple):
     """Changed inputs, and what of the outputs may not depend on the change.
 
     ``rows`` says whether a layer's rows on the old and the new inputs, (..., T, D), tell that they
-    are no steps; None where it can't say.
+    are no steps; None where it can't say. ``base`` are the inputs before the change, if other ones.
     """
 
     rule: str
     inputs: Any
     pairs: Pairs | None
     rows: Callable[[Tensor, Tensor], bool | None]
+    base: Any = None
 
 
 class _Seen(NamedTuple):
@@ -38,6 +39,7 @@ class _Seen(NamedTuple):
 
     outputs: list[Tensor]
     rows: dict[str, Tensor]
+    calls: int
 
 
 class Probe:
@@ -51,20 +53,22 @@ class Probe:
     def __init__(self, model: nn.Module, inputs: Any) -> None:
         self.model, self.inputs = model, inputs
         self.trials = list(_trials(inputs))
-        base = _run(model, inputs).outputs
-        self.held = [
-            _holds(trial, base, _run(model, trial.inputs).outputs) for trial in self.trials
-        ]
+        plain = _run(model, inputs)
+        self.held: list[list[bool]] = []
+        for trial in self.trials:
+            base = plain if trial.base is None else _run(model, trial.base)
+            self.held.append(_holds(trial, base.outputs, _run(model, trial.inputs).outputs))
 
     def broken(self, layers: Mapping[str, SegMoE]) -> Iterator[tuple[str, str]]:
         """``(module or "", rule)`` of what does not hold with the layers in the model."""
         layers = {place: layer for place, layer in layers.items() if mixes_steps(layer)}
         if not layers:
             return
-        base = _run(self.model, self.inputs, layers, layers)
+        plain = _run(self.model, self.inputs, layers, layers)
         told: dict[tuple[str, str], list[bool]] = {}
         for trial, held in zip(self.trials, self.held, strict=True):
             changed = _run(self.model, trial.inputs, layers, layers)
+            base = plain if trial.base is None else _run(self.model, trial.base, layers, layers)
             for place, rows in changed.rows.items():
                 wrong = trial.rows(base.rows[place], rows)
                 if wrong is not None:
@@ -80,9 +84,14 @@ class Probe:
         layers = {place: layer for place, layer in layers.items() if mixes_steps(layer)}
         plain = _run(self.model, self.inputs).outputs
         for place, layer in layers.items():
-            mixed = _run(self.model, self.inputs, {place: layer}, layers).outputs
-            if all(_close(*pair) for pair in zip(plain, mixed, strict=True)):
+            mixed = _run(self.model, self.inputs, {place: layer}, layers)
+            alone = place in mixed.rows and mixed.rows[place].shape[-2] == 1
+            if alone or all(_close(*pair) for pair in zip(plain, mixed.outputs, strict=True)):
                 yield place
+
+    def calls(self, layers: Mapping[str, SegMoE]) -> int:
+        """How often one forward calls the layers, all of them together."""
+        return _run(self.model, self.inputs, watched=layers).calls
 
 
 def check_inputs(inputs: Any) -> None:
@@ -192,6 +201,73 @@ def _trials(inputs: Any) -> Iterator[_Trial]:
         if dim == 1:
             name += " (steps have an order in models with positions)"
         yield _Trial(name, _changed(inputs, permute), same, permuted if dim > 1 else _nothing)
+        if dim > 1:
+            yield _of_others(inputs, dim)
+    yield from _of_hidden_steps(inputs)
+
+
+def _of_others(inputs: Any, dim: int) -> _Trial:
+    """Change one variate alone, as variates with weights of their own have an order."""
+    first = _tensors(inputs)[0]
+    size = first.shape[dim]
+
+    def exchange_one(x: Tensor) -> Tensor:
+        if x is not first:
+            return x
+        one, others = x.split([1, size - 1], dim)
+        return torch.cat([one.roll(1, 0), others], dim)
+
+    def same_others(old: Tensor, new: Tensor) -> list[tuple[Tensor, Tensor]]:
+        dims = [d for d in range(1, old.ndim) if old.shape[d] == size]
+        return [(old.narrow(d, 1, size - 1), new.narrow(d, 1, size - 1)) for d in dims]
+
+    def one_row(old: Tensor, new: Tensor) -> bool | None:
+        if old.shape[-2] != size or old.shape != new.shape:
+            return None
+        return not _close(old, new) and _close(old[..., 1:, :], new[..., 1:, :])
+
+    name = f"keep its independence along dimension {dim}"
+    return _Trial(name, _changed(inputs, exchange_one), same_others, one_row)
+
+
+def _of_hidden_steps(inputs: Any) -> Iterator[_Trial]:
+    """Change steps that a mask hides: of the example where it hides some, else of its end."""
+    first, *others = _tensors(inputs)
+    batch, length = first.shape[:2]
+    for mask in others:
+        if mask.shape != (batch, length) or not ((mask == 0) | (mask == 1)).all():
+            continue
+        hiding, bits = mask, mask == 1
+        if not bits.any() and not (mask.dtype == torch.bool or mask.is_floating_point()):
+            continue  # perhaps indices, of which 1 may be none
+        if bits.all() or not bits.any():
+            hiding, bits = mask.clone(), bits.clone()
+            hiding[:, length // 2 :] = (~bits[:, :1]).to(mask.dtype)
+            bits[:, length // 2 :] = ~bits[:, :1]
+        # Whether 1 hides or shows is the model's matter: the other way nothing holds before.
+        for hidden in (bits, ~bits):
+            yield _of_hidden(inputs, mask, hiding, hidden.to(first.device))
+
+
+def _of_hidden(inputs: Any, mask: Tensor, hiding: Tensor, hidden: Tensor) -> _Trial:
+    first = _tensors(inputs)[0]
+
+    def hide(x: Tensor) -> Tensor:
+        return hiding if x is mask else x
+
+    def exchange_hidden(x: Tensor) -> Tensor:
+        where = hidden.view(*hidden.shape, *[1] * (x.ndim - 2))
+        return torch.where(where, x.flip(1).roll(1, 0), x) if x is first else hide(x)
+
+    def same_visible(old: Tensor, new: Tensor) -> list[tuple[Tensor, Tensor]]:
+        if old.shape != new.shape or old.shape[:2] != hidden.shape:
+            return [(old, new)]  # a loss, or what was pooled
+        visible = ~hidden.to(old.device)
+        return [(old[visible], new[visible])]
+
+    name = "keep its independence of the steps that a mask hides"
+    base = None if hiding is mask else _changed(inputs, hide)
+    return _Trial(name, _changed(inputs, exchange_hidden), same_visible, _nothing, base)
 
 
 def _reversed(x: Tensor) -> Tensor:
@@ -225,6 +301,7 @@ def _run(
 ) -> _Seen:
     """Call a model in eval mode, the same random numbers each time."""
     rows: dict[str, Tensor] = {}
+    calls: list[str] = []
     with ExitStack() as after:
         after.enter_context(evaluating(model))
         cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
@@ -234,18 +311,23 @@ def _run(
 
             def keep(_: nn.Module, args: tuple[Any, ...], place: str = place) -> None:
                 rows[place] = args[0]
+                calls.append(place)
 
             after.callback(layer.register_forward_pre_hook(keep).remove)
         for layer in (mixed or {}).values():
             after.callback(layer.register_forward_hook(_mix).remove)
         out = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
-    return _Seen([tensor for tensor in _tensors(out) if tensor.is_floating_point()], rows)
+    return _Seen(
+        [tensor for tensor in _tensors(out) if tensor.is_floating_point()], rows, len(calls)
+    )
 
 
 def _mix(layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
     """Add to each step a sum over the segment that decides its experts."""
     assert isinstance(layer, SegMoE)
     x, size = args[0], layer.segment_size
+    if len(args) > 1 and args[1] is not None:
+        x = x.masked_fill(~args[1][..., None], 0)  # padding
     length = x.shape[-2]
     segments = F.pad(x, (0, 0, 0, -length % size)).unflatten(-2, (-1, size))
     # A weight for each place, so that an order inside a segment matters.

@@ -1,5 +1,6 @@
 """Segment-wise experts in models that exist: `replace_ffn` and `upcycle`."""
 
+import inspect
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,8 @@ from segmoe_kernels import validation as check
 from segmoe_kernels.adapters import (
     SegMoEEncoderLayer,
     TSLibEncoderLayer,
-    check_padding,
+    check_masks,
+    leave_encoder,
     mixes_steps,
     refuse_rows,
 )
@@ -28,6 +30,7 @@ from segmoe_kernels.places import (
     find_ffns,
     inverted_at,
     listed,
+    obstacle,
     switch_cache_off,
 )
 from segmoe_kernels.probe import Probe, check_inputs
@@ -121,7 +124,8 @@ def upcycle(ffn: nn.Module, num_experts: int, *, noise: float = 0.0, **options: 
     auxiliary losses alone; ``top_k=2`` learns from the task, too, once the experts differ.
 
     Args:
-        ffn: what `replace_ffn` understands.
+        ffn: an FFN that `replace_ffn` understands, without attention, a dropout on its output, or
+            hooks; frozen or not as a whole, which the layer then is, too.
         num_experts: E.
         noise: relative size of normal noise on each expert's weights, measured by their root mean
             square, so that the experts part.
@@ -139,13 +143,21 @@ def upcycle(ffn: nn.Module, num_experts: int, *, noise: float = 0.0, **options: 
     check.check_module("upcycle", "ffn", ffn)
     check.check_positive("upcycle", "noise", noise, zero=True)
     dense = read_ffn(ffn)
-    if not isinstance(dense, DenseFFN):
-        got = type(ffn).__name__ if dense is None else f"{type(ffn).__name__}, which {dense}"
+    reason = _beside(ffn, dense) if isinstance(dense, DenseFFN) else dense
+    if reason is not None or not isinstance(dense, DenseFFN):
+        got = type(ffn).__name__ if reason is None else f"{type(ffn).__name__}, which {reason}"
         check.fail_value("upcycle", "ffn", UNDERSTOOD, got)
-    if (differs := difference(ffn, dense)) is not None:
-        check.fail_value("upcycle", "ffn", UNDERSTOOD, f"{type(ffn).__name__}, which {differs}")
     layer = _build("upcycle", dense, True, noise, {"num_experts": num_experts, **options})
     return layer.train(ffn.training)
+
+
+def _beside(ffn: nn.Module, dense: DenseFFN) -> str | None:
+    """Say what of a module a `SegMoE` alone would lose."""
+    if isinstance(ffn, nn.TransformerEncoderLayer) or isinstance(dense.up, nn.Conv1d):
+        return "has attention beside its FFN: use replace_ffn(copy_weights=True)"
+    if getattr(dense.behind, "p", 0) > 0:
+        return "ends in a dropout, which would be lost: upcycle what is in front of it"
+    return obstacle({"": ffn}, "", dense) or difference(ffn, dense)
 
 
 def replace_ffn(
@@ -175,8 +187,10 @@ def replace_ffn(
 
     Experts of segments look at neighbouring rows, so rows have to be the time steps of a sequence.
     With ``example_inputs`` the model is called before and after: sequences of a batch that did not
-    depend on each other, outputs that did not depend on later steps, and dimensions whose order did
-    not matter have to stay so. Use it wherever an example is at hand.
+    depend on each other, outputs that did not depend on later steps, or on steps that a mask of
+    shape (B, T) among the inputs hides, and dimensions whose order or others did not matter have to
+    stay so. Use it wherever an example is at hand. Padding reaches experts through
+    ``src_key_padding_mask`` of PyTorch's encoder layers alone.
 
     Args:
         model: changed in place; what it returns keeps its shape.
@@ -189,14 +203,15 @@ def replace_ffn(
             "activation" (a child, an attribute, or a name that `SegMoE` knows), perhaps "gate"
             (its output is activated, not that of "up") and "dropout" (on the hidden layer).
         copy_weights: start each expert from the FFN's weights, see `upcycle`.
-        noise: see `upcycle`.
+        noise: see `upcycle`; 0 without copy_weights.
         causal: see `SegMoE`; None: False, but refused in a decoder, whose experts would see the
             future.
         example_inputs: arguments of the model as a tuple, or as a dict by name; the first tensor
             is (B, T, ...) with at least 2 sequences.
         **options: of `SegMoE`, such as ``top_k`` and ``shared_expert``. ``aux_loss_weight`` and
-            ``z_loss_weight`` are divided by the number of layers made, so that the losses' sum has
-            the size of the official one.
+            ``z_loss_weight`` are divided by the number of layers made by one call, so that the
+            losses' sum has the size of the official one; with example_inputs by how often a forward
+            calls these, which without it you have to divide by where a layer is called repeatedly.
 
     Returns:
         Names of the modules that were swapped.
@@ -210,6 +225,8 @@ def replace_ffn(
     check.check_module(name, "model", model)
     check.check_flag(name, "copy_weights", copy_weights)
     check.check_positive(name, "noise", noise, zero=True)
+    if noise and not copy_weights:
+        check.fail_value(name, "noise", "be 0 without copy_weights=True", noise)
     check.check_flag(name, "causal", causal, optional=True)
     _check_parts(parts)
     if example_inputs is not None:
@@ -219,7 +236,6 @@ def replace_ffn(
     for weight in ("aux_loss_weight", "z_loss_weight"):
         if weight in options:
             check.check_positive(name, weight, options[weight], zero=True)
-            options[weight] /= len(found)
     layers: dict[str, SegMoE] = {}
     for (place, dense), size in zip(found.items(), sizes, strict=True):
         own = {"num_experts": num_experts, "segment_size": size, "causal": bool(causal), **options}
@@ -228,10 +244,14 @@ def replace_ffn(
     if left:
         warnings.warn(f"segmoe_kernels.{name} left {listed(model, left)}.", stacklevel=2)
     before = _count(model)
+    calls = len(layers)
     if example_inputs is None:
         _apply(model, found, layers)
     else:
-        _apply_and_probe(model, found, layers, example_inputs)
+        calls = _apply_and_probe(model, found, layers, example_inputs) or calls
+    for layer in layers.values():
+        layer.aux_loss_weight /= calls
+        layer.z_loss_weight /= calls
     _finish(model, layers, causal)
     after = _count(model)
     # A warning, as logging shows no less by default, and a segment-wide shared expert is large.
@@ -303,8 +323,11 @@ def _apply(model: nn.Module, found: Mapping[str, DenseFFN], layers: Mapping[str,
 
 def _apply_and_probe(
     model: nn.Module, found: Mapping[str, DenseFFN], layers: Mapping[str, SegMoE], inputs: Any
-) -> None:
-    """Put layers where FFNs are if the model keeps its properties; else leave it as it was."""
+) -> int:
+    """Put layers where FFNs are if the model keeps its properties; return how often it calls them.
+
+    Else the model is left as it was.
+    """
     probe = Probe(model, inputs)
     state = [(m, m.__class__, {**vars(m), "_modules": {**m._modules}}) for m in model.modules()]
 
@@ -332,25 +355,34 @@ def _apply_and_probe(
         if unseen is not None:
             rule = f"reach {unseen!r} with more than a segment, and to show in the outputs"
             check.fail_value("replace_ffn", "example_inputs", rule, "no change")
+        calls = probe.calls(layers)
         undo.pop_all()
+    return calls
 
 
 def _finish(model: nn.Module, layers: Mapping[str, SegMoE], causal: bool | None) -> None:
     """Guard what can go wrong in later calls: masks, causal calls, caches."""
-    inside: set[nn.Module] = set()
-    for module in model.modules():  # an encoder comes before its layers
-        if isinstance(module, nn.TransformerEncoder):
-            inside.update(module.layers)
-            guarded = any(isinstance(layer, SegMoEEncoderLayer) for layer in module.layers)
-        else:
-            guarded = isinstance(module, SegMoEEncoderLayer) and module not in inside
+    for module in model.modules():
+        swapped = isinstance(module, SegMoEEncoderLayer)
+        whole = isinstance(module, nn.TransformerEncoder) and any(
+            isinstance(layer, SegMoEEncoderLayer) for layer in module.layers
+        )
         hooks: Any = module._forward_pre_hooks
-        if guarded and check_padding not in hooks.values():
-            module.register_forward_pre_hook(check_padding, with_kwargs=True)
+        if (swapped or whole) and check_masks not in hooks.values():
+            module.register_forward_pre_hook(check_masks, with_kwargs=True)
+            if whole:
+                module.register_forward_hook(leave_encoder, always_call=True)
         if isinstance(module, SegMoEEncoderLayer) and module.seg_moe in layers.values():
             module.may_look_ahead = causal is False
     if any(mixes_steps(layer) for layer in layers.values()):
         switch_cache_off(model)
+        if "attention_mask" in inspect.signature(model.forward).parameters:
+            message = (
+                "segmoe_kernels.replace_ffn: experts don't see the model's attention_mask: what it "
+                "hides changes their segments. Pad behind causal experts alone, and pass "
+                "example_inputs with a mask that hides steps."
+            )
+            warnings.warn(message, stacklevel=3)
 
 
 def _sizes(segment_sizes: int | str | Sequence[int], count: int) -> list[int]:

@@ -166,6 +166,7 @@ ROWS = [
     ("swap_model_type", swap(model=[dense()]), TypeError, ["model", "torch.nn.Module", "list"]),
     ("swap_flag", swap(copy_weights=1), TypeError, ["copy_weights", "True or False", "1 (int)"]),
     ("swap_noise", swap(noise=-0.5), ValueError, ["noise", "finite and not negative", "-0.5"]),
+    ("swap_noise_alone", swap(noise=0.5), ValueError, ["noise", "0 without copy_weights", "0.5"]),
     ("swap_match_type", swap(match=3), TypeError, ["match", "a regular expression", "int"]),
     ("swap_match_syntax", swap(match="(ff"), ValueError, ["match", "regular expression", "'(ff'"]),
     (

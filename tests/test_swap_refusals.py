@@ -299,6 +299,11 @@ def half_frozen():
     return ffn
 
 
+def alpha(layer):
+    layer.dropout = nn.AlphaDropout(0.3)
+    return layer
+
+
 IMPOSTORS = {
     "residual": (lambda: Residual(*sequential()), "extends Sequential, so its forward may do more"),
     "clamped": (Clamped, "computes something else than its parts say"),
@@ -321,6 +326,8 @@ IMPOSTORS = {
         "has a up that is no plain Linear: test_swap_refusals.Quantised of Parameter",
     ),
     "half frozen": (half_frozen, "some weights frozen and others not"),
+    "alpha dropout": (lambda: alpha(nn.TransformerEncoderLayer(D, 2, F_)), "has a AlphaDropout"),
+    "alpha dropout of convolutions": (lambda: alpha(EncoderLayer()), "has a AlphaDropout"),
 }
 
 
@@ -334,10 +341,32 @@ def test_what_only_looks_like_an_ffn_is_refused_with_the_reason(case):
         assert words in message
 
 
-def test_upcycle_refuses_a_forward_of_its_own():
-    for ffn in (Residual(*sequential()), Clamped(), Dropping()):
-        with pytest.raises(ValueError, match=r"upcycle: expected ffn .* which (extends|computes)"):
-            upcycle(ffn, 2)
+BESIDE = {
+    "residual": lambda: Residual(*sequential()),
+    "clamped": Clamped,
+    "dropping": Dropping,
+    "behind": lambda: sequential(behind=True),
+    "encoder layer": lambda: nn.TransformerEncoderLayer(D, 2, F_, batch_first=True),
+    "convolutions": EncoderLayer,
+    "half frozen": half_frozen,
+    "hook": lambda: hooked("register_forward_hook"),
+}
+WORDS = {
+    "residual": "extends", "clamped": "computes", "dropping": "computes", "behind": "ends in a dr",
+    "encoder layer": "has attention", "convolutions": "has attention", "hook": "has hooks",
+    "half frozen": "has some weights frozen",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_upcycle_refuses_what_a_layer_would_lose(case):
+    with pytest.raises(ValueError, match=f"upcycle: expected ffn .* which {WORDS[case]}"):
+        upcycle(BESIDE[case](), 2)
+
+
+def test_upcycle_keeps_a_frozen_ffn_frozen():
+    layer = upcycle(sequential().requires_grad_(False), 2)
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
 
 
 def test_weights_tied_between_ffns_are_refused():
@@ -419,6 +448,23 @@ def test_weights_of_losses_are_shared_among_the_layers(name):
             for seen in routings
         ]
         torch.testing.assert_close(total, 0.02 * torch.stack(losses).mean().detach())
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_losses_of_a_layer_that_is_called_repeatedly_sum_to_the_official_size(size):
+    def forward(block, x):
+        x = x + block.position + x.mean(1, keepdim=True)
+        for _ in range(3):
+            x = x + block.a(x)
+        return x + block.b(x)
+
+    model = Block(
+        forward, a=sequential(), b=sequential(), position=nn.Embedding(T, D).weight
+    )  # fmt: skip
+    options = {**SIZES, "segment_sizes": size, "example_inputs": (torch.randn(2, T, D),)}
+    replace_ffn(model, aux_loss_weight=0.02, z_loss_weight=0.4, **options)
+    assert [layer.aux_loss_weight for layer in layers_of(model)] == [0.005] * 2
+    assert [layer.z_loss_weight for layer in layers_of(model)] == [0.1] * 2
 
 
 def test_growth_is_said(caplog):
