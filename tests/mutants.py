@@ -1169,8 +1169,8 @@ _EXPERTS = _in(
         "dx lacks the gate's share",
     ),
     (
-        "expert_ffn_dx_kernel", "bias", "dweight += tl.sum(dy.to(ACC) * bias",
-        "tl.sum(dy.to(ACC) * bias", "a routing weight's gradient lacks the bias",
+        "expert_ffn_dx_kernel", "bias", "dweight += tl.sum(tl.fma(dy.to(ACC), bias",
+        "tl.sum(tl.fma(dy.to(ACC), bias", "a routing weight's gradient lacks the bias",
     ),
     (
         "_router_partials", "no sum over blocks", "x.to(ACC), acc, input", "x.to(ACC), input",
