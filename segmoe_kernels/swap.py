@@ -146,7 +146,8 @@ def upcycle(ffn: nn.Module, num_experts: int, *, noise: float = 0.0, **options: 
     reason = _beside(ffn, dense) if isinstance(dense, DenseFFN) else dense
     if reason is not None or not isinstance(dense, DenseFFN):
         got = type(ffn).__name__ if reason is None else f"{type(ffn).__name__}, which {reason}"
-        check.fail_value("upcycle", "ffn", UNDERSTOOD, got)
+        rule = "be an FFN with nothing beside it" if isinstance(dense, DenseFFN) else UNDERSTOOD
+        check.fail_value("upcycle", "ffn", rule, got)
     layer = _build("upcycle", dense, True, noise, {"num_experts": num_experts, **options})
     return layer.train(ffn.training)
 
