@@ -18,7 +18,8 @@ def _as_sequence(function: str, routings: Any) -> Sequence[Routing]:
         return [routings]
     layers = list(routings) if isinstance(routings, Iterable) else []
     if not layers or not all(isinstance(layer, Routing) for layer in layers):
-        got = [type(layer).__name__ for layer in layers] or type(routings).__name__
+        kind = type(routings).__name__
+        got = [type(layer).__name__ for layer in layers] or f"{kind} without one"
         check.fail_type(function, "routings", "be a Routing or a sequence of at least one", got)
     return layers
 

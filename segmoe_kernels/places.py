@@ -109,12 +109,13 @@ def listed(model: nn.Module, reasons: Mapping[str, str]) -> str:
 def _predicate(match: Any) -> Callable[[str, nn.Module], bool] | None:
     if match is None:
         return None
-    if callable(match):
+    if callable(match) and not isinstance(match, type):
         wanted: Callable[[str, nn.Module], bool] = match
         return wanted
     if not isinstance(match, str):
-        rule = "be a regular expression, a function or None"
-        check.fail_type("replace_ffn", "match", rule, type(match).__name__)
+        rule = "be a regular expression, a function of name and module, or None"
+        got = f"the class {match.__name__}" if isinstance(match, type) else type(match).__name__
+        check.fail_type("replace_ffn", "match", rule, got)
     try:
         pattern = re.compile(match)
     except re.error as error:

@@ -141,7 +141,7 @@ def read_table(path: str | PathLike[str]) -> SeriesTable:
         bad = _bad_cell(column, delimiter) if kind in {"number", "missing"} else None
         if bad is not None:
             got = f"{bad[1][:40]!r} in row {lines[bad[0]]}, column {place + 1} ({name})"
-            _refuse("have a number everywhere", f"{got} of {file.name}")
+            _refuse("have a number everywhere (fill gaps first)", f"{got} of {file.name}")
         # The index that pandas writes has no name.
         index = named and place == 0 and first[0].strip() in {"", "Unnamed: 0"}
         what = _left_out(name, kind, column, index=index)

@@ -354,8 +354,9 @@ def _apply_and_probe(
             check.fail_value("replace_ffn", "model", rule, where)
         unseen = next(probe.unseen(layers), None)
         if unseen is not None:
-            rule = f"reach {unseen!r} with more than a segment, and to show in the outputs"
-            check.fail_value("replace_ffn", "example_inputs", rule, "no change")
+            rule = f"send {unseen!r} more than a single row a sequence, and show it in the outputs"
+            got = "no change (does a head or branch start at zero? Probe after a first step)"
+            check.fail_value("replace_ffn", "example_inputs", rule, got)
         calls = probe.calls(layers)
         undo.pop_all()
     return calls

@@ -168,6 +168,12 @@ ROWS = [
     ("swap_noise", swap(noise=-0.5), ValueError, ["noise", "finite and not negative", "-0.5"]),
     ("swap_noise_alone", swap(noise=0.5), ValueError, ["noise", "0 without copy_weights", "0.5"]),
     ("swap_match_type", swap(match=3), TypeError, ["match", "a regular expression", "int"]),
+    (
+        "swap_match_class",
+        swap(match=nn.Linear),
+        TypeError,
+        ["match", "name and module", "class Linear"],
+    ),
     ("swap_match_syntax", swap(match="(ff"), ValueError, ["match", "regular expression", "'(ff'"]),
     (
         "swap_match_nothing",
@@ -287,7 +293,7 @@ ROWS = [
             example_inputs=(STEPS,),
         ),
         ValueError,
-        ["example_inputs", "reach 'ff' with more than a segment", "no change"],
+        ["example_inputs", "send 'ff' more than a single row", "no change", "at zero?"],
     ),
     (
         "swapped_rows",

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from test_swap import D, T, encoder, sequential
-from test_swap_refusals import Block, llama, unchanged
+from test_swap_hugging_face import llama
+from test_swap_refusals import Block, unchanged
 from torch import nn
 
 from segmoe_kernels import replace_ffn
@@ -153,4 +154,51 @@ def test_a_head_behind_a_pooling_is_no_sequence():
     model = Block(lambda block, x: block.ff(x.mean(1, keepdim=True)), ff=sequential())
     x = torch.randn(3, T, D)
     message = unchanged(model, replace_ffn, example_inputs=(x,), **SIZES)
-    assert "expected example_inputs to reach 'ff' with more than a segment" in message
+    assert "expected example_inputs to send 'ff' more than a single row" in message
+
+
+MASKS = {"-inf": -torch.inf, "lowest": None, "1e9": -1e9, "nan": torch.nan, "bias": 0.5}
+
+
+@pytest.mark.parametrize("value", MASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("alone", [False, True])
+def test_mask_of_floats_hides_a_step_from_experts_or_is_refused(value, dtype, alone):
+    model = encoder(1)
+    model = (model.layers[0] if alone else model).to(dtype).eval()
+    replace_ffn(model, **SIZES)
+    x = torch.randn(2, T, D, dtype=dtype)
+    hidden = torch.zeros(2, T, dtype=torch.bool)
+    hidden[0, 7:] = True
+    low = torch.finfo(dtype).min if value == "lowest" else MASKS[value]
+    mask = torch.zeros(2, T, dtype=dtype).masked_fill(hidden, low)
+    if value in {"-inf", "lowest"}:
+        expected = model(x, src_key_padding_mask=hidden)[~hidden]
+        assert torch.equal(model(x, src_key_padding_mask=mask)[~hidden], expected)
+        return
+    for args, kwargs in [((x,), {"src_key_padding_mask": mask}), ((x, None, mask), {})]:
+        with pytest.raises(ValueError, match="src_key_padding_mask to be 0 or below half"):
+            model(*args, **kwargs)
+    if (
+        alone and value == "bias" and dtype == torch.float32
+    ):  # what compiled code can't refuse is no number
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert compiled(x, None, mask)[0].isnan().all()
+        assert compiled(x, src_key_padding_mask=mask)[0].isnan().all()
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_causal_call_of_an_encoder_that_looks_ahead_is_refused(alone):
+    x = torch.randn(2, T, D, dtype=torch.float64)
+    mask = nn.Transformer.generate_square_subsequent_mask(T, dtype=torch.float64)
+    for causal in (None, False, True):
+        model = encoder(1)
+        model = model.layers[0] if alone else model
+        replace_ffn(model, causal=causal, **SIZES)
+        model(x)
+        model(x[:, :1], mask[:1, :1], is_causal=True)
+        if causal is None:
+            with pytest.raises(ValueError, match="is_causal to be False where experts see later"):
+                model(x, mask, is_causal=True)
+        else:
+            model(x, mask, is_causal=True)
