@@ -302,6 +302,12 @@ ROWS = [
         ["SegMoE.forward", "x", "with a batch at 'ff'", "(3, 4)"],
     ),
     (
+        "encoder_causal_mask",
+        lambda: encoder_layer()(draw(2, 5, 4), src_mask=torch.full((5, 5), -torch.inf).triu(1)),
+        ValueError,
+        ["src_mask", "show later steps", "causal=True", "a causal mask"],
+    ),
+    (
         "swapped_mask",
         lambda: encoder_layer()(draw(2, 5, 4), src_key_padding_mask=torch.full((2, 5), -1e9)),
         ValueError,

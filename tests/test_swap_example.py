@@ -61,4 +61,6 @@ def test_swap_example_upcycles_the_trained_models(capsys, tmp_path):
 def test_swap_example_says_what_does_not_fit(capsys, tmp_path, wrong):
     path = write_series(tmp_path)
     assert script.main(["--data", str(path), "--steps=1", wrong]) == 2
-    assert capsys.readouterr().err.startswith("error: segmoe_kernels.")
+    read, error = capsys.readouterr().err.splitlines()
+    assert read == "series.csv: Channels: a, b."
+    assert error.startswith("error: segmoe_kernels.")

@@ -32,6 +32,7 @@ CHECKED += ["advise", "series", "stats", "stats_plots", "stats_writers"]
 # test_stats*.py, test_advise.py, test_series.py.
 ELSEWHERE = {"resolve_backend", "register_experts", "check_group", "__reduce__"}
 ELSEWHERE |= {"_check_equal", "_figure", "_summary_writer", "plot_advice", "unzip", "_append"}
+ELSEWHERE |= {"_check_place"}
 
 
 @pytest.mark.parametrize(
