@@ -52,7 +52,7 @@ def test_bad_call_is_refused(call, exception, words):
 REAL_ONLY = {"forward_sparse", "forward_nested", "forward_jagged", "forward_quantised"}
 # Values that are looked at.
 REAL_ONLY |= {"swap_example_equal", "swap_example_breaks", "swap_example_unseen", "upcycle_nan"}
-REAL_ONLY |= {"swapped_mask"}
+REAL_ONLY |= {"swapped_mask", "encoder_causal_mask"}
 
 
 @pytest.fixture(scope="module")
