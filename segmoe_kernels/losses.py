@@ -105,7 +105,8 @@ _KEPT_SCALERS: dict[int, Any] = {}
 @torch.library.custom_op("segmoe_kernels::loss_scale", mutates_args=())
 def _loss_scale(like: Tensor, scaler: int) -> Tensor:
     # A copy, as an operator must not return what is kept elsewhere.
-    found = _SCALERS.get(scaler) or _KEPT_SCALERS[scaler]
+    found = _SCALERS.get(scaler)  # whose truth is its own affair
+    found = _KEPT_SCALERS[scaler] if found is None else found
     return torch.empty_like(like).copy_(found.scale(torch.ones_like(like)))
 
 

@@ -104,7 +104,8 @@ def test_compiled_layer_under_autocast_equals_eager():
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_checkpoint_updates_the_loss_and_scales_it(backend):
     layer = make_layer(aux_loss_weight=0.1).double().float()
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    falsy = type("Falsy", (torch.amp.GradScaler,), {"__bool__": lambda _: False})
+    scaler = falsy("cpu", init_scale=4.0)
     # What can't be referred to weakly does as well.
     set_loss_scaler(layer, scaler if backend == "eager" else SimpleNamespace(scale=scaler.scale))
 
