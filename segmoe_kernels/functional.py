@@ -429,8 +429,8 @@ def seg_moe(
     """
     if not torch.compiler.is_compiling():
         check.check_x("seg_moe", x)
-        check.check_mask("seg_moe", padding_mask, x)
         check.check_weights("seg_moe", x, router_weight, experts, shared, shared_gate)
+    check.check_mask("seg_moe", padding_mask, x)  # in traced code, too: see SegMoE
     weights = reference.autocast_weights(x, router_weight, experts, shared, shared_gate)
     options: dict[str, Any] = {
         "segment_size": segment_size,

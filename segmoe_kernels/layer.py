@@ -300,7 +300,8 @@ class SegMoE(nn.Module):
         """
         if not torch.compiler.is_compiling():
             check.check_x("SegMoE.forward", x, self.d_model)
-            check.check_mask("SegMoE.forward", padding_mask, x)
+        # Traced code as well: a mask of other values or another order would be used as it is.
+        check.check_mask("SegMoE.forward", padding_mask, x)
         parts = []
         for name, kind in _PARTS.items():
             part = getattr(self, name)

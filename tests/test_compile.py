@@ -186,3 +186,14 @@ def test_fake_tensors_notice_a_wait(wait):
         x = torch.zeros(1)
         with pytest.raises((RuntimeError, DynamicOutputShapeException)):
             wait(x)
+
+
+@pytest.mark.parametrize("wrong", ["other order", "column", "flat", "floats"])
+def test_a_wrong_mask_is_refused_in_compiled_code_too(wrong):
+    """All have as many elements as the mask: used as they are, they would hide other steps."""
+    x, mask = make_inputs(2, 12, 4).x, torch.rand(2, 12) > 0.4
+    masks = {"other order": mask.t(), "column": mask[..., None], "flat": mask.flatten()}
+    masks["floats"] = torch.zeros(2, 12).masked_fill(~mask, -torch.inf)
+    compiled = torch.compile(make_layer(), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=r"SegMoE\.forward: expected padding_mask to have"):
+        compiled(x, masks[wrong])
