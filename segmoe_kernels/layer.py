@@ -417,7 +417,8 @@ class SegMoE(nn.Module):
             loss = loss + self.aux_loss_weight * load_balancing_loss(routing)
         if self.z_loss_weight:
             loss = loss + self.z_loss_weight * router_z_loss(routing)
-        self._keep_loss(loss.detach())
+        if not torch.compiler.is_exporting():  # a program has no attributes to keep it in
+            self._keep_loss(loss.detach())
         unweighted = self.aux_loss_weight == 0 and self.z_loss_weight == 0
         if unweighted or not torch.is_grad_enabled():
             return y
