@@ -246,7 +246,8 @@ class SegMoE(nn.Module):
         """() tensor, detached: the weighted auxiliary losses of the last call in training."""
         # A copy, as compiled code writes in place. Who loads a layer that was made on the meta
         # device puts parameters into it, nothing else.
-        return self._no_loss() if self._aux_loss.is_meta else self._aux_loss.clone()
+        unweighted = self.aux_loss_weight == 0 and self.z_loss_weight == 0
+        return self._no_loss() if unweighted or self._aux_loss.is_meta else self._aux_loss.clone()
 
     def _no_loss(self) -> Tensor:
         """A loss of 0 in the dtype that losses have here, beside the parameters."""
@@ -412,15 +413,17 @@ class SegMoE(nn.Module):
     def _inject_losses(self, y: Tensor, routing: Routing) -> Tensor:
         if not self.training:
             return y
-        loss = routing.router_probs.new_zeros(())
+        losses = []
         if self.aux_loss_weight:
-            loss = loss + self.aux_loss_weight * load_balancing_loss(routing)
+            losses.append(self.aux_loss_weight * load_balancing_loss(routing))
         if self.z_loss_weight:
-            loss = loss + self.z_loss_weight * router_z_loss(routing)
+            losses.append(self.z_loss_weight * router_z_loss(routing))
+        if not losses:
+            return y
+        loss = sum(losses[1:], start=losses[0])
         if not torch.compiler.is_exporting():  # a program has no attributes to keep it in
             self._keep_loss(loss.detach())
-        unweighted = self.aux_loss_weight == 0 and self.z_loss_weight == 0
-        if unweighted or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return y
         return inject_loss(y, scale_loss(loss, self.loss_scaler))
 

@@ -177,7 +177,7 @@ def test_peers_get_an_allowance_that_we_do_not():
 
 @pytest.mark.interpreter
 def test_skipped_peers_say_why(monkeypatch, capsys):
-    for name in ("scattermoe", "transformers", "liger_kernel"):
+    for name in ("scattermoe", "transformers.integrations.moe", "liger_kernel"):
         monkeypatch.setitem(sys.modules, name, None)
     layer_, _ = make("tiny-k2")
     _, skipped = peers.build(("scattermoe", "transformers", "liger"), layer_, CPU)

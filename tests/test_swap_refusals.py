@@ -220,12 +220,12 @@ def test_an_example_must_show_what_it_is_asked_for():
     gated.zero = nn.Parameter(torch.zeros(()))
     x = torch.randn(2, T, D)
     message = unchanged(gated, replace_ffn, example_inputs=(x + x.flip(1) * 2,), **SIZES)
-    assert "expected example_inputs to reach 'ff'" in message
+    assert "expected example_inputs to send 'ff' more than a single row" in message
     short = transformer(future)
     short.position = nn.Parameter(short.position[:3])
     x = torch.randn(2, 3, 3)
     message = unchanged(short, replace_ffn, example_inputs=(x,), causal=True, **SIZES)
-    assert "expected example_inputs to reach 'ff'" in message
+    assert "expected example_inputs to send 'ff' more than a single row" in message
 
 
 class Residual(nn.Sequential):
