@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from segmoe_kernels import validation as check
@@ -68,11 +67,14 @@ def run_called(
             rule,
             "a subclass, an adapter, a hook or a shared_gate with a bias",
         )
-    if not torch.compiler.is_compiling():
-        named = {"shared_gate": shared_gate, "in_proj": in_proj, "out_proj": out_proj}
-        for name, part in named.items():
-            check.check_linear("SegMoE.forward", name, part, x)
+    named = {"shared_gate": shared_gate, "in_proj": in_proj, "out_proj": out_proj}
+    for name, part in named.items():
+        check.check_linear("SegMoE.forward", name, part, x)
     length, d_model = x.shape[-2:]
+    start = options["router_start"]
+    if start is not None and shared is not None and shared.d_model != d_model:
+        rule = f"have width {d_model} (token) in a causal layer: a wider one sees later steps"
+        check.fail_value("SegMoE.forward", "shared_expert", rule, shared.d_model)
     tokens = x.reshape(math.prod(x.shape[:-2]), length, d_model)
     mask = real = None if padding_mask is None else padding_mask.reshape(tokens.shape[:2])
     steps = segment_size

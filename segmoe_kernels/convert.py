@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from segmoe_kernels import validation as check
 from segmoe_kernels.layer import OfficialNames, SegMoE
+from segmoe_kernels.modules import is_plain
 
 __all__ = ["load_official", "load_official_layers", "segment_schedule", "to_official"]
 
@@ -312,8 +313,13 @@ def to_official(layer: SegMoE, *, prefix: str = "") -> dict[str, Tensor]:
             got = f"{option}={getattr(layer, option)!r}"
             check.fail_value("to_official", "layer", rule, got)
     unknown = sorted(name for name in layer.state_dict() if not _OUR_KEY.fullmatch(name))
+    linears = ((n, part) for n, part in layer.named_modules() if isinstance(part, nn.Linear))
+    unknown += [f"{name}: {type(part).__name__}" for name, part in linears if not is_plain(part)]
     if unknown:
-        rule = "have parameters of its own alone (merge adapters and parametrisations first)"
+        rule = (
+            "be plain parameters (merge adapters and parametrisations first; remove hooks and "
+            "subclasses of torch.nn.Linear)"
+        )
         check.fail_value("to_official", "layer", rule, f"also {unknown[:4]}")
     nested = "1." if layer.expert_scope == "token" and layer.segment_size > 1 else ""
     names = layer._official or OfficialNames(nested, "proj")

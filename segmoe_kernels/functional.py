@@ -141,16 +141,15 @@ def route(
 
     Source: arXiv 2601.21641; ``MoESegment`` in evortigosa/segmoe_forecast, model/MoE.py.
     """
-    if not torch.compiler.is_compiling():
-        name = "route"
-        check.check_sequences(name, x, padding_mask)
-        segment_size = check.check_integer(name, "segment_size", segment_size, 1)
-        top_k = check.check_integer(name, "top_k", top_k, 1)
-        check.check_route(name, x, router_weight, segment_size, top_k, pooling, router_start)
-        check.check_steps(name, x, segment_size, top_k)
-        router_temperature = check.check_positive(name, "router_temperature", router_temperature)
-        router_dropout = check.check_probability(name, "router_dropout", router_dropout)
-        check.check_flag(name, "renormalize", renormalize, optional=True)
+    name = "route"
+    check.check_sequences(name, x, padding_mask)
+    segment_size = check.check_integer(name, "segment_size", segment_size, 1)
+    top_k = check.check_integer(name, "top_k", top_k, 1)
+    check.check_route(name, x, router_weight, segment_size, top_k, pooling, router_start)
+    check.check_steps(name, x, segment_size, top_k)
+    router_temperature = check.check_positive(name, "router_temperature", router_temperature)
+    router_dropout = check.check_probability(name, "router_dropout", router_dropout)
+    check.check_flag(name, "renormalize", renormalize, optional=True)
     out: RouterOutput = backend_stages(backend, x).route(
         x,
         router_weight,
@@ -182,11 +181,10 @@ def permute(topk_ids: Tensor, num_experts: int, *, backend: str = "auto") -> Per
         TypeError: for a wrong type or dtype.
         ValueError: for a wrong shape or value.
     """
-    if not torch.compiler.is_compiling():
-        num_experts = check.check_integer("permute", "num_experts", num_experts, 1)
-        check.check_index("permute", "topk_ids", topk_ids, topk_ids)
-        if topk_ids.ndim != 2 or topk_ids.shape[1] < 1:
-            check.fail_value("permute", "topk_ids", "have shape (S, top_k)", tuple(topk_ids.shape))
+    num_experts = check.check_integer("permute", "num_experts", num_experts, 1)
+    check.check_index("permute", "topk_ids", topk_ids, topk_ids)
+    if topk_ids.ndim != 2 or topk_ids.shape[1] < 1:
+        check.fail_value("permute", "topk_ids", "have shape (S, top_k)", tuple(topk_ids.shape))
     out: Permutation = backend_stages(backend, topk_ids).permute(topk_ids, num_experts)
     return out
 
@@ -217,20 +215,19 @@ def grouped_gemm(
         TypeError: for a wrong type or dtype.
         ValueError: for a wrong shape or device.
     """
-    if not torch.compiler.is_compiling():
-        check.check_tensor("grouped_gemm", "x", x)
-        if x.ndim != 2:
-            check.fail_value("grouped_gemm", "x", "have shape (M, K)", tuple(x.shape))
-        check.check_tensor("grouped_gemm", "weight", weight)
-        if weight.ndim != 3:
-            shape = tuple(weight.shape)
-            check.fail_value("grouped_gemm", "weight", "have shape (E, N, K)", shape)
-        shape = (weight.shape[0], weight.shape[1], x.shape[1])
-        check.check_like("grouped_gemm", "weight", weight, x, shape)
-        if bias is not None:
-            check.check_like("grouped_gemm", "bias", bias, x, shape[:2])
-        check.check_offsets("grouped_gemm", expert_offsets, x, weight.shape[0])
-        check.check_choice("grouped_gemm", "activation", activation, (*check.ACTIVATIONS, None))
+    check.check_tensor("grouped_gemm", "x", x)
+    if x.ndim != 2:
+        check.fail_value("grouped_gemm", "x", "have shape (M, K)", tuple(x.shape))
+    check.check_tensor("grouped_gemm", "weight", weight)
+    if weight.ndim != 3:
+        shape = tuple(weight.shape)
+        check.fail_value("grouped_gemm", "weight", "have shape (E, N, K)", shape)
+    shape = (weight.shape[0], weight.shape[1], x.shape[1])
+    check.check_like("grouped_gemm", "weight", weight, x, shape)
+    if bias is not None:
+        check.check_like("grouped_gemm", "bias", bias, x, shape[:2])
+    check.check_offsets("grouped_gemm", expert_offsets, x, weight.shape[0])
+    check.check_choice("grouped_gemm", "activation", activation, (*check.ACTIVATIONS, None))
     out: Tensor = backend_stages(backend, x).grouped_gemm(
         x, weight, expert_offsets, bias, activation
     )
@@ -277,31 +274,30 @@ def expert_ffn(
 
     Source: arXiv 2601.21641; ``FeedForward`` in evortigosa/segmoe_forecast, model/MoE.py.
     """
-    if not torch.compiler.is_compiling():
-        name = "expert_ffn"
-        check.check_sequences(name, x, padding_mask)
-        segment_size = check.check_integer(name, "segment_size", segment_size, 1)
-        check.check_choice(name, "expert_scope", expert_scope, ("token", "segment"))
-        check.check_choice(name, "activation", activation, check.ACTIVATIONS)
-        dropout = check.check_probability(name, "dropout", dropout)
-        check.check_tensor(name, "topk_weights", topk_weights)
-        num_segments = x.shape[0] * -(-x.shape[1] // segment_size)
-        if topk_weights.ndim != 2 or topk_weights.shape[0] != num_segments:
-            rule = f"have shape (S={num_segments}, top_k)"
-            check.fail_value(name, "topk_weights", rule, tuple(topk_weights.shape))
-        if not isinstance(permutation, Permutation):
-            check.fail_type(name, "permutation", "be a Permutation", type(permutation).__name__)
-        num_experts = permutation.expert_offsets.shape[0] - 1
-        check.check_offsets(name, permutation.expert_offsets, x, num_experts)
-        for field in ("sorted_to_slot", "slot_to_sorted"):
-            index = getattr(permutation, field)
-            check.check_index(name, f"permutation.{field}", index, x)
-            if index.shape != (topk_weights.numel(),):
-                rule = f"have shape (R={topk_weights.numel()},)"
-                check.fail_value(name, f"permutation.{field}", rule, tuple(index.shape))
-        width = x.shape[-1] * (segment_size if expert_scope == "segment" else 1)
-        check.check_ffn(name, "experts", experts, x, width, num_experts)
-        check.check_steps(name, x, segment_size, topk_weights.shape[1])
+    name = "expert_ffn"
+    check.check_sequences(name, x, padding_mask)
+    segment_size = check.check_integer(name, "segment_size", segment_size, 1)
+    check.check_choice(name, "expert_scope", expert_scope, ("token", "segment"))
+    check.check_choice(name, "activation", activation, check.ACTIVATIONS)
+    dropout = check.check_probability(name, "dropout", dropout)
+    check.check_tensor(name, "topk_weights", topk_weights)
+    num_segments = x.shape[0] * -(-x.shape[1] // segment_size)
+    if topk_weights.ndim != 2 or topk_weights.shape[0] != num_segments:
+        rule = f"have shape (S={num_segments}, top_k)"
+        check.fail_value(name, "topk_weights", rule, tuple(topk_weights.shape))
+    if not isinstance(permutation, Permutation):
+        check.fail_type(name, "permutation", "be a Permutation", type(permutation).__name__)
+    num_experts = permutation.expert_offsets.shape[0] - 1
+    check.check_offsets(name, permutation.expert_offsets, x, num_experts)
+    for field in ("sorted_to_slot", "slot_to_sorted"):
+        index = getattr(permutation, field)
+        check.check_index(name, f"permutation.{field}", index, x)
+        if index.shape != (topk_weights.numel(),):
+            rule = f"have shape (R={topk_weights.numel()},)"
+            check.fail_value(name, f"permutation.{field}", rule, tuple(index.shape))
+    width = x.shape[-1] * (segment_size if expert_scope == "segment" else 1)
+    check.check_ffn(name, "experts", experts, x, width, num_experts)
+    check.check_steps(name, x, segment_size, topk_weights.shape[1])
     out: Tensor = backend_stages(backend, x).expert_ffn(
         x,
         topk_weights,
@@ -342,17 +338,16 @@ def combine(
         TypeError: for a wrong type or dtype.
         ValueError: for a wrong shape or device.
     """
-    if not torch.compiler.is_compiling():
-        check.check_tensor("combine", "expert_out", expert_out)
-        if expert_out.ndim != 4 or expert_out.shape[0] < 1:
-            shape = tuple(expert_out.shape)
-            check.fail_value("combine", "expert_out", "have shape (top_k, B, T, D)", shape)
-        check.check_mask("combine", padding_mask, expert_out[0])
-        if (shared_out is None) != (shared_gate_logits is None):
-            got = "only one of them"
-            check.fail_value("combine", "shared_out", "come with shared_gate_logits", got)
-        if shared_out is not None and shared_gate_logits is not None:
-            check.check_shared_out(expert_out, shared_out, shared_gate_logits)
+    check.check_tensor("combine", "expert_out", expert_out)
+    if expert_out.ndim != 4 or expert_out.shape[0] < 1:
+        shape = tuple(expert_out.shape)
+        check.fail_value("combine", "expert_out", "have shape (top_k, B, T, D)", shape)
+    check.check_mask("combine", padding_mask, expert_out[0])
+    if (shared_out is None) != (shared_gate_logits is None):
+        got = "only one of them"
+        check.fail_value("combine", "shared_out", "come with shared_gate_logits", got)
+    if shared_out is not None and shared_gate_logits is not None:
+        check.check_shared_out(expert_out, shared_out, shared_gate_logits)
     out: Tensor = backend_stages(backend, expert_out).combine(
         expert_out, shared_out, shared_gate_logits, padding_mask=padding_mask
     )
@@ -427,9 +422,8 @@ def seg_moe(
     Source: arXiv 2601.21641; evortigosa/segmoe_forecast, model/MoE.py: ``MoESegment`` ("token"),
     ``MoESegmentV0`` ("segment"), ``MoESegmentV1`` ("projected"), ``MoEFeedForward`` (P = 1).
     """
-    if not torch.compiler.is_compiling():
-        check.check_x("seg_moe", x)
-        check.check_weights("seg_moe", x, router_weight, experts, shared, shared_gate)
+    check.check_x("seg_moe", x)
+    check.check_weights("seg_moe", x, router_weight, experts, shared, shared_gate)
     check.check_mask("seg_moe", padding_mask, x)  # in traced code, too: see SegMoE
     weights = reference.autocast_weights(x, router_weight, experts, shared, shared_gate)
     options: dict[str, Any] = {
@@ -446,7 +440,6 @@ def seg_moe(
         "renormalize": renormalize,
         "router_start": router_start,
     }
-    if not torch.compiler.is_compiling():
-        options |= check.check_stages("seg_moe", x, *weights, **options)
+    options |= check.check_stages("seg_moe", x, *weights, **options)
     stages = backend_stages(backend, x)
     return reference.run_stages(stages, x, *weights, padding_mask=padding_mask, **options)

@@ -61,8 +61,7 @@ def experts_forward(
     """
     weights, activation = _weights_of(self)
     num_experts = weights.up_proj.shape[0]
-    if not torch.compiler.is_compiling():
-        _check_choices(hidden_states, top_k_index, top_k_weights)
+    _check_choices(hidden_states, top_k_index, top_k_weights)
     inside = (top_k_index >= 0) & (top_k_index < num_experts)
     ids = torch.where(inside, top_k_index, -1).int()
     permutation = functional.permute(ids, num_experts)

@@ -1,7 +1,6 @@
 """`SegMoE`, the drop-in layer."""
 
 import math
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +11,9 @@ from segmoe_kernels import validation as check
 from segmoe_kernels.composed_ffn import dense_ffn
 from segmoe_kernels.functional import resolve_backend, seg_moe
 from segmoe_kernels.losses import (
+    check_scaler,
     inject_loss,
     load_balancing_loss,
-    remember_scaler,
     router_z_loss,
     scale_loss,
 )
@@ -103,6 +102,7 @@ class SegMoE(nn.Module):
 
     # Called as (layer, routing, segments of one sequence) after each pass; copies have none.
     _observers: tuple[Any, ...] = ()
+    _loss_scaler: Any = None
     # How the checkpoint that it came from names its parts, for `to_official`.
     _official: OfficialNames | None = None
 
@@ -161,7 +161,6 @@ class SegMoE(nn.Module):
                 dtype=dtype,
             )
 
-        self.loss_scaler: Any = None
         self.router: SegmentRouter | None = None
         self.experts: Experts | None = None
         self.shared_expert: FeedForward | None = None
@@ -242,6 +241,15 @@ class SegMoE(nn.Module):
             check.fail_value(name, "causal", rule, got)
 
     @property
+    def loss_scaler(self) -> Any:
+        """What scales the task's loss: an object with ``scale(loss)``, a number, or None."""
+        return self._loss_scaler
+
+    @loss_scaler.setter
+    def loss_scaler(self, scaler: Any) -> None:
+        self._loss_scaler = check_scaler("SegMoE", "loss_scaler", scaler)
+
+    @property
     def aux_loss(self) -> Tensor:
         """() tensor, detached: the weighted auxiliary losses of the last call in training."""
         # A copy, as compiled code writes in place. Who loads a layer that was made on the meta
@@ -299,8 +307,7 @@ class SegMoE(nn.Module):
         Returns:
             ``(y, routing)``; router_logits and router_probs carry gradients, for explicit losses.
         """
-        if not torch.compiler.is_compiling():
-            check.check_x("SegMoE.forward", x, self.d_model)
+        check.check_x("SegMoE.forward", x, self.d_model)
         # Traced code as well: a mask of other values or another order would be used as it is.
         check.check_mask("SegMoE.forward", padding_mask, x)
         parts = []
@@ -325,7 +332,8 @@ class SegMoE(nn.Module):
         routing = Routing(*fields)
         if self.num_experts == 0:
             return y, routing
-        for observe in self._observers:
+        # An exported program is the layer alone.
+        for observe in () if torch.compiler.is_exporting() else self._observers:
             observe(self, routing, -(-x.shape[-2] // self.segment_size))
         return self._inject_losses(y, routing), routing
 
@@ -393,11 +401,8 @@ class SegMoE(nn.Module):
             weights = ffn.weights()
             some = weights.up_proj, weights, None, None
             _, weights, *_, dtype = reference.autocast_weights(x, *some)
-            if not torch.compiler.is_compiling():
-                like = torch.empty(0, dtype=dtype, device=x.device)
-                check.check_ffn(
-                    "SegMoE.forward", "shared_expert", weights, like, self.d_model, None
-                )
+            like = torch.empty(0, dtype=dtype, device=x.device)
+            check.check_ffn("SegMoE.forward", "shared_expert", weights, like, self.d_model, None)
             y = dense_ffn(x.to(dtype), weights, self.activation, dropout)
         else:
             y = ffn.run(x, self.activation, dropout)
@@ -447,7 +452,7 @@ class SegMoE(nn.Module):
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         # A copied scaler would go on with the scale of the moment, an observer watch two layers.
         scaler = self.loss_scaler if isinstance(self.loss_scaler, int | float) else None
-        return {**state, "loss_scaler": scaler, "_observers": ()}
+        return {**state, "_loss_scaler": scaler, "_observers": ()}
 
     def extra_repr(self) -> str:
         """The options, for ``repr``."""
@@ -486,12 +491,6 @@ def set_loss_scaler(model: nn.Module, scaler: Any) -> None:
     if not layers:
         rule = "have a SegMoE inside"
         check.fail_value("set_loss_scaler", "model", rule, type(model).__name__)
-    if isinstance(scaler, Real):
-        scaler = check.check_positive("set_loss_scaler", "scaler", scaler)
-    elif scaler is not None:
-        if not callable(getattr(scaler, "scale", None)):
-            rule = "be a number, None, or have scale(loss), as torch.amp.GradScaler has"
-            check.fail_type("set_loss_scaler", "scaler", rule, type(scaler).__name__)
-        remember_scaler(scaler)
+    scaler = check_scaler("set_loss_scaler", "scaler", scaler)
     for layer in layers:
         layer.loss_scaler = scaler

@@ -1,6 +1,7 @@
 """Auxiliary losses of the router, as pure functions, and their injection through autograd."""
 
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -57,9 +58,10 @@ def load_balancing_loss(
     if len(sizes) > 1:
         rule = "have one number of experts"
         check.fail_value("load_balancing_loss", "routings", rule, sorted(sizes))
-    sums = [layer.router_probs.sum(0) for layer in layers]
-    counts = [layer.expert_counts.to(layer.router_probs.dtype) for layer in layers]
-    segments = [(layer.topk_ids[:, :1] >= 0).sum().to(layer.router_probs.dtype) for layer in layers]
+    like = layers[0].router_probs  # layers of a model may be on several devices
+    sums = [layer.router_probs.sum(0).to(like) for layer in layers]
+    counts = [layer.expert_counts.to(like) for layer in layers]
+    segments = [(layer.topk_ids[:, :1] >= 0).sum().to(like) for layer in layers]
     if normalization != "per_layer":
         sums, counts = [torch.stack(sums).sum(0)], [torch.stack(counts).sum(0)]
         segments = [torch.stack(segments).sum()]
@@ -85,15 +87,14 @@ def router_z_loss(routings: Routing | Sequence[Routing]) -> Tensor:
     Source: Zoph et al. 2022 (arXiv 2202.08906), equation 5.
     """
     layers = _as_sequence("router_z_loss", routings)
-    total = number = None
+    like = layers[0].router_logits
+    totals, counts = [], []
     for layer in layers:
         routed = (layer.topk_ids >= 0).any(-1)  # False for a layer without experts
         squares = torch.where(routed, torch.logsumexp(layer.router_logits, dim=-1).square(), 0)
-        total = squares.sum() if total is None else total + squares.sum()
-        count = routed.sum().to(squares.dtype)
-        number = count if number is None else number + count
-    assert total is not None and number is not None  # noqa: PT018  there is at least one layer
-    return total / number.clamp_min(1)
+        totals.append(squares.sum().to(like))
+        counts.append(routed.sum().to(like))
+    return torch.stack(totals).sum() / torch.stack(counts).sum().clamp_min(1)
 
 
 # Scalers by their id, as an operator takes no other object; apart, what has no weak references.
@@ -115,12 +116,20 @@ def _(like: Tensor, scaler: int) -> Tensor:  # noqa: ARG001
     return torch.empty_like(like)
 
 
-def remember_scaler(scaler: Any) -> None:
-    """Let compiled code find a scaler that `scale_loss` is called with."""
+def check_scaler(function: str, argument: str, scaler: Any) -> Any:
+    """Refuse what `scale_loss` can't use; let compiled code find what it can."""
+    if isinstance(scaler, Real):
+        return check.check_positive(function, argument, scaler)
+    if scaler is None:
+        return None
+    if not callable(getattr(scaler, "scale", None)):
+        rule = "be a number, None, or have scale(loss), as torch.amp.GradScaler has"
+        check.fail_type(function, argument, rule, type(scaler).__name__)
     try:
         _SCALERS[id(scaler)] = scaler
     except TypeError:
         _KEPT_SCALERS[id(scaler)] = scaler
+    return scaler
 
 
 def scale_loss(loss: Tensor, scaler: Any) -> Tensor:
@@ -178,10 +187,9 @@ def inject_loss(y: Tensor, loss: Tensor) -> Tensor:
 
     Source: ``MoEAuxLossAutoScaler`` of Megatron-LM.
     """
-    if not torch.compiler.is_compiling():
-        check.check_tensor("inject_loss", "y", y)
-        check.check_tensor("inject_loss", "loss", loss)
-        if loss.ndim:
-            check.fail_value("inject_loss", "loss", "have shape ()", tuple(loss.shape))
+    check.check_tensor("inject_loss", "y", y)
+    check.check_tensor("inject_loss", "loss", loss)
+    if loss.ndim:
+        check.fail_value("inject_loss", "loss", "have shape ()", tuple(loss.shape))
     out: Tensor = _InjectLoss.apply(y, loss)
     return out

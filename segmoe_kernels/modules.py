@@ -222,9 +222,8 @@ class FeedForward(nn.Module):
 
     def run(self, rows: Tensor, activation: str, dropout: float) -> Tensor:
         """Compute `composed_ffn.dense_ffn` by calls of the linear maps."""
-        if not torch.compiler.is_compiling():
-            for name, part in self.named_children():
-                check.check_linear("SegMoE.forward", f"shared_expert.{name}", part, rows)
+        for name, part in self.named_children():
+            check.check_linear("SegMoE.forward", f"shared_expert.{name}", part, rows)
         function = ACTIVATION_FUNCTIONS[activation]
         hidden = self.up_proj(rows)
         if self.gate_proj is None:

@@ -68,13 +68,11 @@ class _ShardedSegMoE(SegMoE):
             experts = FFNWeights(*scaled)  # type: ignore[arg-type]  # up and down are never None
         local, group = backend_stages(options.pop("backend"), x), self._group
         shared = options.pop("shared"), options.pop("shared_gate")
-        if not torch.compiler.is_compiling():
-            check.check_weights("SegMoE.forward", x, router_weight, experts, *shared)
+        check.check_weights("SegMoE.forward", x, router_weight, experts, *shared)
         weights = reference.autocast_weights(x, router_weight, experts, *shared)
-        if not torch.compiler.is_compiling():
-            num_local = expert_blocks(self.num_experts, group.world)[group.rank]
-            given = {name: value for name, value in options.items() if name != "padding_mask"}
-            check.check_stages("SegMoE.forward", x, *weights, num_local=num_local, **given)
+        num_local = expert_blocks(self.num_experts, group.world)[group.rank]
+        given = {name: value for name, value in options.items() if name != "padding_mask"}
+        check.check_stages("SegMoE.forward", x, *weights, num_local=num_local, **given)
 
         def routed_experts(*tensors: Any, **some: Any) -> tuple[Tensor, RouterOutput, Tensor]:
             return _routed_experts(group, local, *tensors, **some)

@@ -202,6 +202,13 @@ def obstacle(named: dict[str, nn.Module], place: str, dense: DenseFFN) -> str | 
         return f"has a forward set on an instance: of {changed[0]}"
     if hooked:
         return f"has hooks, of {hooked[0]}, which would be lost: remove them first"
+    for name, holder in named.items():
+        for attribute, value in vars(holder).items():
+            inside = list(value.values()) if isinstance(value, dict) else [value]
+            inside = list(value) if isinstance(value, list | tuple) else inside
+            if attribute != "_modules" and any(part is module for part in inside):
+                where = f"{name}.{attribute}".lstrip(".")
+                return f"is also in {where}, which is no module: a swap would not reach it there"
     if len({weight.requires_grad for weight in weights}) > 1:
         return "has some weights frozen and others not"
     if sum(weight is other for weight in weights for other in held) > len(weights):

@@ -14,6 +14,7 @@
 
 import copy
 import math
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -371,7 +372,7 @@ def collect_routings(model: nn.Module) -> AbstractContextManager[list[Routing]]:
         loss.backward()
 
     Layers then keep an ``aux_loss_weight`` of 0. The second forward pass of activation
-    checkpointing, inside backward, adds nothing.
+    checkpointing, inside backward, adds nothing; nor does a call by another thread.
 
     Args:
         model: with `SegMoE` layers inside, plain, sharded, in adapters or wrapped, or one of them.
@@ -385,7 +386,8 @@ def collect_routings(model: nn.Module) -> AbstractContextManager[list[Routing]]:
         ValueError: if it has no layer with experts.
         RuntimeError: from a layer in training that is called with gradients switched off, though
             they were on where the collection began: what it decides would have no graph, as under
-            ``checkpoint(..., use_reentrant=True)``.
+            ``checkpoint(..., use_reentrant=True)``. From copies that ``torch.nn.DataParallel``
+            calls.
     """
     return _collecting(_layers_with_experts("collect_routings", model).values())
 
@@ -394,8 +396,17 @@ def collect_routings(model: nn.Module) -> AbstractContextManager[list[Routing]]:
 def _collecting(layers: Iterable[SegMoE]) -> Iterator[list[Routing]]:
     routings: list[Routing] = []
     with_graph = torch.is_grad_enabled()
+    thread = threading.get_ident()
 
     def observe(layer: SegMoE, routing: Routing, _: int) -> None:
+        compiling = torch.compiler.is_compiling()
+        if not compiling and threading.get_ident() != thread:
+            if getattr(layer, "_is_replica", False):
+                raise RuntimeError(
+                    "segmoe_kernels.collect_routings: torch.nn.DataParallel calls copies of the "
+                    "layers in threads. Use DistributedDataParallel, or collect inside the module."
+                )
+            return  # somebody else's call of the model
         if with_graph and layer.training and not torch.is_grad_enabled():
             raise RuntimeError(
                 "segmoe_kernels.collect_routings: a layer was called in training with gradients "
@@ -404,7 +415,7 @@ def _collecting(layers: Iterable[SegMoE]) -> Iterator[list[Routing]]:
                 "torch.no_grad() too."
             )
         # Inside a backward pass, a forward pass is activation checkpointing's second one.
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        if compiling or torch._C._current_graph_task_id() == -1:
             routings.append(routing)
 
     layers = list(layers)

@@ -68,7 +68,7 @@ def check_positive(function: str, argument: str, value: Any, *, zero: bool = Fal
     """Refuse what is not a finite positive number (``zero=True`` admits 0); return Python's."""
     if not _is_number(value, float, int, Real):
         fail_type(function, argument, "be a float", f"{value!r} ({type(value).__name__})")
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+    if not (value >= 0 if zero else value > 0) or not value < math.inf:  # not-a-number is neither
         rule = "be finite and not negative" if zero else "be finite and positive"
         fail_value(function, argument, rule, value)
     return float(value)
@@ -271,6 +271,8 @@ def check_programs(function: str, programs: int) -> None:
 
 def check_steps(function: str, x: Tensor, segment_size: int, top_k: int) -> None:
     """Refuse more steps, counted for each choice, than 32-bit indices can."""
+    if torch.compiler.is_compiling():  # a bound on lengths that are symbols would bind the program
+        return
     length = x.shape[-2]
     steps = top_k * -(-length // segment_size) * segment_size * math.prod(x.shape[:-2])
     if steps > MAX_PROGRAMS:

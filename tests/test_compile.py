@@ -197,3 +197,45 @@ def test_a_wrong_mask_is_refused_in_compiled_code_too(wrong):
     compiled = torch.compile(make_layer(), fullgraph=True, backend="eager")
     with pytest.raises(Exception, match=r"SegMoE\.forward: expected padding_mask to have"):
         compiled(x, masks[wrong])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("top_k", 9, r"top_k to be in \[1, num_experts=4\]"),
+        ("segment_size", 4, "router_weight to have shape"),
+        ("pooling", "min", "pooling to be one of"),
+        ("expert_scope", "steps", "expert_scope to be one of"),
+        ("activation", "tanh", "activation to be one of"),
+        ("dropout", 1.5, "dropout to be in"),
+        ("router_temperature", float("nan"), "router_temperature to be finite"),
+        ("router_temperature", -1.0, "router_temperature to be finite"),
+        ("shared_gate", torch.nn.Linear(4, 1, bias=False), "shared_gate to have shape"),
+    ],
+)
+def test_a_wrong_option_is_refused_in_compiled_code_too(option, value, words):
+    """Set on the layer after it was made, also after code was compiled for the old one."""
+    layer, x = make_layer(num_experts=4, segment_size=3), make_inputs(2, 12, 4).x
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    if not isinstance(value, float):  # which become symbols then, that no message can print
+        compiled(x)
+    setattr(layer, option, value)
+    for call in (layer, compiled):
+        with pytest.raises(Exception, match=rf"segmoe_kernels\.seg_moe: expected {words}"):
+            call(x)
+
+
+def test_a_scaler_set_on_the_layer_acts_in_compiled_code():
+    layer, x = make_layer(aux_loss_weight=0.1), make_inputs(2, 12, 4).x
+    layer.loss_scaler = SimpleNamespace(scale=lambda loss: 8.0 * loss)
+    grads = []
+    for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        layer.zero_grad()
+        (0 * call(x)).sum().backward()
+        grads.append(layer.router.weight.grad.clone())
+    layer.loss_scaler = None
+    layer.zero_grad()
+    (0 * layer(x)).sum().backward()
+    assert grads[0].any()
+    assert torch.equal(grads[0], grads[1])
+    assert torch.equal(grads[0], 8 * layer.router.weight.grad)

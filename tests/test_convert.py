@@ -112,20 +112,36 @@ def wrapped(layer):
     layer.router = nn.Sequential(layer.router)
 
 
+class Doubled(nn.Linear):
+    """Not what its weight says."""
+
+    def forward(self, x):
+        """Twice that of a linear map."""
+        return 2 * super().forward(x)
+
+
+def subclassed(layer):
+    layer.shared_expert.down_proj.__class__ = Doubled
+
+
+def hooked(layer):
+    layer.shared_gate.register_forward_hook(lambda _, __, out: 2 * out)
+
+
 @pytest.mark.parametrize(
     ("change", "key"),
     [
         (parametrised, "shared_expert.up_proj.parametrizations.weight.original0"),
         (with_a_bias, "shared_gate.bias"),
         (wrapped, "router.0.weight"),
+        (subclassed, "shared_expert.down_proj: Doubled"),
+        (hooked, "shared_gate: Linear"),
     ],
 )
 def test_to_official_refuses_what_is_not_merged(change, key):
     layer = make_layer()
     change(layer)
-    with pytest.raises(
-        ValueError, match=r"\(merge adapters and parametrisations first\)"
-    ) as raised:
+    with pytest.raises(ValueError, match=r"\(merge adapters and parametrisations first") as raised:
         to_official(layer)
     assert f"'{key}'" in str(raised.value)
 

@@ -9,7 +9,7 @@ import torch
 from layers import STATES, make_layer
 from torch import nn
 
-from segmoe_kernels import functional
+from segmoe_kernels import collect_routing_stats, collect_routings, functional
 from segmoe_kernels.testing import make_inputs
 
 AUTO = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
@@ -126,6 +126,16 @@ class Gemm(nn.Module):
     def forward(self, x, expert_offsets):
         """Return the products."""
         return functional.grouped_gemm(x, self.weight, expert_offsets, self.bias, "gelu")
+
+
+def test_what_watches_a_layer_is_not_exported():
+    layer = make_layer(dtype=torch.float64)
+    expected = export(layer, False, AUTO).graph
+    with collect_routings(layer) as routings, collect_routing_stats(layer) as stats:
+        program = export(layer, False, AUTO)
+    assert [str(n.target) for n in program.graph.nodes] == [str(n.target) for n in expected.nodes]
+    assert not routings
+    assert stats.compute()["global"]["num_tokens"] == 0
 
 
 def test_exported_grouped_gemm_equals_eager():

@@ -3,6 +3,7 @@
 import copy
 import gc
 import math
+import threading
 import weakref
 
 import numpy as np
@@ -205,6 +206,43 @@ def test_collected_routings_in_compiled_models_and_without_gradients():
     with collect_routings(model) as more, torch.no_grad():
         model(x)
     assert len(routings) == len(more) == 1
+
+
+def test_collected_routings_are_of_the_thread_that_collects():
+    model = SegMoE(6, 8, 4, segment_size=3)
+    start, lengths = threading.Barrier(2), {}
+
+    def collect(length):
+        start.wait()
+        with collect_routings(model) as routings:
+            for _ in range(20):
+                model(torch.randn(1, length, 6))
+        lengths[length] = {len(routing.topk_ids) for routing in routings}, len(routings)
+
+    threads = [threading.Thread(target=collect, args=(length,)) for length in (3, 9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert lengths == {3: ({1}, 20), 9: ({3}, 20)}
+    assert model._observers == ()
+
+
+def test_copies_that_threads_call_are_not_collected_in_silence():
+    model = SegMoE(6, 8, 4, segment_size=3)
+    raised = []
+
+    def call(copies):
+        try:
+            copies(torch.randn(1, 3, 6))
+        except RuntimeError as error:
+            raised.append(str(error))
+
+    with collect_routings(model):
+        thread = threading.Thread(target=call, args=(model._replicate_for_data_parallel(),))
+        thread.start()
+        thread.join()
+    assert "Use DistributedDataParallel" in raised[0]
 
 
 Z_FIRST = make_routing([[0.5, 0.5]] * 2, [[0], [1]], logits=[[0.0, 0.0], [1.0, 1.0]])

@@ -123,6 +123,16 @@ def test_called_linear_maps_are_checked_before_they_compute(change, exception, w
                 assert f"SegMoE.forward: expected {place}.{leaf} to" in str(raised.value)
 
 
+@pytest.mark.parametrize("hook", [False, True])
+def test_a_shared_expert_that_sees_later_steps_is_refused_in_a_causal_layer(hook):
+    layer, wide = make_layer(causal=True, shared_expert="token"), make_layer()
+    layer.shared_expert, layer.shared_gate = wide.shared_expert, wide.shared_gate
+    if hook:
+        watch(layer.shared_gate)
+    with pytest.raises(ValueError, match=r"expected shared.* to have width 4 \(token\)"):
+        layer(make_inputs(2, 12, D).x)
+
+
 def test_called_linear_maps_may_bring_their_weights_or_cast():
     """As offloading does, in ``forward``, and others in a hook."""
     layer, x = make_layer(bias=True), make_inputs(2, 12, D).x

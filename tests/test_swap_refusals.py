@@ -341,6 +341,13 @@ def test_what_only_looks_like_an_ffn_is_refused_with_the_reason(case):
         assert words in message
 
 
+@pytest.mark.parametrize("put", [lambda m: [m], lambda m: (m,), lambda m: {"a": m}, lambda m: m])
+def test_an_ffn_that_is_called_from_no_module_is_left(put):
+    model = Block(lambda block, x: x + block.ff(x), ff=sequential())
+    vars(model)["kept"] = put(model.ff)
+    assert "is also in kept, which is no module" in unchanged(model, replace_ffn, **SIZES)
+
+
 BESIDE = {
     "residual": lambda: Residual(*sequential()),
     "clamped": Clamped,
