@@ -118,15 +118,6 @@ def check_same(actual, expected):
         )
 
 
-def check_program_orders(stage, tensors, program_order):
-    """Require the same bits whatever the order of the programs in a launch."""
-    upstream = {}
-    expected = run_stage(stage, tensors, upstream=upstream)
-    for kind, seed in (("reverse", 0), ("shuffled", 1)):
-        with program_order(kind, seed):
-            check_same(run_stage(stage, tensors, upstream=upstream), expected)
-
-
 def strided_views(tensor):
     """Equal numbers under other strides, the elements between them NaN.
 

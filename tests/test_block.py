@@ -209,19 +209,6 @@ def test_block_launches_nothing_for_frozen_parameters(monkeypatch):
     assert "sum_splits_kernel" not in kernels(("router",), x_grad=True)
 
 
-@pytest.mark.interpreter
-@pytest.mark.parametrize("order", ["reverse", "shuffled"])
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_block_does_not_depend_on_program_order(top_k, order, program_order):
-    layer = make_layer(dtype=torch.float32, top_k=top_k, d_ff=130)
-    inputs = make_inputs(4, 70, 8, masked=0.2)
-    expected = run_layer(layer, *inputs)
-    with program_order(order, 5):
-        actual = run_layer(layer, *inputs)
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), name
-
-
 @contextlib.contextmanager
 def stores_seen_behind_barriers():
     """Let a program read what it has stored only behind a barrier: other threads stored it."""

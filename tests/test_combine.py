@@ -8,7 +8,6 @@ from stage_runs import (
     DTYPES,
     check_accuracy,
     check_exactness,
-    check_program_orders,
     check_same,
     check_wanted_gradients,
     draw,
@@ -179,12 +178,6 @@ def test_combine_keeps_nan_in_its_step(device):
     hit[1, 3:] = True
     assert torch.equal(dirty.isnan(), hit)
     assert torch.equal(dirty[~hit], clean[~hit])
-
-
-@pytest.mark.interpreter
-def test_combine_does_not_depend_on_program_order(program_order):
-    tensors = make_tensors(3, 30, 260, dtype=torch.float32)
-    check_program_orders(make_stage(make_mask(3, 30)), tensors, program_order)
 
 
 def test_combine_refuses_second_derivatives(device):

@@ -9,7 +9,6 @@ from stage_runs import (
     DTYPES,
     check_accuracy,
     check_exactness,
-    check_program_orders,
     check_same,
     check_wanted_gradients,
     draw,
@@ -414,22 +413,6 @@ def test_expert_ffn_saves_no_hidden_layer_of_narrow_rows(scope, d_model, hidden,
     new = sorted(size for place, size in saved.items() if place not in known)
     rows = 60 * 64 if scope == "token" else 20 * P * 64
     assert [size for size in new if size > 60] == [rows] * hidden
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize(
-    ("scope", "d_model"), [("token", 20), ("token", WIDE), ("segment", 20)], ids=str
-)
-def test_expert_ffn_does_not_depend_on_program_order(scope, d_model, program_order):
-    """Several tiles of rows for the narrow ones, of columns for the wide ones."""
-    batch, length, gated = (1, 20, False) if d_model == WIDE else (2, 44, True)
-    tensors = make_tensors(
-        batch, length, d_model, 9, 2, scope=scope, biased=True, gated=gated, dtype=torch.float32
-    )
-    ids = make_ids(batch * -(-length // P), 2, 2)
-    mask = make_mask(batch, length, ids)
-    stage = make_stage(ids, 2, mask=mask, activation="silu", expert_scope=scope)
-    check_program_orders(stage, tensors, program_order)
 
 
 @pytest.mark.parametrize("scope", SCOPES)

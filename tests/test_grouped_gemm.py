@@ -9,7 +9,6 @@ from stage_runs import (
     DTYPES,
     check_accuracy,
     check_exactness,
-    check_program_orders,
     check_same,
     check_wanted_gradients,
     draw,
@@ -184,14 +183,6 @@ def test_grouped_gemm_takes_halves_of_a_fused_projection(device):
     whole = run_stage(stage, {"x": x, "weight": fused})["y"]
     halves = [run_stage(stage, {"x": x, "weight": half})["y"] for half in fused.chunk(2, dim=1)]
     assert torch.equal(torch.cat(halves, 1), whole)
-
-
-@pytest.mark.interpreter
-def test_grouped_gemm_does_not_depend_on_program_order(program_order):
-    """Several tiles of rows and of columns, and two splits of the weight gradient."""
-    counts = [40, 0, 70, 930]
-    tensors = make_tensors(counts, 70, 5, beyond=9, dtype=torch.float32)
-    check_program_orders(make_stage(counts), tensors, program_order)
 
 
 def test_grouped_gemm_refuses_second_derivatives(device):

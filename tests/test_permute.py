@@ -142,15 +142,6 @@ def test_permute_takes_the_histogram_of_route(masked, device):
 
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("_way")
-@pytest.mark.parametrize("order", [("reverse", 0), ("shuffled", 1), ("shuffled", 2)], ids=str)
-def test_permute_does_not_depend_on_program_order(order, program_order):
-    ids = ids_of(5 * BLOCK + 1, 2, 4)
-    with program_order(*order):
-        check(permute(ids, 4, backend="triton"), ids, 4)
-
-
-@pytest.mark.interpreter
-@pytest.mark.usefixtures("_way")
 def test_permute_touches_its_tensors_alone():
     from benchmarks.traffic_meter import TrafficMeter
 

@@ -8,7 +8,6 @@ from stage_runs import (
     DTYPES,
     check_accuracy,
     check_exactness,
-    check_program_orders,
     check_same,
     check_wanted_gradients,
     draw,
@@ -357,14 +356,6 @@ def test_route_saves_x_logits_and_ids_only(device):
         make_stage()(**leaves, backend="triton")
     segments = 20
     assert sorted(saved.values()) == sorted([2 * 30 * 8, 4 * 24, segments * 4, segments * 2])
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize("pooling", ["concat", "max"])
-def test_route_does_not_depend_on_program_order(pooling, program_order):
-    tensors = make_tensors(3, 150, 70, 4, pooling=pooling, dtype=torch.float32)
-    stage = make_stage(pooling=pooling, padding_mask=make_mask(3, 150))
-    check_program_orders(stage, tensors, program_order)
 
 
 def test_route_refuses_second_derivatives(device):

@@ -278,19 +278,6 @@ def test_plans_drop_the_same_elements(monkeypatch, device):
     assert not torch.allclose(results[0]["y"], kept["y"])
 
 
-@pytest.mark.parametrize("order", ["reverse", "shuffled 1", "shuffled 2"])
-@pytest.mark.interpreter
-@pytest.mark.usefixtures("plan")
-def test_shared_combine_does_not_depend_on_program_order(order, program_order):
-    tensors, keywords = draw_case(
-        batch=3, length=31, d_model=4, size=2, d_ff=11, gated=True, bias=True, masked=True
-    )
-    expected = run(shared_combine, tensors, keywords)
-    with program_order(order.split()[0], ord(order[-1])):
-        actual = run(shared_combine, tensors, keywords)
-    assert all(torch.equal(actual[name], value) for name, value in expected.items())
-
-
 @pytest.mark.usefixtures("plan")
 def test_shared_combine_repeats_bitwise(device):
     tensors, keywords = draw_case(torch.float32, device, d_model=16, bias=True)
