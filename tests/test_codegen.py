@@ -16,7 +16,7 @@ LARGE = ("block_fwd", "block_dx", "expert_ffn", "grouped_gemm", "shared_up", "sh
 LARGE += ("shared_dhidden",)
 
 
-@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
+@pytest.fixture(scope="module", params=["sm_90", pytest.param("sm_80", marks=pytest.mark.slow)])
 def rows(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("codegen") / "rows.json"
     command = ["-m", "benchmarks.codegen", "--arch", request.param, "--brief", "--json", path]

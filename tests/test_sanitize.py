@@ -97,6 +97,7 @@ def test_sanitizer_says_what_is_missing(capsys, tmp_path):
         assert "no GPU here" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 def test_sanitized_layers_launch_every_kernel(monkeypatch):
     """What is never launched is never looked at."""
