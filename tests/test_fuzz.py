@@ -8,15 +8,15 @@ import pytest
 
 pytest.importorskip("triton")
 
-PARTS = 4
+PARTS = 2
 
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_random_layers_agree_with_float64(part):
-    """25 examples a part, in parallel processes."""
+    """15 examples a part, in parallel processes; the report is of 5,000."""
     seen = collections.Counter()
-    fuzz.run(25, seen, part)
-    assert seen["examples"] >= 23
+    fuzz.run(15, seen, part)
+    assert seen["examples"] >= 14
 
 
 def test_the_fuzz_report_is_of_5000_examples_without_failure():
