@@ -26,7 +26,12 @@ LAYERS = {
     for name, options in ptx_layers.LAYERS.items()
     if options.get("shared") != "fused" and not {"order", "backward"} & options.keys()
 }
-LAYERS["bf16 P=1 long"] = {"segment_size": 1, "shape": (4, 257), **ptx_layers.ALONE}
+LAYERS["bf16 grouped long"] = {
+    **ptx_layers.GROUPED,
+    "segment_size": 1,
+    "shape": (4, 257),
+    **ptx_layers.ALONE,
+}
 # Kind of report -> function of `route_kernels`, what is looked for there, what it becomes.
 FAULTS = {
     "oob_read": ("load_steps", "mask=real[:, None] & (offs_d", "mask=(offs_d"),
