@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Test processes: one for each core of a small machine.
 JOBS ?= 2
 
-.PHONY: demo test slow fuzz accuracy mutants matrix ptx sanitize lint docs bench gpu clean
+.PHONY: demo test slow fuzz accuracy mutants matrix ptx ttsem sanitize lint docs bench gpu clean
 
 $(READY): setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,13 @@ matrix: $(READY)  ## core tests with each release of torch and triton; writes te
 ptx: $(READY)  ## compiled kernels of every layer, executed without a GPU; writes tests/reports/ptx.md
 	$(RUN) tests/ptx_layers.py
 	$(RUN) tests/ptx_faults.py
+
+# Without its dependencies, into a folder of its own: it asks for newer releases than it needs. The
+# script says it where this failed.
+ttsem: $(READY)  ## the same layers as Triton's IR, by a library from PyPI; writes tests/reports/ttsem.md
+	-$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python \
+		--upgrade --target build/ttsem ttsem==0.1
+	PYTHONPATH=build/ttsem $(RUN) tests/ttsem_layers.py
 
 lint: $(READY)  ## style and types
 	$(RUN) -m ruff check .

@@ -75,7 +75,9 @@ def make_inputs(
     generator = torch.Generator("cpu").manual_seed(seed)
     drawn = torch.float64 if dtype == torch.float64 else torch.float32
     on_host: dict[str, Any] = {"generator": generator, "device": "cpu"}
-    x, dy = torch.randn(2, *shape, **on_host, dtype=drawn).to(device, dtype)
+    pair = torch.randn(2, *shape, **on_host, dtype=drawn)
+    # A storage each: what a kernel reads beyond x must not be dy.
+    x, dy = (tensor.to(device, dtype, copy=True) for tensor in pair)
     mask = None
     if masked:
         mask = (torch.rand(shape[:-1], **on_host) >= masked).to(device)

@@ -187,20 +187,23 @@ def share_of_limit(actual, eager, exact):
     return worst
 
 
-def measure(name, arch, order=None):
+def measure(name, arch, order=None, *, options=None, execute=None):
     """A row of the report.
 
     Args:
         name: of a layer.
         arch: "sm_80" or "sm_90".
         order: a seed: the layer must give the same bits in another order of warps and blocks.
+        options: of the layer; None looks in LAYERS.
+        execute: what runs the launches in place of `ptx.harness.emulated`.
     """
     import torch
     from ptx.harness import emulated
 
     from segmoe_kernels.testing import oracle, run_layer
 
-    options, launches, again = LAYERS[name], [], []
+    options, launches, again = LAYERS[name] if options is None else options, [], []
+    execute = execute or emulated
     variables = {
         f"SEGMOE_{key.upper()}": options[key]
         for key in ("plan", "backward", "shared")
@@ -211,12 +214,12 @@ def measure(name, arch, order=None):
     torch.backends.cuda.matmul.allow_tf32 = bool(options.get("tf32"))
     with mock.patch.dict(os.environ, variables):
         if not options:
-            with emulated(arch, launches):
+            with execute(arch, launches):
                 results, same_ids = run_stages()
             share = share_of_limit(*results)
         else:
             layer, x, dy, mask = build(options)
-            with emulated(arch, launches):
+            with execute(arch, launches):
                 actual, ids = run_once(layer, x, dy, mask)
             if order is not None:
                 with emulated(arch, again, order=order, races=False):

@@ -35,7 +35,7 @@ def test_named_tests_exist(file):
 
 def test_linked_reports_exist():
     links = re.findall(r"\]\((\S+)\)", TEXT)
-    assert len(links) == 6
+    assert len(links) == 7
     assert all((HERE / link).is_file() for link in links)
 
 

@@ -1,0 +1,42 @@
+"""Layers executed as Triton's IR by the library ttsem; `make ttsem` runs them, outside CI."""
+
+import importlib.util
+import json
+import re
+
+import ptx_layers
+import ttsem_layers
+
+# Left to `make ptx`: other ways than the usual.
+LEFT = {"block_bwd_kernel", "shared_up_kernel", "shared_steps_kernel", "shared_dhidden_kernel"}
+LEFT |= {"shared_dlogit_kernel", "shared_dw_kernel"}
+
+
+def test_the_report_is_of_these_layers_and_kernels():
+    report = json.loads(ttsem_layers.REPORT.read_text(encoding="utf-8"))
+    assert report["settings"] == repr(ttsem_layers.LAYERS)
+    assert [row["layer"] for row in report["layers"]] == list(ttsem_layers.LAYERS)
+    assert [row for row in report["layers"] if ptx_layers.is_fault(row)] == []
+    digests = ptx_layers.kernel_digests()
+    # Other sources than those that were run: `make ttsem`, minutes.
+    assert report["digests"] == {name: digests[name] for name in report["digests"]}
+    assert report["digests"].keys() >= digests.keys() - LEFT
+    assert {name for row in report["layers"] for name in row["kernels"]} == report["digests"].keys()
+    # One program has nobody to race with.
+    alone = [name for name, programs in report["programs"].items() if programs == 1]
+    assert alone == ["_permute_scan_kernel"]
+    assert ttsem_layers.REPORT.with_suffix(".md").read_text() == ttsem_layers.render(report)
+
+
+def test_planted_faults_are_reported_with_their_line():
+    planted = json.loads(ttsem_layers.REPORT.read_text(encoding="utf-8"))["planted"]
+    assert list(planted) == list(ttsem_layers.FAULTS)
+    for kind, (found, text) in planted.items():
+        assert found == kind
+        assert re.search(r"`\w+\.py:\d+: .*tl\.(load|store)\(", text)
+
+
+def test_without_ttsem_it_is_said_so(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert ttsem_layers.main() == 2
+    assert "`make ttsem`" in capsys.readouterr().err
