@@ -1365,7 +1365,7 @@ _GEMM = _in(
         "an expert has the next one's first row",
     ),
     (
-        "grouped_gemm_dw_kernel", "bias's weight", "a = a * weights.to(ACC)[:, None]",
+        "grouped_gemm_dw_kernel", "bias's weight", "a = tl.fma(a, weights.to(ACC)[:, None], 0.0)",
         "a = a + 0.0", "the bias gradient is not weighted", {"tests": WIDE},
     ),
     ("grouped_gemm_dw_kernel", "slot", "(split + expert)", "split", "experts share a slot"),

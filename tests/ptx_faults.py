@@ -33,10 +33,14 @@ KINDS = {
     "wgmma not waited for": (GROUPS, r"(wgmma\.wait_group\.sync\.aligned) \d;", r"\1 9;", 9),
     "proxy fence lost": (GROUPS, r"fence\.proxy\.async\.shared::cta;", "", 9),
     "false claim of alignment": (BLOCK, "", "", 1),
+    # These were true ones: see `pipelined`.
+    "dhidden pipelined with a bias": (("sm_90", "", "grouped_gemm_dhidden_kernel"), "", "", 1),
+    "dw pipelined with a bias": (("sm_90", "", "grouped_gemm_dw_kernel"), "", "", 1),
 }  # fmt: skip
 # What a test plants again.
 CORE = {"barrier removed", "cp.async not waited for", "mask of a store lost"}
 CORE |= {"wgmma not waited for", "proxy fence lost"}
+CORE |= {"dhidden pipelined with a bias", "dw pipelined with a bias"}
 # The rest changes nothing: see `render`.
 TARGET = 90.0
 
@@ -77,13 +81,32 @@ def claimed_alignment():
     return forward(BLOCK, keep, unaligned=True)[0]
 
 
+def pipelined(arch, name):
+    """Let Triton pipeline a loop whose tile registers and wgmma read: it takes too few buffers."""
+    import ptx_layers
+
+    from segmoe_kernels.stages import grouped_gemm_kernels
+
+    kernel = getattr(grouped_gemm_kernels, name)
+    source = kernel.src
+    changed = re.sub(r"num_stages=1 if [^)]* else None", "num_stages=None", source)
+    assert changed != source
+    kernel._unsafe_update_src(changed)
+    try:
+        found = ptx_layers.measure("bf16 wide rows biased", arch)["findings"]
+    finally:
+        kernel._unsafe_update_src(source)
+    assert all(text.startswith(name) for text in found)
+    return found
+
+
 def plant(kind, nth):
     """Plant one; what is reported, whether the result is wrong, and the line of the PTX."""
     import torch
 
     where, pattern, new, _ = KINDS[kind]
     if not pattern:
-        return claimed_alignment(), False, 0
+        return claimed_alignment() if where == BLOCK else pipelined(where[0], where[2]), False, 0
     lines = []
 
     def change(launch, ptx):
@@ -152,7 +175,8 @@ def render(rows):
         "",
         "Written by `make ptx`: in the PTX of a kernel one place is changed at a time. Barriers,",
         "masks and alignment are of `block_fwd_kernel` (sm_80), copies and matrices of",
-        "`expert_ffn_fwd_kernel` (sm_80), products and fences of the same for sm_90. Where nothing",
+        "`expert_ffn_fwd_kernel` (sm_80), products and fences of the same for sm_90. Two kernels",
+        "are compiled as they once were, with loops that Triton pipelines wrongly. Where nothing",
         "is reported the result may be wrong, which tests of values see; what is silent changes",
         "nothing here: a barrier between what isn't shared, a mask of numbers that nobody uses, a",
         "wait at the end, a group that is waited for with the next one.",

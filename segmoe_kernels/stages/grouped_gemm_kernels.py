@@ -303,7 +303,8 @@ def grouped_gemm_dhidden_kernel(
             bias = tl.load(
                 down_bias_ptr + e * K + offs_k, mask=mask_k & (column_tile == 0), other=0.0
             )
-            dweight += tl.sum(dy.to(ACC) * bias.to(ACC)[None, :], 1)
+            # Rounded before the sum: fused with it, the lanes of a row would have different bits.
+            dweight += tl.sum(tl.fma(dy.to(ACC), bias.to(ACC)[None, :], 0.0), 1)
 
     offs = rows.to(tl.int64)[:, None] * N + offs_n[None, :]
     mask_mn = mask_m[:, None] & mask_n[None, :]
@@ -327,7 +328,7 @@ def grouped_gemm_dhidden_kernel(
         hidden = hidden * scale
         dpre = dhidden * scale * slope * weights
     hidden = tl.where(mask_in, hidden, 0.0)
-    dweight += tl.sum(dhidden * hidden, 1)
+    dweight += tl.sum(tl.fma(dhidden, hidden, 0.0), 1)
     tl.store(dpre_ptr + offs, dpre.to(dpre_ptr.dtype.element_ty), mask=mask_mn)
     hidden = (hidden * weights).to(hidden_ptr.dtype.element_ty)
     tl.store(hidden_ptr + offs, hidden, mask=mask_mn)
@@ -430,7 +431,7 @@ def grouped_gemm_dw_kernel(
                     a = a.to(ACC)
                     if row_weights_ptr is not None:
                         weights = tl.load(row_weights_ptr + slot, mask=mask_m, other=0.0)
-                        a = a * weights.to(ACC)[:, None]
+                        a = tl.fma(a, weights.to(ACC)[:, None], 0.0)
                     dbias += tl.sum(a, 0)
             out = partials_ptr + (split + expert).to(tl.int64) * partial_size
             # From numbers that stay in registers anyway.

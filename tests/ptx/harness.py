@@ -51,7 +51,7 @@ class Launched:
 
 def compile_to_ptx(launch: codegen.Launch, arch: str) -> tuple[str, int]:
     """PTX of a launch, and the bytes of shared memory that it takes."""
-    key = (arch, launch.key())
+    key = (arch, launch.function.src + launch.key())
     if key not in _compiled:
         source = ASTSource(launch.function, launch.signature, launch.constants, launch.attributes)
         target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)

@@ -17,9 +17,9 @@ f2, f4, f8 = np.float16, np.float32, np.float64
 TINY = f4(2.0**-126)
 UNSIGNED = {n: np.dtype(f"u{n}") for n in (1, 2, 4, 8)}
 # What an operand of each type is computed with; b is kept as unsigned, s is signed.
-DTYPES = {"pred": bool, "f16x2": f2, "bf16": f4, "bf16x2": f4, "tf32": f4}
+SPECIAL = {"pred": "?", "f16x2": "f2", "bf16": "f4", "bf16x2": "f4", "tf32": "f4"}
 DTYPES = {
-    kind: np.dtype(DTYPES.get(kind, f"{kind[0].translate(str.maketrans('bs', 'ui'))}{width}"))
+    kind: np.dtype(SPECIAL.get(kind, f"{kind[0].translate(str.maketrans('bs', 'ui'))}{width}"))
     for kind, width in WIDTH.items()
 }
 

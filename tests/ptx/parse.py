@@ -55,10 +55,9 @@ class Kernel:
         edges = np.zeros((count, count), bool)
         for number, block in enumerate(self.blocks):
             last = block.instructions[-1] if block.instructions else None
-            name = last.opcode[0] if last else ""
-            if name == "bra":
+            if last and last.opcode[0] == "bra":
                 edges[number, labels[last.operands[0]]] = True
-            if number + 1 < count and (name not in ENDS or last.guard):
+            if number + 1 < count and (not last or last.opcode[0] not in ENDS or last.guard):
                 edges[number, number + 1] = True
         return edges
 
@@ -86,7 +85,7 @@ def parse(ptx: str) -> Kernel:
     parameters = [line.split()[-1] for line in head[2].split(",") if line.strip()]
     if "[" in head[2]:
         raise NotEmulated("a parameter that is an array (a tensor map)")
-    threads = int(re.search(r"\.(?:req|max)ntid\s+(\d+)", head[3])[1])
+    threads = int(re.findall(r"\.(?:req|max)ntid\s+(\d+)", head[3])[0])
     registers: dict[str, tuple[int, int]] = {}
     body: list[str | Instruction] = []
     source = ""

@@ -125,7 +125,7 @@ def multiply(
     t.require_whole(mask, GROUP)
     result = [np.array(x) for x in old]
     active = (t.live if mask is None else mask).reshape(-1, GROUP).any(1)
-    for lane in np.flatnonzero(active) * GROUP:
+    for lane in (np.flatnonzero(active) * GROUP).tolist():
         part = slice(lane, lane + GROUP)
         flight = InFlight(product, lane, int(t.committed_products[lane]), [])
         t.products.append(flight)

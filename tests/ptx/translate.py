@@ -257,8 +257,8 @@ class Translator:
         if what == "commit_group":
             return lambda t, mask: proxies.commit(t, t.committed_products, mask)
         if what == "wait_group":
-            keep = int(i.operands[0])
-            return lambda t, mask: proxies.wait_for_products(t, keep, mask)
+            most = int(i.operands[0])
+            return lambda t, mask: proxies.wait_for_products(t, most, mask)
         function = functools.partial(proxies.multiply, product=proxies.Product.of(i))
         old, inside = self.sources(i.operands[0], "b32"), i.operands[1].startswith("{")
         a = self.sources(i.operands[1], "b32") if inside else self.source(i.operands[1], "b64")

@@ -1,6 +1,6 @@
 """What the lanes of a warp do together: shuffles, reductions, matrices, tensor cores."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -42,7 +42,7 @@ def shuffle(
 def reduce(t: "Threads", value: Array, mask: Array | None, *, what: str) -> Array:
     """``redux``: one integer of all lanes."""
     t.require_whole(mask, LANES)
-    function = numerics.FUNCTIONS[what]
+    function: Any = numerics.FUNCTIONS[what]
     return np.repeat(function.reduce(value.reshape(-1, LANES), 1, dtype=value.dtype), LANES)
 
 
