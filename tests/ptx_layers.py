@@ -27,8 +27,8 @@ ARCHS = ("sm_80", "sm_90")
 GROUPED = {"plan": "grouped"}
 ALONE = {"shared_expert": None}
 MANY = {"gated": True, "bias": True, "activation": "silu", "top_k": 2, "masked": 0.3}
-# Name -> options of the layer, and: dtype, shape (batch, steps), masked, plan, backward, shared,
-# tf32, layout, order (a seed: run again in another order of warps and blocks).
+# Name -> options of the layer, and: dtype, shape (batch, steps), masked, plan, backward, tf32,
+# layout, order (a seed: run again in another order of warps and blocks).
 LAYERS = {
     "fp32": {"dtype": "float32", **ALONE},
     "fp32 many options": {"dtype": "float32", **MANY, **ALONE},
@@ -36,7 +36,6 @@ LAYERS = {
     "fp32 grouped many options": {"dtype": "float32", **GROUPED, **MANY, **ALONE},
     "fp32 TF32": {"dtype": "float32", "tf32": True, **ALONE},
     "fp32 TF32 grouped": {"dtype": "float32", "tf32": True, **GROUPED, **MANY, **ALONE},
-    "fp32 shared fused": {"dtype": "float32", "shared": "fused", "masked": 0.3, "segment_size": 3},
     "fp16 grouped": {"dtype": "float16", **GROUPED, "top_k": 2, **ALONE},
     "fp64": {"dtype": "float64", "d_model": 16, "shape": (1, 23), **ALONE},
     "fp64 grouped": {"dtype": "float64", "d_model": 16, "shape": (1, 23), **GROUPED, **ALONE},
@@ -57,8 +56,7 @@ LAYERS = {
     "bf16 first": {"pooling": "first", **ALONE},
     "bf16 last causal": {"pooling": "last", "causal": True, **ALONE},
     "bf16 dropout": {"dropout": 0.2, "router_dropout": 0.1, **ALONE},
-    "bf16 shared fused many options": {"shared": "fused", "segment_size": 3, **MANY},
-    "bf16 shared vendor": {"shared": "vendor", "segment_size": 3, **MANY},
+    "bf16 shared many options": {"segment_size": 3, **MANY},
     "bf16 shared token": {"shared_expert": "token", "segment_size": 3},
     "bf16 whole segments": {"expert_scope": "segment", "segment_size": 3, "d_model": 32, **ALONE},
     "bf16 unaligned": {"layout": "unaligned", **ALONE},
@@ -72,14 +70,10 @@ LAYERS = {
     "fp32 grouped other orders": {"dtype": "float32", "order": 2, **GROUPED, **ALONE},
     "bf16 top_k=2 other orders": {"top_k": 2, "masked": 0.3, "order": 3, **ALONE},
     "bf16 grouped other orders": {"order": 4, **GROUPED, **ALONE},
-    "bf16 shared fused other orders": {
-        "shared": "fused", "segment_size": 3, "masked": 0.3, "order": 5,
-    },
 }  # fmt: skip
 CORE = ("fp32 grouped", "bf16 top_k=2 other orders")
 # The rest of a layer's settings; not options of it.
-CALLS = {"dtype", "shape", "masked", "plan", "backward", "shared", "tf32"}
-CALLS |= {"layout", "ties", "order"}
+CALLS = {"dtype", "shape", "masked", "plan", "backward", "tf32", "layout", "ties", "order"}
 
 
 def kernel_digests():
@@ -202,9 +196,7 @@ def measure(name, arch, order=None):
 
     options, launches, again = LAYERS[name], [], []
     variables = {
-        f"SEGMOE_{key.upper()}": options[key]
-        for key in ("plan", "backward", "shared")
-        if key in options
+        f"SEGMOE_{key.upper()}": options[key] for key in ("plan", "backward") if key in options
     }
     begin = time.process_time()
     repeats = share = None
