@@ -235,8 +235,7 @@ def cases() -> dict[str, Callable[[], None]]:
     for pooling in ("mean", "max", "first", "last"):
         found[pooling] = _layer_case(pooling=pooling, masked=True, shared_expert=None, top_k=TOP_K)
     found["causal"] = _layer_case(causal=True, shared_expert="token", plan="grouped")
-    for shared in ("fused", "vendor"):
-        found[f"shared {shared}"] = _layer_case(shared=shared, gated=True, **EXTRAS)
+    found["shared"] = _layer_case(gated=True, **EXTRAS)
     return found
 
 

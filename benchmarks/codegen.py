@@ -8,10 +8,9 @@ so what is checked is what a GPU would be given. Exit status 1 if a kernel spill
 more shared memory than the architecture has.
 
 A row: ``kernel, case, arch, dtype, tile, registers, spill_bytes, shared_bytes, wgmma, mma,
-uses_dot, instructions, tma, float_atomics, narrow``; sizes in bytes; spills and instructions are
-counted in the machine code (SASS or GCN) that Triton made, ``tma`` copies of descriptors in its
-PTX. ``narrow`` names what has too few bits in a float64 launch: floats, and flags, whose width
-decides there whether a product compiles.
+uses_dot, instructions, float_atomics, narrow``; sizes in bytes; spills and instructions are counted
+in the machine code (SASS or GCN) that Triton made. ``narrow`` names what has too few bits in a
+float64 launch: floats, and flags, whose width decides there whether a product compiles.
 """
 
 import argparse
@@ -35,7 +34,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.codegen_cases import BRIEF_FLOAT64, brief_cases, cases
 from segmoe_kernels import functional
@@ -76,7 +74,6 @@ class Row:
     mma: int
     uses_dot: bool
     instructions: int
-    tma: int = 0
     num_warps: int = 4
     float_atomics: int = 0
     narrow: str = ""
@@ -130,9 +127,6 @@ def _describe(value: Any, *, constexpr: bool) -> tuple[str, bool]:
         return "constexpr", False
     if isinstance(value, torch.Tensor):
         return POINTER_NAMES[value.dtype], True
-    if isinstance(value, TensorDescriptor):
-        element = POINTER_NAMES[value.base.dtype].removeprefix("*")
-        return f"tensordesc<{element}{list(value.block_shape)}>", False
     if isinstance(value, bool):
         return "i1", False
     if isinstance(value, int):
@@ -231,7 +225,6 @@ def _read_nvidia(row: Row, ptx: str, cubin: bytes) -> None:
     )
     row.instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE))
     row.wgmma = len(re.findall(r"wgmma\.mma_async", ptx))
-    row.tma = len(re.findall(r"cp\.async\.bulk\.tensor", ptx))
     row.mma = len(re.findall(r"\bmma\.sync", ptx)) + len(re.findall(r"tcgen05\.mma", ptx))
     row.float_atomics = len(re.findall(r"\b(?:red|atom)\.\S*\.(?:b?f16|f32|f64)", ptx))
 
@@ -316,7 +309,7 @@ def main() -> int:
             print(
                 f"{row.kernel:<28} {row.case:<38} {row.dtype:<5} {row.tile:<62} "
                 f"regs {row.registers:>3} spill {row.spill_bytes:>5} smem {row.shared_bytes:>6} "
-                f"wgmma {row.wgmma:>3} mma {row.mma:>3} tma {row.tma:>2} "
+                f"wgmma {row.wgmma:>3} mma {row.mma:>3} "
                 f"instr {row.instructions:>6}"
                 f"{'  FAULT: ' + row.fault() if row.fault() else ''}",
                 flush=True,

@@ -16,13 +16,13 @@ def run_layer(dtype: torch.dtype, options: dict[str, Any]) -> None:
     Args:
         dtype: of the layer.
         options: of the layer, and ``masked``: with a padding mask, ``segments``: their number in
-            each of two sequences, and values of environment variables: ``plan``, ``backward``,
-            ``shared``, ``descriptors`` for SEGMOE_PLAN and so on.
+            each of two sequences, and values of environment variables: ``plan``, ``backward`` for
+            SEGMOE_PLAN and so on.
     """
     settings = {"d_model": 64, "num_experts": 4, "segment_size": 5, **options}
     settings.setdefault("d_ff", 2 * settings["d_model"])
     masked, segments = settings.pop("masked", False), settings.pop("segments", 3)
-    names = ("plan", "backward", "shared", "descriptors")
+    names = ("plan", "backward")
     variables = {f"SEGMOE_{n.upper()}": settings.pop(n) for n in names if n in settings}
     with mock.patch.dict(os.environ, variables):
         layer = SegMoE(**settings, backend="triton", dtype=dtype)
@@ -47,7 +47,7 @@ def _gemm_case(dtype: torch.dtype, n: int, k: int) -> Callable[[], None]:
     return run
 
 
-def _shared_case(dtype: torch.dtype, plan: str, **options: Any) -> Callable[[], None]:
+def _shared_case(dtype: torch.dtype, **options: Any) -> Callable[[], None]:
     """Forward and backward of the shared expert and the sum with the choices."""
 
     def run() -> None:
@@ -69,17 +69,16 @@ def _shared_case(dtype: torch.dtype, plan: str, **options: Any) -> Callable[[], 
         )
         x = parameter(2, 3 * steps - 1, d_model)
         mask = torch.ones(x.shape[:2], dtype=torch.bool) if masked else None
-        with mock.patch.dict(os.environ, SEGMOE_SHARED=plan):
-            y = stages.shared_combine(
-                parameter(2, *x.shape),
-                x,
-                weights,
-                parameter(1, width),
-                segment_size=steps,
-                activation="silu" if gated else "gelu",
-                dropout=0.2 if extras else 0.0,
-                padding_mask=mask,
-            )
+        y = stages.shared_combine(
+            parameter(2, *x.shape),
+            x,
+            weights,
+            parameter(1, width),
+            segment_size=steps,
+            activation="silu" if gated else "gelu",
+            dropout=0.2 if extras else 0.0,
+            padding_mask=mask,
+        )
         y.backward(torch.zeros_like(y))
 
     return run
@@ -140,12 +139,10 @@ def _float64_cases() -> dict[str, Callable[[], None]]:
         for plan in ("block", "grouped"):
             settings = {**sizes, "plan": plan, "masked": True, **options}
             found[f"float64 {name} {plan}"] = _layer_case(dtype, **settings)
-    for plan in ("fused", "vendor"):
-        options = {"d_model": 16, "segment_size": 3, "masked": True}
-        found[f"float64 mask shared {plan}"] = _shared_case(dtype, plan, **options, extras=False)
-        for gated in (False, True):
-            name = f"float64 extras shared {plan}{' gated' if gated else ''}"
-            found[name] = _shared_case(dtype, plan, **options, gated=gated)
+    options = {"d_model": 16, "segment_size": 3, "masked": True}
+    found["float64 mask shared"] = _shared_case(dtype, **options, extras=False)
+    found["float64 extras shared"] = _shared_case(dtype, **options)
+    found["float64 extras shared gated"] = _shared_case(dtype, **options, gated=True)
     return {**found, "float64 mask combine": _combine_case(dtype)}
 
 
@@ -156,12 +153,12 @@ def brief_cases() -> list[str]:
     for d_model in (64, 128, 256):
         names.append(f"bfloat16 D={d_model} plain S={many}")
         names.append(f"bfloat16 D={d_model} gated top_k=2 S={many}")
-    names += ["bfloat16 D=512 gated descriptors", "bfloat16 shared D=64 P=3"]
+    names += ["bfloat16 D=512 gated S=40", "bfloat16 shared D=64 P=3"]
     return [*names, *_float64_cases()]
 
 
 # Of a float64 launch the widths of its arguments tell nearly all: a brief run compiles these alone.
-BRIEF_FLOAT64 = ("route_fwd_kernel", "grouped_gemm_dw_kernel", "shared_up_kernel")
+BRIEF_FLOAT64 = ("route_fwd_kernel", "grouped_gemm_dw_kernel", "shared_activate_bwd_kernel")
 
 
 def cases() -> dict[str, Callable[[], None]]:
@@ -188,16 +185,14 @@ def cases() -> dict[str, Callable[[], None]]:
         found[f"{name} segment scope"] = _layer_case(dtype, **wide)
         for d_model, steps in ((64, 3), (128, 5), (256, 5)):
             sizes = {"d_model": d_model, "segment_size": steps}
-            found[f"{name} shared D={d_model} P={steps}"] = _shared_case(dtype, "fused", **sizes)
+            found[f"{name} shared D={d_model} P={steps}"] = _shared_case(dtype, **sizes)
         sizes = {"d_model": 128, "segment_size": 5}
-        found[f"{name} shared gated"] = _shared_case(dtype, "fused", **sizes, gated=True)
-        found[f"{name} shared vendor"] = _shared_case(dtype, "vendor", **sizes)
-        for plan in ("fused", "vendor"):
-            for gated in (False, True):
-                case = f"{name} shared {plan} dropout mask bias{' gated' if gated else ''}"
-                found[case] = _shared_case(dtype, plan, **sizes, gated=gated, masked=True)
+        found[f"{name} shared gated"] = _shared_case(dtype, **sizes, gated=True)
+        for gated in (False, True):
+            case = f"{name} shared dropout mask bias{' gated' if gated else ''}"
+            found[case] = _shared_case(dtype, **sizes, gated=gated, masked=True)
         sizes = {"d_model": 64, "segment_size": 3, "masked": True}
-        found[f"{name} shared mask D=64 P=3"] = _shared_case(dtype, "fused", **sizes)
+        found[f"{name} shared mask D=64 P=3"] = _shared_case(dtype, **sizes)
     bf16 = torch.bfloat16
     found["bfloat16 D=16"] = _layer_case(bf16, d_model=16)
     found["bfloat16 dropout mask"] = _layer_case(
@@ -216,9 +211,6 @@ def cases() -> dict[str, Callable[[], None]]:
             for dtype in (bf16, torch.float32):
                 name = f"{str(dtype).removeprefix('torch.')} D=512 {variant} S={segments}"
                 found[name] = _layer_case(dtype, **wide, segments=segments)
-        found[f"bfloat16 D=512 {variant} descriptors"] = _layer_case(
-            bf16, **wide, segments=40, descriptors="on"
-        )
     found["float16 D=128"] = _layer_case(torch.float16, d_model=128)
     found["float64 D=64"] = _layer_case(torch.float64)
     found |= _float64_cases()

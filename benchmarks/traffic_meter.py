@@ -77,8 +77,7 @@ class _Touched:
 
     def __init__(self, arguments: Any) -> None:
         storages = {}
-        for leaf in tree_leaves(arguments):
-            tensor = getattr(leaf, "base", leaf)  # of a tensor descriptor
+        for tensor in tree_leaves(arguments):
             if isinstance(tensor, Tensor) and tensor.numel():
                 storage = tensor.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()

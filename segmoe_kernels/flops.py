@@ -74,14 +74,14 @@ def _block_bwd(x: Shape, weight: Shape, *rest: Any, **__: Any) -> int:
 
 
 def _shared_combine_fwd(expert_out: Shape, x: Shape, *rest: Any, **__: Any) -> int:  # noqa: ARG001
-    up, gate, size = rest[0], rest[2], rest[10]
+    up, gate, size = rest[0], rest[2], rest[9]
     rows = _segments(x, size)
     return 2 * rows * int(up[-1]) + _ffn(rows, up, gate, dx=False, dw=False, backward=False)
 
 
 def _shared_combine_bwd(dy: Shape, x: Shape, *rest: Any, **__: Any) -> int:  # noqa: ARG001
     # need: x, up, down, gate, three biases, the shared gate.
-    up, gate, size, need = rest[0], rest[2], rest[14], rest[-1]
+    up, gate, size, need = rest[0], rest[2], rest[13], rest[-1]
     rows, dx, dw = _segments(x, size), need[0], any(need[1:4])
     of_gate = 2 * rows * int(up[-1]) * int(dx + need[7])
     return of_gate + _ffn(rows, up, gate, dx=dx, dw=dw, backward=True)

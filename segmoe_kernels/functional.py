@@ -379,10 +379,8 @@ def seg_moe(
     """The whole layer: route, permute, run the experts, combine with the shared path.
 
     The projections of ``expert_scope="projected"`` run as PyTorch's own GEMMs on both backends. So
-    do the shared expert's by default, with kernels of ours around them on the Triton backend; the
-    environment variable SEGMOE_SHARED=fused takes kernels for the products too, SEGMOE_PLAN the
-    execution plan of the routed part (block, grouped), and SEGMOE_DESCRIPTORS=on reads the weights
-    of wide 16-bit layers through tensor descriptors (TMA) on Hopper and Blackwell.
+    do the shared expert's, with kernels of ours around them on the Triton backend; the environment
+    variable SEGMOE_PLAN takes the execution plan of the routed part (block, grouped).
 
     Under ``torch.autocast`` the router stays in float32, the products run in the autocast dtype
     and the result has the dtype of x.

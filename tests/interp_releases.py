@@ -18,8 +18,6 @@ _COMPARISONS = {
     np.equal,
     np.not_equal,
 }
-# Bytes: what hardware asks of a descriptor's strides.
-_ALIGNMENT = 16
 
 
 def _patch_comparisons(builder: Any) -> None:
@@ -46,20 +44,6 @@ def _patch_index() -> None:
     interpreter._patch_lang_tensor = new_patch_tensor
 
 
-def _patch_descriptors(handle: Any) -> None:
-    """Count a descriptor's strides in bytes: 3.5 takes elements for them."""
-
-    def validate(self: Any) -> None:
-        size = self.base.dtype.element_ty.primitive_bitwidth // 8
-        strides = [stride.data.item() for stride in self.strides]
-        assert self.base.data.item() % _ALIGNMENT == 0, "base must be 16-byte aligned"
-        assert len(strides) == len(self.block_shape) == self.ndim >= 1, "wrong rank"
-        assert all(s * size % _ALIGNMENT == 0 for s in strides[:-1]), "strides must be aligned"
-        assert strides[-1] == 1, "last dim must be contiguous"
-
-    handle.validate = validate
-
-
 def install() -> None:
     """Patch the interpreter, once; call it after ``import triton`` and before a launch."""
     if getattr(interpreter.InterpreterBuilder, "mended", False):
@@ -67,4 +51,3 @@ def install() -> None:
     interpreter.InterpreterBuilder.mended = True
     _patch_comparisons(interpreter.InterpreterBuilder)
     _patch_index()
-    _patch_descriptors(interpreter.TensorDescHandle)

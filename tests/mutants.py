@@ -35,7 +35,7 @@ class Mutant(NamedTuple):
 
 _NAMES = (
     "activations", "route", "permute", "experts", "grouped_gemm", "block", "combine", "shared",
-    "partials", "descriptors",
+    "partials",
 )  # fmt: skip
 ALL_KERNEL_TESTS = (*(f"tests/test_{name}.py" for name in _NAMES), "-k", "not instructions")
 
@@ -50,9 +50,6 @@ GEMM = ("tests/test_grouped_gemm.py",)
 BLOCK = ("tests/test_block.py",)
 PARTIALS = ("tests/test_partials.py",)
 SUMS = ("tests/test_partials.py", "tests/test_experts.py", "-k", "sums or splits or float64")
-DESCRIPTORS = ("tests/test_descriptors.py",)
-SHARED_FUSED = ("tests/test_shared.py", "-k", "fused")
-SHARED_VENDOR = ("tests/test_shared.py", "-k", "vendor or passes_of")
 SHARED = ("tests/test_shared.py",)
 LAYER_EMPTY = ("tests/test_triton_layer.py", "-k", "leading_shape")
 LAYER_STRIDES = ("tests/test_triton_layer.py", "-k", "strides or program_order")
@@ -566,43 +563,6 @@ _SEQUENCES = _in(
     (
         "store_steps", "32 bits", "row.to(tl.int64) * D", "row * D", "addresses overflow",
         {"tests": ("tests/test_addresses.py", "-k", "no_kernel")},
-    ),
-)  # fmt: skip
-
-_DESCRIPTORS = _in(
-    "_triton/descriptors.py",
-    DESCRIPTORS,
-    (
-        "load_weight", "order", "tl.trans(tl.reshape(tile, (BLOCK_N, BLOCK_K)))",
-        "tl.reshape(tile, (BLOCK_K, BLOCK_N))", "a tile is not transposed",
-    ),
-    (
-        "load_weight", "expert's stride", "expert.to(tl.int64) * stride_e",
-        "expert.to(tl.int64) * N * K", "takes experts for dense", {"tests": GEMM},
-    ),
-    (
-        "load_weight", "depth mask", "(offs_k < K)", "(offs_k >= 0)", "reads behind a row",
-        {"tests": GEMM},
-    ),
-    (
-        "load_weight", "column mask", "(offs_n < N)", "(offs_n >= 0)", "reads behind a matrix",
-        {"tests": GEMM},
-    ),
-    (
-        "load_weight", "column's stride", "offs_n[None, :] * stride_n", "offs_n[None, :] * K",
-        "takes rows for dense", {"tests": GEMM},
-    ),
-    (
-        "load_weight", "coordinates", "weight.load([expert, first_k, first_n])",
-        "weight.load([expert, first_n, first_k])", "another tile is read",
-    ),
-    (
-        "_fits", "alignment", "weight.data_ptr() % ALIGNMENT == 0", "weight.data_ptr() > 0",
-        "hardware is given an address it can't take",
-    ),
-    (
-        "weight_operand", "block", "[1, tile.block_k, tile.block_n]",
-        "[1, tile.block_n, tile.block_k]", "a descriptor of the transpose has the other block",
     ),
 )  # fmt: skip
 
@@ -1283,6 +1243,16 @@ _GEMM = _in(
     ),
     ("_load_operand", "column mask", "(cols < width)", "(cols >= 0)", "reads columns behind a row"),
     (
+        "_load_weight", "expert's stride", "expert * stride_e", "expert * N * K",
+        "takes experts for dense",
+    ),
+    ("_load_weight", "depth mask", "(offs_k < K)", "(offs_k >= 0)", "reads behind a row"),
+    ("_load_weight", "column mask", "(offs_n < N)", "(offs_n >= 0)", "reads behind a matrix"),
+    (
+        "_load_weight", "column's stride", "offs_n[None, :] * stride_n", "offs_n[None, :] * K",
+        "takes rows for dense",
+    ),
+    (
         "_swizzled_tile", "last group", "tl.minimum(row_tiles - first, GROUP_M)", "GROUP_M",
         "tiles of the last group are left out",
     ),
@@ -1399,234 +1369,27 @@ _GEMM_HOST = _in(
 
 _SHARED = _in(
     "stages/shared_kernels.py",
-    SHARED_FUSED,
+    SHARED,
     (
-        "swizzled_tile", "last group", "tl.minimum(row_tiles - first, GROUP_M)", "GROUP_M",
-        "tiles of the last group are left out",
+        "shared_rows_kernel", "end of a sequence", "tl.minimum(length - step, SEGMENT_SIZE) * D",
+        "SEGMENT_SIZE * D", "reads into the next sequence",
     ),
     (
-        "swizzled_tile", "group", "return first + inside % height", "return inside % height",
-        "later groups are left out",
+        "shared_rows_kernel", "step", "(rows % segments_per_sequence) * SEGMENT_SIZE",
+        "(rows % segments_per_sequence)", "segments overlap",
     ),
     (
-        "find_segments", "tail", "tl.minimum(length - step, SEGMENT_SIZE) * D", "SEGMENT_SIZE * D",
-        "reads and writes into the next sequence", {"tests": SHARED},
+        "shared_rows_kernel", "rows behind", "tl.where(mask_m, tl.minimum",
+        "tl.where(rows >= 0, tl.minimum", "reads behind the last segment",
     ),
     (
-        "find_segments", "step", "(rows % segments_per_sequence) * SEGMENT_SIZE",
-        "(rows % segments_per_sequence)", "segments overlap", {"tests": SHARED},
+        "shared_rows_kernel", "no mask", "if padding_mask_ptr is not None:", "if False:",
+        "padding is real",
     ),
     (
-        "find_segments", "rows behind", "tl.where(mask_m, tl.minimum",
-        "tl.where(rows >= 0, tl.minimum", "reads and writes behind the last segment",
-        {"tests": SHARED},
+        "shared_rows_kernel", "flags", "(cols // D)[None, :]", "(cols // (D + 1))[None, :]",
+        "flags of the wrong steps",
     ),
-    ("load_segments", "dense steps", "stride_t - D", "0", "takes steps for dense"),
-    (
-        "load_segments", "flag of a step", "padding_mask_ptr + flags + step",
-        "padding_mask_ptr + flags", "every step has the first one's flag",
-    ),
-    (
-        "load_segments", "tail", "real = first < limit", "real = first <= limit",
-        "reads behind a sequence",
-    ),
-    (
-        "load_segments", "step of a block", "offs = cols + step * jump", "offs = cols",
-        "takes steps for dense where blocks lie in one",
-    ),
-    (
-        "real_columns", "no mask", "if padding_mask_ptr is not None:", "if False:",
-        "padding is real", {"tests": SHARED},
-    ),
-    (
-        "real_columns", "step", "(cols // D)[None, :]", "(cols // (D + 1))[None, :]",
-        "flags of the wrong steps", {"tests": SHARED},
-    ),
-    (
-        "_segments_loop", "no sum over depth", "acc = tl.dot(a, b, acc,", "acc = tl.dot(a, b,",
-        "the last columns are all",
-    ),
-    (
-        "_segments_loop", "stride of the gate", "rows_k * stride_b2_k + columns_n * stride_b2_n",
-        "rows_k * stride_b_k + columns_n * stride_b_n", "the gate is read with the strides of up",
-    ),
-    (
-        "_segments_loop", "depth mask", "mask = (offs_k < W)[:, None] & mask_n", "mask = mask_n",
-        "reads weights behind a row",
-    ),
-    (
-        "_segments_loop", "vector", "(tl.arange(0, 16) == 0)", "(tl.arange(0, 16) <= 1)",
-        "the vector's product is counted twice",
-    ),
-    (
-        "segments_product", "exchanged", "elif wants_vector:", "elif wants_vector == 0:",
-        "the programs that want the vector's product don't have it",
-    ),
-    (
-        "halves", "even and odd",
-        "tl.permute(tl.reshape(x, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))",
-        "tl.reshape(x, (BLOCK_M, BLOCK_N // 2, 2))", "even and odd columns for left and right ones",
-    ),
-    (
-        "_store_hidden", "right half", "mask_m, first_n + BLOCK_N // 2", "mask_m, first_n",
-        "the right half overwrites the left one",
-    ),
-    (
-        "_store_hidden", "activation of up", "acc2 if GATED else acc", "acc",
-        "the activation is on the wrong product",
-    ),
-    (
-        "_store_hidden", "gate's bias", "acc2 += tl.load(gate_bias_ptr", "tl.load(gate_bias_ptr",
-        "the gate has no bias",
-    ),
-    (
-        "_store_hidden", "dropout of the next row", "long_rows, offs_n, H",
-        "long_rows + 1, offs_n, H", "forward drops what backward keeps",
-    ),
-    (
-        "shared_up_kernel", "stride of x", "sequence * stride_x_b",
-        "sequence * length * stride_x_t", "takes sequences for dense",
-    ),
-    (
-        "shared_up_kernel", "logits", "mask=mask_m & (column_tile == 0)", "mask=mask_m",
-        "other columns overwrite the gate's logits",
-    ),
-    (
-        "shared_up_kernel", "flags", "flags = sequence * length + step",
-        "flags = step.to(tl.int64)", "every sequence has the first one's mask",
-    ),
-    (
-        "_store_steps", "scale before the bias", "acc *= scale[:, None]\n",
-        "acc = acc * scale[:, None] if bias_ptr is None else acc\n", "with a bias nothing is gated",
-    ),
-    (
-        "_store_steps", "choices", "offs += stride_out_k", "offs += 0",
-        "the first choice is added again",
-    ),
-    (
-        "_store_steps", "padding", "acc = tl.where(real, acc, 0.0)", "acc += 0.0",
-        "padding has a shared output",
-    ),
-    (
-        "_store_steps", "gradient of the gate", "acc += dlogit[:, None] * vector[None, :]",
-        "vector += 0.0", "dx lacks the gate's share",
-    ),
-    (
-        "_store_steps", "tail", "element_ty), mask=inside)", "element_ty), mask=mask_n[None, :])",
-        "writes into the next sequence",
-    ),
-    (
-        "shared_steps_kernel", "no sum over depth", "acc = tl.dot(a, b, acc,", "acc = tl.dot(a, b,",
-        "the last columns are all", {"nth": 0},
-    ),
-    (
-        "shared_steps_kernel", "second product", "acc = tl.dot(a, b, acc,", "acc = tl.dot(a, b,",
-        "the gate's product is all", {"nth": 1},
-    ),
-    (
-        "shared_steps_kernel", "sigmoid", "tl.exp(-tl.load(logits_ptr", "tl.exp(tl.load(logits_ptr",
-        "the gate is 1 - gate",
-    ),
-    (
-        "shared_steps_kernel", "stride of the choices", "sequence * stride_out_b",
-        "sequence * length * stride_out_t", "takes sequences for dense",
-    ),
-)  # fmt: skip
-
-_SHARED_BACKWARD = _in(
-    "stages/shared_backward_kernels.py",
-    SHARED_FUSED,
-    (
-        "hidden_gradient", "slope", "dpre = dhidden * scale * slope",
-        "dpre = dhidden * scale * active", "the value for the slope",
-    ),
-    (
-        "hidden_gradient", "opened gate", "return hidden * opened, dpre * opened",
-        "return hidden, dpre * opened", "down's gradient lacks the gate",
-    ),
-    (
-        "hidden_gradient", "dropout", "hidden = active * scale", "hidden = active + 0.0",
-        "down's gradient ignores dropout",
-    ),
-    (
-        "_store_hidden_gradient", "right half", "share += _store_hidden_gradient",
-        "share = _store_hidden_gradient", "the left half's share is lost",
-    ),
-    (
-        "_store_hidden_gradient", "bias of the gate", "dbias_ptr + H + offs_n",
-        "dbias_ptr + offs_n", "the gate's bias gradient overwrites the other one",
-    ),
-    (
-        "_store_hidden_gradient", "dropout of the next row", "long_rows, offs_n, H",
-        "long_rows + 1, offs_n, H", "backward drops what forward kept",
-    ),
-    (
-        "shared_dhidden_kernel", "row of the bias",
-        "dbias_ptr += row_tile.to(tl.int64) * (gates * H)", "dbias_ptr += 0",
-        "row tiles overwrite each other's sums",
-    ),
-    (
-        "shared_dhidden_kernel", "bias in the share", "share + from_bias", "share",
-        "the gate's gradient lacks the bias",
-    ),
-    (
-        "shared_dhidden_kernel", "row of a share", "column_tile.to(tl.int64) * num_rows + rows",
-        "rows", "column tiles overwrite each other's shares",
-    ),
-    ("shared_dlogit_kernel", "sigmoid", " * (1.0 - opened)", "", "the sigmoid's slope is cut"),
-    (
-        "shared_dlogit_kernel", "same share", "ptrs += num_rows", "ptrs += 0",
-        "the first columns' share is added again",
-    ),
-    (
-        "shared_dlogit_kernel", "dropped store", "tl.store(opened_ptr + rows, opened, mask=mask_m)",
-        "tl.store(opened_ptr + rows, opened, mask=mask_m & (rows > 0))", "one gate is not written",
-    ),
-    ("_rows_loop", "no sum over tiles", "b, acc, input", "b, input", "the last tile is all"),
-    (
-        "_rows_loop", "next sequence", "stride_a_b - all_steps * stride_a_t", "stride_a_b",
-        "later sequences are read too far behind",
-    ),
-    (
-        "_rows_loop", "flags of the next sequence", "length - all_steps, 0)", "length, 0)",
-        "later sequences have others' masks",
-    ),
-    (
-        "_rows_loop", "limit of a row", "length - index * SEGMENT_SIZE, SEGMENT_SIZE",
-        "SEGMENT_SIZE, SEGMENT_SIZE", "reads behind a sequence",
-    ),
-    (
-        "_rows_product", "exchanged", "elif wants_vector:", "elif wants_vector == 0:",
-        "the programs that want the vector's product don't have it",
-    ),
-    (
-        "shared_dw_kernel", "slot", "weight_ptr += split * slot_stride", "weight_ptr += 0",
-        "splits overwrite each other",
-    ),
-    (
-        "shared_dw_kernel", "slot of the vector", "along_ptr + split * slot_stride + offs_w",
-        "along_ptr + offs_w", "splits overwrite each other",
-    ),
-    (
-        "shared_dw_kernel", "split", "last_tile = ((split + 1) * tiles // num_splits)",
-        "last_tile = (split * tiles // num_splits)", "splits are empty",
-    ),
-    (
-        "shared_dw_kernel", "not transposed", "if TRANSPOSED:", "if False:",
-        "the matrix is stored as its transpose",
-    ),
-    (
-        "shared_reduce_kernel", "tail", "(slots < num_splits)", "(slots >= 0)",
-        "reads slots behind the last one",
-    ),
-    ("shared_reduce_kernel", "no sum", "acc += tl.load", "acc = tl.load", "the last slots are all"),
-    ("shared_reduce_kernel", "part", "offs -= n1", "offs -= n0", "the third part is misplaced"),
-    ("_store_part", "part", "(offs >= 0) & ", "", "a part is written before its place"),
-)  # fmt: skip
-
-_SHARED_PASSES = _in(
-    "stages/shared_passes.py",
-    SHARED_VENDOR,
     ("shared_rows_kernel", "dense steps", "(stride_x_t - D)", "(D - D)", "takes steps for dense"),
     (
         "shared_rows_kernel", "no sum over columns", "along += tl.sum", "along = tl.sum",
@@ -1654,8 +1417,29 @@ _SHARED_PASSES = _in(
         "first_n = 0", "all tiles have the first columns",
     ),
     (
-        "shared_activate_bwd_kernel", "no sum over columns", "dopened += share", "dopened = share",
+        "shared_activate_bwd_kernel", "no sum over columns", "dopened += tl.sum",
+        "dopened = tl.sum",
         "the last columns are all, the bias is lost",
+    ),
+    (
+        "shared_activate_bwd_kernel", "slope", "dpre = dhidden * scale * slope",
+        "dpre = dhidden * scale * active", "the value for the slope",
+    ),
+    (
+        "shared_activate_bwd_kernel", "opened gate", "hidden *= opened[:, None]", "hidden *= 1.0",
+        "down's gradient lacks the gate",
+    ),
+    (
+        "shared_activate_bwd_kernel", "dropout", "hidden = active * scale", "hidden = active + 0.0",
+        "down's gradient ignores dropout",
+    ),
+    (
+        "shared_activate_bwd_kernel", "dropout of the next row", "long_rows, cols, H",
+        "long_rows + 1, cols, H", "backward drops what forward kept",
+    ),
+    (
+        "shared_activate_bwd_kernel", "bias of the gate", "tl.store(out + H, ", "tl.store(out, ",
+        "the gate's bias gradient overwrites the other one",
     ),
     (
         "shared_activate_bwd_kernel", "row of the bias", "pid.to(tl.int64) * (gates * H)",
@@ -1682,48 +1466,36 @@ _SHARED_PASSES = _in(
         "shared_dx_kernel", "dropped store", "mask=inside[:, None] & mask_d)", "mask=mask)",
         "masked steps are not 0",
     ),
+    (
+        "shared_reduce_kernel", "tail", "(slots < num_partials)", "(slots >= 0)",
+        "reads slots behind the last one",
+    ),
+    ("shared_reduce_kernel", "no sum", "acc += tl.load", "acc = tl.load", "the last slots are all"),
+    (
+        "shared_reduce_kernel", "part", "gate_bias_ptr + offs - H", "gate_bias_ptr + offs",
+        "the gate's part is misplaced",
+    ),
 )  # fmt: skip
 
 _SHARED_HOST = [
     *_in(
-        "stages/shared_fused.py",
-        SHARED_FUSED,
-        (
-            "_fused_dw", "no reduction", "reduce_shares(partials, outputs, block_r=1)", "pass",
-            "shares are not added up",
-        ),
-        (
-            "fused_bwd", "grid", "(triton.cdiv(call.num_rows, 128),)", "(1,)",
-            "later rows have no program",
-        ),
-        (
-            "_rows_to_steps", "strides", "*b.stride(),", "*reversed(b.stride()),",
-            "a matrix is read as its transpose",
-        ),
-    ),
-    *_in(
-        "stages/shared_vendor.py",
-        SHARED_VENDOR,
-        (
-            "vendor_bwd", "rows of dy", "copied = not (whole and dy.is_contiguous())",
-            "copied = not whole", "dy is taken for dense",
-            {"equivalent": "`reshape` copies what is not dense; it costs a copy of PyTorch's."},
-        ),
-        (
-            "vendor_bwd", "gate of the bias", "torch.sigmoid(logits)", "torch.ones_like(logits)",
-            "down's bias gradient lacks the gate",
-        ),
-    ),
-    *_in(
-        "stages/shared_call.py",
+        "stages/shared_launch.py",
         SHARED,
         (
-            "SharedCall.is_rows", "masked rows", " and self.padding_mask is None", "",
+            "SharedCall.are_rows", "masked rows", " and self.padding_mask is None", "",
             "padding is read as x has it",
         ),
         (
-            "reduce_shares", "grid", "triton.cdiv(partials.shape[1], block)",
-            "partials.shape[1] // block", "the last elements are never added up",
+            "SharedCall.are_rows", "dense", "whole and x.is_contiguous()", "whole",
+            "x is taken for dense",
+        ),
+        (
+            "backward", "gate of the bias", "torch.sigmoid(logits)", "torch.ones_like(logits)",
+            "down's bias gradient lacks the gate",
+        ),
+        (
+            "backward", "grid", "triton.cdiv(dbias.shape[1], 32)", "dbias.shape[1] // 32",
+            "the last columns are never added up",
         ),
     ),
     *_in(
@@ -1742,8 +1514,7 @@ _SHARED_HOST = [
 ]  # fmt: skip
 
 MUTANTS: list[Mutant] = [
-    *_ACTIVATIONS, *_LAUNCH, *_FFN, *_PARTIALS, *_ROUTER, *_SEQUENCES, *_DESCRIPTORS, *_ROUTE,
+    *_ACTIVATIONS, *_LAUNCH, *_FFN, *_PARTIALS, *_ROUTER, *_SEQUENCES, *_ROUTE,
     *_ROUTE_HOST, *_PERMUTE, *_COMBINE, *_BLOCK, *_BLOCK_BACKWARD, *_BLOCK_HOST, *_EXPERTS,
-    *_EXPERTS_HOST, *_GEMM, *_GEMM_HOST, *_SHARED, *_SHARED_BACKWARD, *_SHARED_PASSES,
-    *_SHARED_HOST,
+    *_EXPERTS_HOST, *_GEMM, *_GEMM_HOST, *_SHARED, *_SHARED_HOST,
 ]  # fmt: skip

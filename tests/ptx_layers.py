@@ -29,8 +29,8 @@ ALONE = {"shared_expert": None}
 # For speed; where a gradient is of too few numbers to compare errors, more steps are needed.
 SHORT = {"shared_expert": None, "shape": (1, 23)}
 MANY = {"gated": True, "bias": True, "activation": "silu", "top_k": 2, "masked": 0.3}
-# Name -> options of the layer, and: dtype, shape (batch, steps), masked, plan, backward, shared,
-# tf32, layout, order (a seed: run again in another order of warps and blocks).
+# Name -> options of the layer, and: dtype, shape (batch, steps), masked, plan, backward, tf32,
+# layout, order (a seed: run again in another order of warps and blocks).
 LAYERS = {
     "fp32": {"dtype": "float32", **ALONE},
     "fp32 many options": {"dtype": "float32", **MANY, **ALONE},
@@ -67,7 +67,6 @@ LAYERS = {
     "fp32 dropout grouped": {
         "dtype": "float32", "dropout": 0.2, "router_dropout": 0.1, **GROUPED, **MANY, **SHORT,
     },
-    "fp32 shared fused": {"dtype": "float32", "shared": "fused", "masked": 0.3, "segment_size": 3},
     "fp16 grouped": {"dtype": "float16", **GROUPED, "top_k": 2, **ALONE},
     "fp16 many options": {"dtype": "float16", **MANY, **SHORT},
     "fp16 D=33 F=65 P=3 top_k=E": {
@@ -85,8 +84,8 @@ LAYERS = {
         "dtype": "float16", "dropout": 0.2, "expert_scope": "segment", "segment_size": 3,
         "d_model": 32, **MANY, **SHORT,
     },
-    "fp16 shared vendor dropout": {
-        "dtype": "float16", "shared": "vendor", "segment_size": 3, "dropout": 0.2, **MANY,
+    "fp16 shared dropout": {
+        "dtype": "float16", "segment_size": 3, "dropout": 0.2, **MANY,
         "shape": (1, 23),
     },
     "fp16 sliced": {"dtype": "float16", "layout": "sliced", "masked": 0.3, **SHORT},
@@ -110,8 +109,8 @@ LAYERS = {
     "fp64 whole segments": {
         "dtype": "float64", "expert_scope": "segment", "segment_size": 3, "d_model": 8, **SHORT,
     },
-    "fp64 shared vendor dropout": {
-        "dtype": "float64", "shared": "vendor", "segment_size": 3, "d_model": 16, "dropout": 0.2,
+    "fp64 shared dropout": {
+        "dtype": "float64", "segment_size": 3, "d_model": 16, "dropout": 0.2,
         **MANY, "shape": (1, 23),
     },
     "fp64 unaligned": {"dtype": "float64", "d_model": 16, "layout": "unaligned", **SHORT},
@@ -161,8 +160,7 @@ LAYERS = {
         "dtype": "float32", "aux_loss_weight": 0.1, "z_loss_weight": 0.1,
         "router_temperature": 0.5, "renormalize": False, "top_k": 2, **GROUPED, **SHORT,
     },
-    "bf16 shared fused many options": {"shared": "fused", "segment_size": 3, **MANY},
-    "bf16 shared vendor": {"shared": "vendor", "segment_size": 3, **MANY},
+    "bf16 shared many options": {"segment_size": 3, **MANY},
     "bf16 shared token": {"shared_expert": "token", "segment_size": 3},
     "bf16 whole segments": {"expert_scope": "segment", "segment_size": 3, "d_model": 32, **ALONE},
     "bf16 projected": {"expert_scope": "projected", "segment_size": 3, "masked": 0.3, **SHORT},
@@ -181,14 +179,10 @@ LAYERS = {
     "fp32 grouped other orders": {"dtype": "float32", "order": 2, **GROUPED, **ALONE},
     "bf16 top_k=2 other orders": {"top_k": 2, "masked": 0.3, "order": 3, **ALONE},
     "bf16 grouped other orders": {"order": 4, **GROUPED, **ALONE},
-    "bf16 shared fused other orders": {
-        "shared": "fused", "segment_size": 3, "masked": 0.3, "order": 5,
-    },
 }  # fmt: skip
 CORE = ("fp32 grouped", "bf16 top_k=2 other orders", "bf16 wide rows biased")
 # The rest of a layer's settings; not options of it.
-CALLS = {"dtype", "shape", "masked", "plan", "backward", "shared", "tf32"}
-CALLS |= {"layout", "ties", "order"}
+CALLS = {"dtype", "shape", "masked", "plan", "backward", "tf32", "layout", "ties", "order"}
 
 
 def kernel_digests():
@@ -318,9 +312,7 @@ def measure(name, arch, order=None, *, options=None, execute=None):
     options, launches, again = LAYERS[name] if options is None else options, [], []
     execute = execute or emulated
     variables = {
-        f"SEGMOE_{key.upper()}": options[key]
-        for key in ("plan", "backward", "shared")
-        if key in options
+        f"SEGMOE_{key.upper()}": options[key] for key in ("plan", "backward") if key in options
     }
     begin = time.process_time()
     repeats = None

@@ -40,17 +40,14 @@ PATIENCE = 500.0
 
 BLOCK = {"SEGMOE_PLAN": "block"}
 GROUPED = {"SEGMOE_PLAN": "grouped"}
-FUSED = {"SEGMOE_PLAN": "grouped", "SEGMOE_SHARED": "fused"}
 TWO_PASSES = {"SEGMOE_PLAN": "block", "SEGMOE_BACKWARD": "two"}
 GATED = {"top_k": 2, "gated": True, "activation": "silu", "bias": True, "shared_expert": "token"}
 # Every kernel, and each branch that reads or writes memory in another way.
 LAYERS = (
     (BLOCK, {}),
     (GROUPED, {}),
-    (FUSED, {}),
     (BLOCK, GATED),
     (GROUPED, GATED),
-    (FUSED, GATED),
     (TWO_PASSES, {"shared_expert": None}),
     (BLOCK, {"top_k": 1, "shared_expert": None, "pooling": "max", "segment_size": 5}),
     (GROUPED, {"causal": True, "shared_expert": None, "pooling": "mean"}),

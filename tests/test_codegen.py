@@ -12,8 +12,7 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).parent.parent
 # Kernels whose products are large wherever a program works on 64 rows or more.
-LARGE = ("block_fwd", "block_dx", "expert_ffn", "grouped_gemm", "shared_up", "shared_steps")
-LARGE += ("shared_dhidden",)
+LARGE = ("block_fwd", "block_dx", "expert_ffn", "grouped_gemm")
 
 
 @pytest.fixture(scope="module", params=["sm_90", pytest.param("sm_80", marks=pytest.mark.slow)])
@@ -48,7 +47,7 @@ def test_float64_launches_are_float64_throughout(rows):
                 masked.add(name.removeprefix("_"))
     assert masked <= {row["kernel"] for row in found if " mask " in row["case"]}
     compiled = {row["kernel"] for row in found if row["instructions"]}
-    assert compiled == {"route_fwd_kernel", "grouped_gemm_dw_kernel", "shared_up_kernel"}
+    assert compiled == {"route_fwd_kernel", "grouped_gemm_dw_kernel", "shared_activate_bwd_kernel"}
 
 
 def test_large_products_use_tensor_cores(rows):
@@ -65,17 +64,7 @@ def test_large_products_use_tensor_cores(rows):
     assert {"block_fwd_kernel", "expert_ffn_dw_kernel"} <= checked
 
 
-def test_descriptors_are_copied_by_hardware_where_there_is_any(rows):
-    """One case asks for descriptors; its weights alone are read through them."""
-    found = [row for row in rows if row["case"].endswith("descriptors")]
-    copies = {row["kernel"]: row["tma"] for row in found if "grouped_gemm" in row["kernel"]}
-    assert copies.pop("grouped_gemm_dw_kernel") == 0
-    assert copies.keys() == {"grouped_gemm_kernel", "grouped_gemm_dhidden_kernel"}
-    assert all((count > 0) == (found[0]["arch"] == "sm_90") for count in copies.values())
-    assert not any(row["tma"] for row in rows if row not in found)
-
-
 def test_every_width_and_plan_is_compiled(rows):
     kernels = {row["kernel"] for row in rows}
-    assert {"block_fwd_kernel", "expert_ffn_fwd_kernel", "shared_up_kernel"} <= kernels
+    assert {"block_fwd_kernel", "expert_ffn_fwd_kernel", "shared_activate_kernel"} <= kernels
     assert {row["dtype"] for row in rows} >= {"bf16", "fp32"}

@@ -753,9 +753,8 @@ class Guard:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("shared", ["vendor", "fused"])
 @pytest.mark.parametrize("plan", ["block", "grouped"])
-def test_kernels_are_launched_and_tiles_chosen_under_the_guard(plan, shared, monkeypatch):
+def test_kernels_are_launched_and_tiles_chosen_under_the_guard(plan, monkeypatch):
     """Triton launches on the current GPU and tiles are those of the current GPU's kind."""
     from triton.runtime import interpreter
 
@@ -763,7 +762,6 @@ def test_kernels_are_launched_and_tiles_chosen_under_the_guard(plan, shared, mon
     from segmoe_kernels._triton import launch, tile_table
 
     monkeypatch.setenv("SEGMOE_PLAN", plan)
-    monkeypatch.setenv("SEGMOE_SHARED", shared)
     guard, seen = Guard(), {"launch": [], "tile": []}
     monkeypatch.setattr(launch, "device_guard", guard.enter)
     execute, architecture = interpreter.GridExecutor.__call__, tile_table.architecture

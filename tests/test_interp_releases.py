@@ -34,23 +34,3 @@ def test_loop_ends_at_a_number_that_was_loaded():
     counts, out = torch.tensor([3, 5, 1, 2]), torch.zeros(1, dtype=torch.int64)
     _loop_kernel[(1,)](counts, out, BLOCK=4)
     assert out.item() == 10
-
-
-@triton.jit
-def _copy_kernel(desc, out_ptr, BLOCK: tl.constexpr):
-    offs = tl.arange(0, BLOCK)
-    tl.store(out_ptr + offs[:, None] * BLOCK + offs[None, :], desc.load([1, 0]))
-
-
-@pytest.mark.parametrize("row", [24, 20])
-def test_descriptor_takes_strides_of_16_bytes(row):
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    x = torch.arange(9 * row).to(torch.float16).view(9, row)
-    out = torch.zeros(8, 8, dtype=torch.float16)
-    if row * x.element_size() % 16:
-        with pytest.raises(AssertionError, match="aligned"):
-            TensorDescriptor(x, [9, row], [row, 1], [8, 8])
-    else:
-        _copy_kernel[(1,)](TensorDescriptor(x, [9, row], [row, 1], [8, 8]), out, BLOCK=8)
-        assert torch.equal(out, x[1:, :8])

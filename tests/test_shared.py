@@ -1,4 +1,4 @@
-"""The shared expert and the sum with the choices: both plans against the float64 reference."""
+"""The shared expert and the sum with the choices against the float64 reference."""
 
 import itertools
 
@@ -7,14 +7,13 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from segmoe_kernels import FFNWeights, SegMoE, reference
-from segmoe_kernels.testing import assert_as_accurate, compare, make_inputs, run_layer
+from segmoe_kernels.testing import assert_as_accurate, make_inputs, run_layer
 
 pytest.importorskip("triton")
 
 from segmoe_kernels.stages import shared as stage
 from segmoe_kernels.stages import shared_combine
 
-PLANS = ("vendor", "fused")
 DEFAULTS = {"batch": 2, "length": 11, "d_model": 6, "size": 3, "d_ff": 7, "top_k": 2}
 OPTIONS = {
     "plain": {},
@@ -28,12 +27,6 @@ OPTIONS = {
     "one row": {"batch": 1, "length": 3},
     "wide": {"d_model": 16, "size": 2, "d_ff": 20, "gated": True, "bias": True},
 }
-
-
-@pytest.fixture(params=PLANS)
-def plan(request, monkeypatch):
-    monkeypatch.setenv("SEGMOE_SHARED", request.param)
-    return request.param
 
 
 def draw_case(dtype=torch.float64, device="cpu", **options):
@@ -100,28 +93,24 @@ def assert_equals_reference(tensors, keywords):
 
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.usefixtures("plan")
 def test_shared_combine_equals_reference_in_float64(options, masked, device):
     assert_equals_reference(*draw_case(device=device, **options, masked=masked))
 
 
-def test_passes_of_more_columns_than_a_program_takes_at_once(device, monkeypatch):
-    monkeypatch.setenv("SEGMOE_SHARED", "vendor")
+def test_passes_of_more_columns_than_a_program_takes_at_once(device):
     sizes = {"batch": 1, "length": 9, "d_model": 66, "size": 5, "d_ff": 70}
     assert_equals_reference(*draw_case(device=device, **sizes, bias=True))
 
 
 @pytest.mark.parametrize("shape", [(0, 7), (2, 0)], ids=str)
-@pytest.mark.usefixtures("plan")
 def test_shared_combine_takes_an_empty_batch(shape, device):
     options = {"batch": shape[0], "length": shape[1], "bias": True, "gated": True}
     assert_equals_reference(*draw_case(device=device, **options))
 
 
-@pytest.mark.parametrize("options", [{"length": 601}, {"length": 4, "batch": 300}], ids=str)
-@pytest.mark.usefixtures("plan")
+@pytest.mark.parametrize("options", [{"length": 2101}, {"length": 4, "batch": 530}], ids=str)
 def test_weight_gradients_add_up_over_runs_of_rows(options, device):
-    # 600 rows make two runs of 16 tiles and more; sequences end inside the tiles.
+    # 33 programs and more, of which 32 are added up at once; sequences end inside them.
     case = draw_case(
         device=device, d_model=2, size=2, d_ff=3, top_k=1, bias=True, masked=True, **options
     )
@@ -137,7 +126,6 @@ ACCURACY = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("options", ACCURACY.values(), ids=ACCURACY)
-@pytest.mark.usefixtures("plan")
 def test_shared_combine_is_as_accurate_as_eager(options, dtype, device):
     tensors, keywords = draw_case(dtype, device, **options)
     actual = run(shared_combine, tensors, keywords)
@@ -157,7 +145,6 @@ def test_shared_combine_is_as_accurate_as_eager(options, dtype, device):
     ],
     ids=str,
 )
-@pytest.mark.usefixtures("plan")
 def test_layer_equals_reference_in_float64(options, masked, device):
     torch.manual_seed(1)
     layer = SegMoE(
@@ -172,7 +159,6 @@ def test_layer_equals_reference_in_float64(options, masked, device):
         torch.testing.assert_close(actual[name], value, rtol=1e-11, atol=1e-11, msg=name)
 
 
-@pytest.mark.usefixtures("plan")
 def test_layer_runs_under_autocast(device):
     layer = SegMoE(8, 12, 2, segment_size=3, backend="triton", device=device)
     x, dy, _ = make_inputs(2, 8, 8, device=device)
@@ -194,7 +180,6 @@ def strided(x):
 
 
 @pytest.mark.parametrize("options", [{}, {"length": 12, "d_model": 16}], ids=["tail", "whole"])
-@pytest.mark.usefixtures("plan")
 def test_shared_combine_reads_any_strides(options, device):
     tensors, keywords = draw_case(device=device, **options)
     expected = run(shared_combine, tensors, keywords)
@@ -209,7 +194,6 @@ def test_shared_combine_reads_any_strides(options, device):
         assert torch.equal(actual[name], value), name
 
 
-@pytest.mark.usefixtures("plan")
 def test_shared_combine_takes_views_of_a_fused_projection(device):
     tensors, keywords = draw_case(device=device, gated=True)
     both = torch.cat([tensors["gate_proj"], tensors["up_proj"]])
@@ -223,7 +207,6 @@ def test_shared_combine_takes_views_of_a_fused_projection(device):
             torch.testing.assert_close(value, expected[name], rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.usefixtures("plan")
 def test_frozen_tensors_get_no_gradient_and_change_no_other(device):
     tensors, keywords = draw_case(
         device=device, d_model=4, d_ff=5, gated=True, bias=True, masked=True
@@ -239,7 +222,6 @@ def test_frozen_tensors_get_no_gradient_and_change_no_other(device):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.usefixtures("plan")
 def test_shared_combine_passes_gradcheck(gated, dropout, device):
     tensors, keywords = draw_case(
         device=device, batch=1, length=5, d_model=3, size=2, d_ff=4, gated=gated, bias=True,
@@ -255,7 +237,6 @@ def test_shared_combine_passes_gradcheck(gated, dropout, device):
     assert torch.autograd.gradcheck(run_seeded, leaves, fast_mode=True)
 
 
-@pytest.mark.usefixtures("plan")
 def test_every_call_drops_others(device):
     tensors, keywords = draw_case(device=device, dropout=0.5)
     torch.manual_seed(7)
@@ -265,27 +246,12 @@ def test_every_call_drops_others(device):
     assert not torch.equal(first, second)
 
 
-def test_plans_drop_the_same_elements(monkeypatch, device):
-    tensors, keywords = draw_case(device=device, gated=True, masked=True, dropout=0.5)
-    results = []
-    for name in PLANS:
-        monkeypatch.setenv("SEGMOE_SHARED", name)
-        torch.manual_seed(7)
-        results.append(run(shared_combine, tensors, keywords))
-    for name, value in results[0].items():
-        torch.testing.assert_close(results[1][name], value, rtol=1e-12, atol=1e-12)
-    kept = run(shared_combine, tensors, {**keywords, "dropout": 0.0})
-    assert not torch.allclose(results[0]["y"], kept["y"])
-
-
-@pytest.mark.usefixtures("plan")
 def test_shared_combine_repeats_bitwise(device):
     tensors, keywords = draw_case(torch.float32, device, d_model=16, bias=True)
     first, second = (run(shared_combine, tensors, keywords) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.usefixtures("plan")
 def test_nan_stays_in_its_segment(device):
     tensors, keywords = draw_case(torch.float32, device, length=12)
     clean = run(shared_combine, tensors, keywords)
@@ -299,7 +265,6 @@ def test_nan_stays_in_its_segment(device):
 
 
 @pytest.mark.parametrize("d_model", [6, 16])
-@pytest.mark.usefixtures("plan")
 def test_masked_steps_are_never_read(d_model, device):
     tensors, keywords = draw_case(
         torch.float32, device, d_model=d_model, bias=True, gated=True, masked=True
@@ -316,7 +281,6 @@ def test_masked_steps_are_never_read(d_model, device):
     assert not clean["dx"].masked_select(padding).any()
 
 
-@pytest.mark.usefixtures("plan")
 def test_second_derivatives_are_refused(device):
     tensors, keywords = draw_case(device=device)
     x = tensors["x"].requires_grad_()
@@ -327,7 +291,6 @@ def test_second_derivatives_are_refused(device):
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.usefixtures("plan")
 def test_backward_keeps_the_hidden_layer_once(gated, device):
     tensors, keywords = draw_case(device=device, length=12, gated=gated)
     given = {id(t) for t in tensors.values()}
@@ -340,11 +303,11 @@ def test_backward_keeps_the_hidden_layer_once(gated, device):
     assert own == (2 if gated else 1) * 8 * 21
 
 
-def test_operators_agree_with_their_fakes(plan, device):
+def test_operators_agree_with_their_fakes(device):
     tensors, keywords = draw_case(device=device, gated=True, masked=True)
     names = ("x", "up_proj", "down_proj", "gate_proj")
     weights = [*(tensors[name] for name in names), None, None, None, tensors["shared_gate"][0]]
-    options = (plan, 3, "gelu", 0.0)
+    options = (3, "gelu", 0.0)
     tests = ("test_schema", "test_faketensor")
     mask = keywords["padding_mask"]
     for keep in (False, True):
@@ -356,21 +319,8 @@ def test_operators_agree_with_their_fakes(plan, device):
     torch.library.opcheck(stage._shared_bwd_op, args, test_utils=tests)
 
 
-def test_plan_follows_the_environment(monkeypatch):
-    monkeypatch.delenv("SEGMOE_SHARED", raising=False)
-    sizes = (640, 1280, torch.bfloat16)
-    assert stage.choose_plan(*sizes) == "vendor"
-    for name, chosen in (("auto", "vendor"), ("vendor", "vendor"), ("fused", "fused")):
-        monkeypatch.setenv("SEGMOE_SHARED", name)
-        assert stage.choose_plan(*sizes) == chosen
-    monkeypatch.setenv("SEGMOE_SHARED", "mine")
-    with pytest.raises(ValueError, match="SEGMOE_SHARED"):
-        stage.choose_plan(*sizes)
-
-
 @pytest.mark.interpreter
 @pytest.mark.parametrize("d_model", [6, 16])
-@pytest.mark.usefixtures("plan")
 def test_shared_combine_touches_its_tensors_alone(d_model):
     """Every address of every load and store, those whose values nobody uses too."""
     from benchmarks.traffic_meter import TrafficMeter
@@ -380,26 +330,3 @@ def test_shared_combine_touches_its_tensors_alone(d_model):
     )
     with TrafficMeter():
         run(shared_combine, tensors, keywords)
-
-
-@pytest.mark.interpreter
-def test_sums_over_many_rows_are_as_accurate_as_eager_in_the_order_of_a_gpu(monkeypatch):
-    """A GPU adds each product of a float32 dot to the sum so far; numpy adds up a tile first."""
-    from triton.runtime import interpreter
-
-    def dot(_, a, b, start, *_options):
-        total = start.data.copy()
-        for k in range(a.data.shape[1]):
-            total += a.data[:, k : k + 1] * b.data[k : k + 1]
-        return interpreter.TensorHandle(total, start.dtype.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
-    monkeypatch.setenv("SEGMOE_SHARED", "fused")
-    case = draw_case(torch.float32, length=500, size=1, gated=True, bias=True, activation="silu")
-    actual = run(shared_combine, *case)
-    eager = run(reference.shared_combine, *case)
-    exact = run(reference.shared_combine, *case, torch.float64)
-    for name in ("dup_proj", "ddown_proj", "dgate_proj", "dshared_gate", "ddown_proj_bias"):
-        found = compare(actual[name], eager[name], exact[name])
-        size = exact[name].square().mean().sqrt()
-        assert found.rms <= 1.25 * found.eager_rms + torch.finfo(torch.float32).eps * size, name

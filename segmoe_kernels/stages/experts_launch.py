@@ -6,7 +6,6 @@ import torch
 import triton
 from torch import Tensor
 
-from segmoe_kernels._triton.descriptors import weight_operand
 from segmoe_kernels._triton.launch import (
     accumulator,
     accumulator_dtype,
@@ -309,10 +308,9 @@ def backward_two_products(
     dgate = None if gate_pre is None else torch.empty_like(gate_pre)
     tile = _dhidden_tile(call)
     grid = gemm_grid(call.num_rows, call.num_experts, call.d_ff, tile)
-    operand, layout = weight_operand(down.transpose(1, 2), tile)
     grouped_gemm_dhidden_kernel[grid](
         dy,
-        operand,
+        down,
         pre,
         gate_pre,
         call.topk_weights,
@@ -337,7 +335,6 @@ def backward_two_products(
         ACTIVATION=call.activation,
         **call.sequences["constants"],
         **call.numerics,
-        LAYOUT_DOWN=layout,
         GROUPS=padded(call.num_experts + 1),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,

@@ -12,7 +12,6 @@ import triton
 from torch import Tensor
 
 from segmoe_kernels import validation as check
-from segmoe_kernels._triton.descriptors import weight_operand
 from segmoe_kernels._triton.launch import (
     accumulator,
     accumulator_dtype,
@@ -190,13 +189,11 @@ def product(
         dropout=seed is not None,
     )
     grid = gemm_grid(num_rows, num_experts, n, tile)
-    operand, layout = weight_operand(b, tile)
-    operand2, layout2 = weight_operand(b2, tile)
     grouped_gemm_kernel[grid](
         a,
         a2,
-        operand,
-        operand2,
+        b,
+        b2,
         bias,
         bias2,
         row_weights,
@@ -223,8 +220,6 @@ def product(
         ACTIVATION=activation,
         **where["constants"],
         **_numerics(a.dtype),
-        LAYOUT_B=layout,
-        LAYOUT_B2=layout2,
         GROUPS=padded(num_experts + 1),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from segmoe_kernels._triton.activations import activate, activate_with_grad, dropout_scale
-from segmoe_kernels._triton.descriptors import load_weight
 from segmoe_kernels._triton.partials import store_sum
 from segmoe_kernels._triton.sequences import (
     find_group,
@@ -54,6 +53,24 @@ def _load_operand(
 
 
 @triton.jit
+def _load_weight(
+    ptr,  # (E, N, K) by strides
+    expert,  # int64
+    offs_n,
+    offs_k,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    stride_e,
+    stride_n,
+    stride_k,
+):
+    """Return the tile (BLOCK_K, BLOCK_N) of an expert's matrix, transposed; 0 outside of it."""
+    offs = expert * stride_e + offs_k[:, None] * stride_k
+    mask = (offs_k < K)[:, None] & (offs_n < N)[None, :]
+    return tl.load(ptr + offs + offs_n[None, :] * stride_n, mask=mask, other=0.0)
+
+
+@triton.jit
 def _swizzled_tile(COLUMN_TILES: tl.constexpr, GROUP_M: tl.constexpr):
     """Return ``(row tile, column tile)`` of a program.
 
@@ -72,7 +89,7 @@ def _swizzled_tile(COLUMN_TILES: tl.constexpr, GROUP_M: tl.constexpr):
 def grouped_gemm_kernel(
     a_ptr,  # (M, K) sorted, or (top_k, B, T, D) gathered
     a2_ptr,  # shape of a, or None: a second product is added, a2 @ b2
-    b_ptr,  # (E, N, K) by strides, or a descriptor of it
+    b_ptr,  # (E, N, K) by strides
     b2_ptr,  # the same, or None; without a2 it is the gate's weight
     bias_ptr,  # (E, N) or None
     bias2_ptr,  # (E, N) or None
@@ -111,8 +128,6 @@ def grouped_gemm_kernel(
     ACTIVATION: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
-    LAYOUT_B: tl.constexpr,  # as `load_weight` takes it
-    LAYOUT_B2: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -155,16 +170,10 @@ def grouped_gemm_kernel(
             a_ptr, padding_mask_ptr, rows, choice, sequence, step, routed, offs_k, K, length,
             stride_a_k, stride_a_b, stride_a_t, D, CONCAT, GATHER,
         )  # fmt: skip
-        b = load_weight(
-            b_ptr, expert, first_n, k0, N, K, stride_b_e, stride_b_n, stride_b_k, LAYOUT_B,
-            BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+        b = _load_weight(b_ptr, e, offs_n, offs_k, N, K, stride_b_e, stride_b_n, stride_b_k)
         acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
         if b2_ptr is not None and a2_ptr is None:
-            b = load_weight(
-                b2_ptr, expert, first_n, k0, N, K, stride_b2_e, stride_b2_n, stride_b2_k,
-                LAYOUT_B2, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
+            b = _load_weight(b2_ptr, e, offs_n, offs_k, N, K, stride_b2_e, stride_b2_n, stride_b2_k)
             acc2 = tl.dot(a, b, acc2, input_precision=PRECISION, out_dtype=ACC)
     if a2_ptr is not None:
         # A loop of its own: two products into one accumulator in one loop miscompile on sm_10x.
@@ -174,10 +183,7 @@ def grouped_gemm_kernel(
                 a2_ptr, padding_mask_ptr, rows, choice, sequence, step, routed, offs_k, K, length,
                 stride_a_k, stride_a_b, stride_a_t, D, CONCAT, GATHER,
             )  # fmt: skip
-            b = load_weight(
-                b2_ptr, expert, first_n, k0, N, K, stride_b2_e, stride_b2_n, stride_b2_k,
-                LAYOUT_B2, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
+            b = _load_weight(b2_ptr, e, offs_n, offs_k, N, K, stride_b2_e, stride_b2_n, stride_b2_k)
             acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
 
     mask_b = mask_n & (k_end > 0)
@@ -220,7 +226,7 @@ def grouped_gemm_kernel(
 @triton.jit
 def grouped_gemm_dhidden_kernel(
     dy_ptr,  # (top_k, B, T, D)
-    down_ptr,  # (E, K, N) or a descriptor of it: K the row's width, N = F
+    down_ptr,  # (E, K, N): K the row's width, N = F
     pre_ptr,  # (M, N)
     gate_pre_ptr,  # (M, N) or None
     topk_weights_ptr,  # (S, top_k)
@@ -253,7 +259,6 @@ def grouped_gemm_dhidden_kernel(
     ACTIVATION: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
-    LAYOUT_DOWN: tl.constexpr,  # as `load_weight` takes it
     GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -294,10 +299,7 @@ def grouped_gemm_dhidden_kernel(
             dy_ptr, padding_mask_ptr, choice, sequence, step, routed, offs_k, K, length,
             stride_dy_k, stride_dy_b, stride_dy_t, D, CONCAT,
         )  # fmt: skip
-        w = load_weight(
-            down_ptr, expert, first_n, k0, N, K, stride_down_e, 1, stride_down_k, LAYOUT_DOWN,
-            BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+        w = _load_weight(down_ptr, e, offs_n, offs_k, N, K, stride_down_e, 1, stride_down_k)
         dhidden = tl.dot(dy, w, dhidden, input_precision=PRECISION, out_dtype=ACC)
         if down_bias_ptr is not None:
             bias = tl.load(

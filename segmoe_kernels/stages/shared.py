@@ -1,25 +1,20 @@
 """Stage 4 of 4 where a shared expert exists: its FFN, its gate, and the sum with the choices.
 
 Data flow: ``expert_out (top_k, B, T, D), x (B, T, D) -> y (B, T, D)``. A row of the shared expert
-is a segment of P steps (or one step), W = P * D wide; M rows, H = P * F hidden columns. Two plans,
-the same result up to rounding:
+is a segment of P steps (or one step), W = P * D wide; M rows, H = P * F hidden columns. The matrix
+products are PyTorch's; one pass of ours comes before (rows and the gate's logits), one between
+(bias, activation, gating, dropout), one behind (gate, choices, mask, crop).
 
-* "vendor": PyTorch's matrix products; one pass of ours before (rows and the gate's logits), one
-  between (bias, activation, gating, dropout), one behind (gate, choices, mask, crop);
-* "fused": two matrix products of ours, with all of that in their epilogues; x is read where it is.
-
-Both keep the hidden layer before its activation, 2 * H bytes a row in bfloat16 (4 * H gated): at
+Kept is the hidden layer before its activation, 2 * H bytes a row in bfloat16 (4 * H gated): at
 P = 5, D = 128, F = 256 that is 512 bytes a step, and saves a product of 2 * W * H FLOPs a row.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from segmoe_kernels import validation as check
 from segmoe_kernels._triton.launch import (
     define_operator,
     refuse_double_backward,
@@ -27,42 +22,13 @@ from segmoe_kernels._triton.launch import (
     within_reach,
 )
 from segmoe_kernels.routing import FFNWeights
-from segmoe_kernels.stages.shared_call import Gradients, SharedCall
-from segmoe_kernels.stages.shared_fused import fused_bwd, fused_fwd
-from segmoe_kernels.stages.shared_vendor import vendor_bwd, vendor_fwd
-
-PLANS = ("auto", "vendor", "fused")
-
-
-def choose_plan(width: int, hidden: int, dtype: torch.dtype) -> str:  # noqa: ARG001  see below
-    """Say which plan runs: "vendor" or "fused".
-
-    Args:
-        width: W, columns of a row.
-        hidden: H.
-        dtype: of the products.
-
-    Returns:
-        What SEGMOE_SHARED says; else "vendor".
-
-    Raises:
-        ValueError: if SEGMOE_SHARED is not one of `PLANS`.
-    """
-    plan = os.environ.get("SEGMOE_SHARED", "auto")
-    check.check_choice("shared_combine", "SEGMOE_SHARED", plan, PLANS)
-    if plan != "auto":
-        return plan
-    # A measurement on a GPU decides, by width, hidden and dtype; none has been made. Predicted for
-    # 69,888 rows of 640 x 1,280 in bfloat16 on an H200: a product takes 145 us and a separate pass
-    # over the hidden layer 83 us, so ours wins from 85 % of the vendor's rate on.
-    return "vendor"
-
+from segmoe_kernels.stages.shared_launch import SharedCall, backward, forward
 
 _WEIGHTS = (
     "Tensor x, Tensor up_proj, Tensor down_proj, Tensor? gate_proj, Tensor? up_bias, "
     "Tensor? gate_bias, Tensor? down_bias, Tensor shared_gate, Tensor? padding_mask, Tensor? seed"
 )
-_OPTIONS = "str plan, SymInt segment_size, str activation, float dropout"
+_OPTIONS = "SymInt segment_size, str activation, float dropout"
 
 
 def _call(tensors: Sequence[Any], *options: Any) -> SharedCall:
@@ -76,7 +42,7 @@ def _shared_fwd_fake(expert_out: Tensor, *args: Any) -> tuple[Tensor, ...]:
     keep = args[-1]
     y = expert_out.new_empty(expert_out.shape[1:])
     logits = call.new_scalars(call.num_rows)
-    copied = keep and call.plan == "vendor" and not call.is_rows
+    copied = keep and not call.are_rows(call.x)
     rows = call.x.new_empty((call.num_rows, call.width) if copied else (0,))
     pre = call.new_hidden() if keep else call.x.new_empty(0)
     gate_pre = call.new_hidden() if keep and call.gated else call.x.new_empty(0)
@@ -85,14 +51,10 @@ def _shared_fwd_fake(expert_out: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 def _shared_fwd(expert_out: Tensor, *args: Any) -> tuple[Tensor, ...]:
     call, keep = _call(args[:10], *args[10:-1]), args[-1]
-    if call.plan == "fused" or call.x.numel() == 0:
-        y, logits, rows, pre, gate_pre = _shared_fwd_fake(expert_out, *args)
-        if y.numel():
-            kept = pre if keep else None, gate_pre if keep and call.gated else None
-            fused_fwd(call, expert_out, y, logits, *kept)
-        return y, logits, rows, pre, gate_pre
+    if call.x.numel() == 0:
+        return _shared_fwd_fake(expert_out, *args)
     with torch.autocast(call.x.device.type, enabled=False):
-        return vendor_fwd(call, expert_out, keep)
+        return forward(call, expert_out, keep)
 
 
 def _gradients(x: Tensor, weights: Sequence[Tensor | None], need: Sequence[bool]) -> list[Tensor]:
@@ -115,13 +77,10 @@ def _shared_bwd(dy: Tensor, *args: Any) -> list[Tensor]:
         return [t.zero_() for t in found]
     if dy.stride(-1) != 1:
         dy = dy.contiguous()
-    grads = Gradients(found, need)
+    wanted = [g if n else None for g, n in zip(found, need, strict=True)]
     gate_pre = gate_pre if call.gated else None
-    if call.plan == "fused":
-        fused_bwd(call, dy, logits, pre, gate_pre, grads)
-    else:
-        with torch.autocast(call.x.device.type, enabled=False):
-            vendor_bwd(call, dy, logits, rows, pre, gate_pre, grads)
+    with torch.autocast(call.x.device.type, enabled=False):
+        backward(call, dy, logits, rows, pre, gate_pre, wanted)
     return found
 
 
@@ -142,7 +101,7 @@ _shared_bwd_op = define_operator(
 class _SharedCombine(torch.autograd.Function):
     """Keeps x, the weights, the logits and the hidden layer before its activation.
 
-    The vendor's plan also keeps x laid out as rows, where that is a copy.
+    Also x laid out as rows, where that is a copy.
     """
 
     @staticmethod
@@ -282,12 +241,11 @@ def shared_combine(
         and not torch.compiler.is_exporting()
         and any(t is not None and t.requires_grad for t in tensors[1:])
     )
-    plan = choose_plan(shared.up_proj.shape[1], shared.up_proj.shape[0], x.dtype)
     y, *_ = _SharedCombine.apply(
         *tensors,
         step_flags(padding_mask, x.dtype),
         seed,
-        (plan, segment_size, activation, float(dropout), needs_grad),
+        (segment_size, activation, float(dropout), needs_grad),
     )
     result: Tensor = y
     return result
