@@ -16,13 +16,13 @@ def run_layer(dtype: torch.dtype, options: dict[str, Any]) -> None:
     Args:
         dtype: of the layer.
         options: of the layer, and ``masked``: with a padding mask, ``segments``: their number in
-            each of two sequences, and values of environment variables: ``plan``, ``backward``,
-            ``shared``, ``descriptors`` for SEGMOE_PLAN and so on.
+            each of two sequences, and values of environment variables: ``plan``, ``shared``,
+            ``descriptors`` for SEGMOE_PLAN and so on.
     """
     settings = {"d_model": 64, "num_experts": 4, "segment_size": 5, **options}
     settings.setdefault("d_ff", 2 * settings["d_model"])
     masked, segments = settings.pop("masked", False), settings.pop("segments", 3)
-    names = ("plan", "backward", "shared", "descriptors")
+    names = ("plan", "shared", "descriptors")
     variables = {f"SEGMOE_{n.upper()}": settings.pop(n) for n in names if n in settings}
     with mock.patch.dict(os.environ, variables):
         layer = SegMoE(**settings, backend="triton", dtype=dtype)
@@ -119,10 +119,8 @@ def _float64_cases() -> dict[str, Callable[[], None]]:
     gated = {"gated": True, "activation": "silu"}
     layers = {
         "mask": {},
-        "mask two passes": {"backward": "two"},
         "mask segment scope": {"expert_scope": "segment"},
         "extras": extras,
-        "extras two passes": {**extras, "backward": "two"},
         "extras gated top_k=2": {**extras, **gated, "top_k": 2},
         "extras segment scope": {**extras, **gated, "expert_scope": "segment"},
         "unmasked": {**extras, **gated, "masked": False},

@@ -27,7 +27,7 @@ ARCHS = ("sm_80", "sm_90")
 GROUPED = {"plan": "grouped"}
 ALONE = {"shared_expert": None}
 MANY = {"gated": True, "bias": True, "activation": "silu", "top_k": 2, "masked": 0.3}
-# Name -> options of the layer, and: dtype, shape (batch, steps), masked, plan, backward, shared,
+# Name -> options of the layer, and: dtype, shape (batch, steps), masked, plan, shared,
 # tf32, layout, order (a seed: run again in another order of warps and blocks).
 LAYERS = {
     "fp32": {"dtype": "float32", **ALONE},
@@ -44,7 +44,6 @@ LAYERS = {
     "bf16 top_k=E": {"top_k": 4, **ALONE},
     "bf16 many options": {**MANY, **ALONE},
     "bf16 grouped many options": {**GROUPED, **MANY, **ALONE},
-    "bf16 two passes": {"backward": "two", **ALONE},
     "bf16 P=1": {"segment_size": 1, **ALONE},
     "bf16 P=3": {"segment_size": 3, **ALONE},
     "bf16 D=16": {"d_model": 16, **ALONE},
@@ -78,7 +77,7 @@ LAYERS = {
 }  # fmt: skip
 CORE = ("fp32 grouped", "bf16 top_k=2 other orders")
 # The rest of a layer's settings; not options of it.
-CALLS = {"dtype", "shape", "masked", "plan", "backward", "shared", "tf32"}
+CALLS = {"dtype", "shape", "masked", "plan", "shared", "tf32"}
 CALLS |= {"layout", "ties", "order"}
 
 
@@ -202,9 +201,7 @@ def measure(name, arch, order=None):
 
     options, launches, again = LAYERS[name], [], []
     variables = {
-        f"SEGMOE_{key.upper()}": options[key]
-        for key in ("plan", "backward", "shared")
-        if key in options
+        f"SEGMOE_{key.upper()}": options[key] for key in ("plan", "shared") if key in options
     }
     begin = time.process_time()
     repeats = share = None

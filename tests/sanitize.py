@@ -41,7 +41,6 @@ PATIENCE = 500.0
 BLOCK = {"SEGMOE_PLAN": "block"}
 GROUPED = {"SEGMOE_PLAN": "grouped"}
 FUSED = {"SEGMOE_PLAN": "grouped", "SEGMOE_SHARED": "fused"}
-TWO_PASSES = {"SEGMOE_PLAN": "block", "SEGMOE_BACKWARD": "two"}
 GATED = {"top_k": 2, "gated": True, "activation": "silu", "bias": True, "shared_expert": "token"}
 # Every kernel, and each branch that reads or writes memory in another way.
 LAYERS = (
@@ -51,7 +50,6 @@ LAYERS = (
     (BLOCK, GATED),
     (GROUPED, GATED),
     (FUSED, GATED),
-    (TWO_PASSES, {"shared_expert": None}),
     (BLOCK, {"top_k": 1, "shared_expert": None, "pooling": "max", "segment_size": 5}),
     (GROUPED, {"causal": True, "shared_expert": None, "pooling": "mean"}),
     (GROUPED, {"expert_scope": "segment", "bias": True}),
