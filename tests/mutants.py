@@ -270,7 +270,7 @@ _PARTIALS = _in(
     ),
     (
         "store_gradients", "bias of the gate", "slot_ptr + F + D, offs_f", "slot_ptr + F, offs_f",
-        "parts of a share overlap", {"tests": BLOCK + EXPERTS},
+        "parts of a share overlap", {"tests": SUMS},
     ),
     (
         "store_gradients", "wrong bias", "e * F, offs_f, dgate_bias", "e * F, offs_f, dup_bias",

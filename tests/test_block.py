@@ -184,6 +184,8 @@ def test_block_launches_nothing_for_frozen_parameters():
     assert "reduce_partials_kernel" not in kernels(("experts",), x_grad=True)
     assert rows not in kernels(("router",), x_grad=False)
     assert "sum_splits_kernel" not in kernels(("router",), x_grad=True)
+    probs = layer.requires_grad_().forward_with_routing(x)[1].router_probs
+    assert not {experts, rows} & set(launches(lambda: probs.sum().backward()))
 
 
 @contextlib.contextmanager
