@@ -227,9 +227,6 @@ def cases() -> dict[str, Callable[[], None]]:
             found[f"{name} gated extras"] = _layer_case(
                 plan=plan, top_k=top_k, shared_expert=None, gated=True, **EXTRAS
             )
-    found["two passes"] = _layer_case(d_model=60, backward="two", shared_expert=None, **EXTRAS)
-    one = {"d_model": 60, "d_ff": 100, "shared_expert": None, "backward": "one"}
-    found["one pass"] = _layer_case(**one, segments=2000, bias=True, masked=True)
     found["wide"] = _layer_case(d_model=600, d_ff=1000, shared_expert=None, gated=True, **EXTRAS)
     found["segment"] = _layer_case(expert_scope="segment", shared_expert=None, gated=True, **EXTRAS)
     for pooling in ("mean", "max", "first", "last"):

@@ -16,14 +16,12 @@ def run_layer(dtype: torch.dtype, options: dict[str, Any]) -> None:
     Args:
         dtype: of the layer.
         options: of the layer, and ``masked``: with a padding mask, ``segments``: their number in
-            each of two sequences, and values of environment variables: ``plan``, ``backward`` for
-            SEGMOE_PLAN and so on.
+            each of two sequences, and ``plan``, the value of SEGMOE_PLAN.
     """
     settings = {"d_model": 64, "num_experts": 4, "segment_size": 5, **options}
     settings.setdefault("d_ff", 2 * settings["d_model"])
     masked, segments = settings.pop("masked", False), settings.pop("segments", 3)
-    names = ("plan", "backward")
-    variables = {f"SEGMOE_{n.upper()}": settings.pop(n) for n in names if n in settings}
+    variables = {"SEGMOE_PLAN": settings.pop("plan")} if "plan" in settings else {}
     with mock.patch.dict(os.environ, variables):
         layer = SegMoE(**settings, backend="triton", dtype=dtype)
         x = torch.zeros(2, segments * layer.segment_size - 1, layer.d_model, dtype=dtype)
@@ -118,10 +116,8 @@ def _float64_cases() -> dict[str, Callable[[], None]]:
     gated = {"gated": True, "activation": "silu"}
     layers = {
         "mask": {},
-        "mask two passes": {"backward": "two"},
         "mask segment scope": {"expert_scope": "segment"},
         "extras": extras,
-        "extras two passes": {**extras, "backward": "two"},
         "extras gated top_k=2": {**extras, **gated, "top_k": 2},
         "extras segment scope": {**extras, **gated, "expert_scope": "segment"},
         "unmasked": {**extras, **gated, "masked": False},

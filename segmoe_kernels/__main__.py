@@ -22,7 +22,6 @@ from segmoe_kernels.testing import assert_as_accurate, make_inputs, oracle, rout
 VARIABLES = (
     "SEGMOE_BACKEND",
     "SEGMOE_PLAN",
-    "SEGMOE_BACKWARD",
     "SEGMOE_ARCH",
     "SEGMOE_TILES",
     "TRITON_INTERPRET",

@@ -53,7 +53,7 @@ def _expert_ffn_fwd(x: Shape, weights: Shape, *rest: Any, **__: Any) -> int:
 
 
 def _expert_ffn_bwd(x: Shape, weights: Shape, *rest: Any, **__: Any) -> int:
-    _, _, up, _, gate, *_, concat, _, _, dx, dw = rest
+    _, _, up, _, gate, *_, concat, _, _, dx, _, dw = rest
     rows = _expert_rows(x, weights, concat=concat)
     return _ffn(rows, up, gate, dx=dx, dw=dw, backward=True)
 
@@ -63,14 +63,6 @@ def _block_fwd(x: Shape, weight: Shape, *rest: Any, **__: Any) -> int:
     router = 2 * _segments(x, size) * math.prod(weight)
     rows = math.prod(x[:-1]) * int(top_k)
     return router + _ffn(rows, up, gate, dx=False, dw=False, backward=False)
-
-
-def _block_bwd(x: Shape, weight: Shape, *rest: Any, **__: Any) -> int:
-    up, gate, size, top_k = rest[4], rest[6], rest[16], rest[17]
-    dx, drouter, dw = rest[-3:]
-    router = 2 * _segments(x, size) * math.prod(weight) * int(dx + drouter)
-    rows = math.prod(x[:-1]) * int(top_k)
-    return router + _ffn(rows, up, gate, dx=dx, dw=dw, backward=True)
 
 
 def _shared_combine_fwd(expert_out: Shape, x: Shape, *rest: Any, **__: Any) -> int:  # noqa: ARG001
@@ -104,7 +96,6 @@ def _grouped_ffn_bwd(dout: Shape, x: Shape, *rest: Any, **__: Any) -> int:  # no
 
 
 FORMULAS: dict[str, Callable[..., int]] = {
-    "block_bwd": _block_bwd,
     "block_fwd": _block_fwd,
     "expert_ffn_bwd": _expert_ffn_bwd,
     "expert_ffn_fwd": _expert_ffn_fwd,

@@ -51,10 +51,8 @@ BLOCK = ("tests/test_block.py",)
 PARTIALS = ("tests/test_partials.py",)
 SUMS = ("tests/test_partials.py", "tests/test_experts.py", "-k", "sums or splits or float64")
 SHARED = ("tests/test_shared.py",)
-LAYER_EMPTY = ("tests/test_triton_layer.py", "-k", "leading_shape")
 LAYER_STRIDES = ("tests/test_triton_layer.py", "-k", "strides or program_order")
 SHARED_DROPOUT = ("tests/test_shared.py", "tests/test_triton_layer.py", "-k", "dropout or drop")
-BLOCK_STRIDES = ("tests/test_block.py", "-k", "strides")
 BLOCK_DROPOUT = ("tests/test_block.py", "tests/test_triton_layer.py", "-k", "dropout")
 DROPOUT = ("tests/test_experts.py", "tests/test_block.py", "-k", "dropout")
 
@@ -269,7 +267,7 @@ _PARTIALS = _in(
     ),
     (
         "store_gradients", "bias of the gate", "slot_ptr + F + D, offs_f", "slot_ptr + F, offs_f",
-        "parts of a share overlap", {"tests": BLOCK + EXPERTS},
+        "parts of a share overlap", {"tests": SUMS},
     ),
     (
         "store_gradients", "wrong bias", "e * F, offs_f, dgate_bias", "e * F, offs_f, dup_bias",
@@ -945,102 +943,6 @@ _BLOCK = _in(
     ),
 )  # fmt: skip
 
-_BLOCK_BACKWARD = _in(
-    "stages/block_backward_kernels.py",
-    BLOCK,
-    (
-        "_find_segments", "partial segment", "(local < BLOCK_M // SEGMENT_SIZE) & ", "",
-        "a tile has a part of the next one's first segment",
-    ),
-    (
-        "_find_segments", "tail", "(start + local < end)", "(start + local <= end)",
-        "a tile has the next expert's first segment",
-    ),
-    (
-        "_load_segments", "dropout of a segment", "segment * SEGMENT_SIZE + position, x",
-        "segment * SEGMENT_SIZE, x", "steps of a segment drop the same",
-        {"tests": BLOCK_DROPOUT},
-    ),
-    (
-        "_load_segments", "strides of dy", "0, stride_dy_b, stride_dy_t",
-        "0, stride_x_b, stride_x_t", "dy is read with the strides of x", {"tests": BLOCK_STRIDES},
-    ),
-    (
-        "_load_segments", "missing weight", "other=0.0).to(ACC)", "other=0.0).to(ACC) * 0 + 1",
-        "gradients are not weighted",
-    ),
-    (
-        "_finish_segments", "own row only", "local[:, None] == local[None, :]",
-        "rows[:, None] == rows[None, :]", "a weight's gradient is its first step's share",
-    ),
-    (
-        "_finish_segments", "gradient of the weights", "dweight += tl.load(dtopk_weights_ptr",
-        "tl.load(dtopk_weights_ptr", "what the caller made of the weights is dropped",
-    ),
-    (
-        "_finish_segments", "gradient of the logits", "dlogits += tl.load(dlogits_in_ptr",
-        "tl.load(dlogits_in_ptr", "what the caller made of the logits is dropped",
-    ),
-    (
-        "_finish_segments", "gradient of the probabilities", "dprobs += tl.load(dprobs_ptr",
-        "tl.load(dprobs_ptr", "what the caller made of the probabilities is dropped",
-    ),
-    (
-        "_finish_segments", "weight of a step", "+ p * D + offs_d", "+ offs_d",
-        "every step has the router's first columns",
-    ),
-    ("_finish_segments", "step", "(position == p)", "(position >= p)", "steps share their shares"),
-    (
-        "block_dx_kernel", "no sum over chunks", "dweight += tl.sum(tl.fma(dhidden",
-        "dweight = tl.sum(tl.fma(dhidden", "the last chunk is all, the bias is lost",
-    ),
-    (
-        "block_dx_kernel", "missing weight", "dpre = (dpre * weights[:, None]).to(x.dtype)",
-        "dpre = dpre.to(x.dtype)", "dx is not weighted",
-    ),
-    (
-        "block_dx_kernel", "gate", "dx = tl.dot(dgate, gate, dx,", "tl.dot(dgate, gate, dx,",
-        "dx lacks the gate's share",
-    ),
-    (
-        "block_dx_kernel", "unrouted", "if expert > num_experts:", "if expert >= num_experts:",
-        "segments without an expert are not written",
-    ),
-    (
-        "block_dx_kernel", "same chunk", "offs_f = f0 + tl.arange", "offs_f = tl.arange",
-        "all chunks read the first columns",
-    ),
-    (
-        "block_bwd_kernel", "missing weight", "hidden = (hidden * weights[:, None]).to(x.dtype)",
-        "hidden = hidden.to(x.dtype)", "down's gradient is not weighted",
-    ),
-    (
-        "block_bwd_kernel", "no sum over tiles", "hidden, ddown, input", "hidden, input",
-        "the last tile is all",
-    ),
-    (
-        "block_bwd_kernel", "tile of an expert", "(tile - before) * segments_per_tile",
-        "tile * segments_per_tile", "later experts start too late",
-    ),
-    (
-        "block_bwd_kernel", "tiles before", "        before += tiles", "        before += 0",
-        "later experts' tiles are counted from 0",
-    ),
-    (
-        "block_bwd_kernel", "whole", "whole = (first <= before)", "whole = (first < before)",
-        "a whole sum goes to a slot that nobody reads",
-    ),
-    ("block_bwd_kernel", "slot", "(split + expert)", "split", "experts share a slot"),
-    (
-        "block_bwd_kernel", "bias of one tile", "dup_bias += tl.sum(dpre, 0)",
-        "dup_bias = tl.sum(dpre, 0)", "the last tile is all",
-    ),
-    (
-        "block_bwd_kernel", "unrouted", "last = ((split + 1)", "last = (split",
-        "segments without an expert are not written",
-    ),
-)  # fmt: skip
-
 _BLOCK_HOST = [
     *_in(
         "stages/block.py",
@@ -1064,26 +966,6 @@ _BLOCK_HOST = [
         (
             "_draw_seed", "seed", "torch.randint(2**62, (1,)", "torch.full((1,), 7",
             "every call drops the same", {"tests": BLOCK_DROPOUT},
-        ),
-    ),
-    *_in(
-        "stages/block_backward.py",
-        BLOCK,
-        (
-            "_launch_block_bwd", "no reduction", "    reduce_partials(", "    (lambda *_: None)(",
-            "shares are not added up",
-        ),
-        (
-            "_launch_block_bwd", "reduction's tiles", "splits, 1, segments_per_tile)",
-            "splits, 1, tile.block_m)", "the reduction counts other tiles than the kernel",
-        ),
-        (
-            "_launch_block_dx", "grid", " + call.num_experts\n", "\n",
-            "partial tiles have no program",
-        ),
-        (
-            "_block_bwd", "nothing", "if logits.shape[0] == 0:", "if logits.shape[0] < 0:",
-            "an empty batch has no zeros for gradients", {"tests": LAYER_EMPTY},
         ),
     ),
 ]  # fmt: skip
@@ -1133,22 +1015,6 @@ _EXPERTS = _in(
         "tl.sum(tl.fma(dy.to(ACC), bias", "a routing weight's gradient lacks the bias",
     ),
     (
-        "_router_partials", "no sum over blocks", "x.to(ACC), acc, input", "x.to(ACC), input",
-        "the last segments are all", {"tests": BLOCK},
-    ),
-    (
-        "_router_partials", "step", "* SEGMENT_SIZE + p\n", "* SEGMENT_SIZE\n",
-        "every step has the first one's sum", {"tests": BLOCK},
-    ),
-    (
-        "_router_partials", "tail", "mask_s = segment < end", "mask_s = segment < num_segments",
-        "a split has segments of the next one", {"tests": BLOCK},
-    ),
-    (
-        "_router_partials", "slot", "split.to(tl.int64) * num_experts * SEGMENT_SIZE * D",
-        "split.to(tl.int64) * num_experts * D", "slots overlap", {"tests": BLOCK},
-    ),
-    (
         "expert_ffn_dw_kernel", "missing weight",
         "hidden = (hidden * weights[:, None]).to(x.dtype)", "hidden = hidden.to(x.dtype)",
         "down's gradient is not weighted",
@@ -1191,8 +1057,8 @@ _EXPERTS_HOST = [
             "1, tile.block_m)", "the reduction counts other tiles than the kernel",
         ),
         (
-            "in_slot_order", "order", "[up, down, gate, up_bias, down_bias, gate_bias]",
-            "[up, down, gate, up_bias, gate_bias, down_bias]", "biases are exchanged",
+            "launch_dw", "order", "(dup, ddown, dgate, dup_bias, ddown_bias, dgate_bias)",
+            "(dup, ddown, dgate, dup_bias, dgate_bias, ddown_bias)", "biases are exchanged",
         ),
         (
             "Call.weight_strides", "gate", "gate.stride()[:2]", "up.stride()[:2]",
@@ -1515,6 +1381,6 @@ _SHARED_HOST = [
 
 MUTANTS: list[Mutant] = [
     *_ACTIVATIONS, *_LAUNCH, *_FFN, *_PARTIALS, *_ROUTER, *_SEQUENCES, *_ROUTE,
-    *_ROUTE_HOST, *_PERMUTE, *_COMBINE, *_BLOCK, *_BLOCK_BACKWARD, *_BLOCK_HOST, *_EXPERTS,
+    *_ROUTE_HOST, *_PERMUTE, *_COMBINE, *_BLOCK, *_BLOCK_HOST, *_EXPERTS,
     *_EXPERTS_HOST, *_GEMM, *_GEMM_HOST, *_SHARED, *_SHARED_HOST,
 ]  # fmt: skip

@@ -29,7 +29,7 @@ ALONE = {"shared_expert": None}
 # For speed; where a gradient is of too few numbers to compare errors, more steps are needed.
 SHORT = {"shared_expert": None, "shape": (1, 23)}
 MANY = {"gated": True, "bias": True, "activation": "silu", "top_k": 2, "masked": 0.3}
-# Name -> options of the layer, and: dtype, shape (batch, steps), masked, plan, backward, tf32,
+# Name -> options of the layer, and: dtype, shape (batch, steps), masked, plan, tf32,
 # layout, order (a seed: run again in another order of warps and blocks).
 LAYERS = {
     "fp32": {"dtype": "float32", **ALONE},
@@ -118,7 +118,6 @@ LAYERS = {
     "bf16 top_k=E": {"top_k": 4, **ALONE},
     "bf16 many options": {**MANY, **ALONE},
     "bf16 grouped many options": {**GROUPED, **MANY, **ALONE},
-    "bf16 two passes": {"backward": "two", **ALONE},
     "bf16 P=1": {"segment_size": 1, **ALONE},
     "bf16 P=3": {"segment_size": 3, **ALONE},
     "bf16 D=16": {"d_model": 16, **ALONE},
@@ -182,7 +181,7 @@ LAYERS = {
 }  # fmt: skip
 CORE = ("fp32 grouped", "bf16 top_k=2 other orders", "bf16 wide rows biased")
 # The rest of a layer's settings; not options of it.
-CALLS = {"dtype", "shape", "masked", "plan", "backward", "tf32", "layout", "ties", "order"}
+CALLS = {"dtype", "shape", "masked", "plan", "tf32", "layout", "ties", "order"}
 
 
 def kernel_digests():
@@ -311,9 +310,7 @@ def measure(name, arch, order=None, *, options=None, execute=None):
 
     options, launches, again = LAYERS[name] if options is None else options, [], []
     execute = execute or emulated
-    variables = {
-        f"SEGMOE_{key.upper()}": options[key] for key in ("plan", "backward") if key in options
-    }
+    variables = {"SEGMOE_PLAN": options["plan"]} if "plan" in options else {}
     begin = time.process_time()
     repeats = None
     torch.backends.cuda.matmul.allow_tf32 = bool(options.get("tf32"))

@@ -40,7 +40,6 @@ PATIENCE = 500.0
 
 BLOCK = {"SEGMOE_PLAN": "block"}
 GROUPED = {"SEGMOE_PLAN": "grouped"}
-TWO_PASSES = {"SEGMOE_PLAN": "block", "SEGMOE_BACKWARD": "two"}
 GATED = {"top_k": 2, "gated": True, "activation": "silu", "bias": True, "shared_expert": "token"}
 # Every kernel, and each branch that reads or writes memory in another way.
 LAYERS = (
@@ -48,7 +47,6 @@ LAYERS = (
     (GROUPED, {}),
     (BLOCK, GATED),
     (GROUPED, GATED),
-    (TWO_PASSES, {"shared_expert": None}),
     (BLOCK, {"top_k": 1, "shared_expert": None, "pooling": "max", "segment_size": 5}),
     (GROUPED, {"causal": True, "shared_expert": None, "pooling": "mean"}),
     (GROUPED, {"expert_scope": "segment", "bias": True}),

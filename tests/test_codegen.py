@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).parent.parent
 # Kernels whose products are large wherever a program works on 64 rows or more.
-LARGE = ("block_fwd", "block_dx", "expert_ffn", "grouped_gemm")
+LARGE = ("block_fwd", "expert_ffn", "grouped_gemm")
 
 
 @pytest.fixture(scope="module", params=["sm_90", pytest.param("sm_80", marks=pytest.mark.slow)])

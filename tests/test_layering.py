@@ -65,15 +65,13 @@ ARROWS = {
         f"stages.{name}"
         for name in ("combine", "experts", "grouped_gemm", "permute", "plans", "route", "shared")
     },
-    "stages.block": {"stages.block_backward", "stages.block_kernels", "stages.experts_launch"},
-    "stages.block_backward": {
-        "stages.block_backward_kernels",
+    "stages.block": {
         "stages.block_kernels",
+        "stages.experts",
         "stages.experts_launch",
         "stages.permute",
-        "stages.route_gradients",
+        "stages.route",
     },
-    "stages.block_backward_kernels": set(),
     "stages.block_kernels": set(),
     "stages.combine": set(),
     "stages.experts": {"stages.experts_launch"},
@@ -82,7 +80,6 @@ ARROWS = {
         "stages.experts_fused",
         "stages.grouped_gemm",
         "stages.grouped_gemm_kernels",
-        "stages.route_gradients",
     },
     "stages.grouped_gemm": {"composed_ffn", "stages.grouped_gemm_kernels"},
     "stages.grouped_gemm_kernels": set(),

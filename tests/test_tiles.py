@@ -16,7 +16,7 @@ VARIANTS = [
     {"gated": gated, "extras": extras}
     for gated, extras in itertools.product((False, True), repeat=2)
 ]
-FUSED = ("expert_ffn_fwd_tile", "expert_ffn_dx_tile", "expert_ffn_dw_tile", "block_dx_tile")
+FUSED = ("expert_ffn_fwd_tile", "expert_ffn_dx_tile", "expert_ffn_dw_tile")
 
 
 def is_power(number):
@@ -124,16 +124,6 @@ def test_gemm_tiles_are_the_same_within_a_bucket_of_rows(dtype, arch):  # noqa: 
                 assert_sound(next(iter(answers)))
         for bias in (False, True):
             assert_sound(tiles.grouped_gemm_dw_tile(n, k, dtype, bias=bias))
-
-
-def test_one_pass_backward_has_a_tile_for_narrow_rows_only(arch):  # noqa: ARG001
-    plain = {"gated": False, "extras": False, "dropout": False}
-    tile = tiles.block_bwd_tile(64, 128, torch.bfloat16, **plain)
-    assert_sound(tile)
-    assert tile.block_n >= 128
-    assert tiles.block_bwd_tile(64, 128, torch.bfloat16, **{**plain, "gated": True}) is None
-    assert tiles.block_bwd_tile(128, 256, torch.bfloat16, **plain) is None
-    assert tiles.block_bwd_tile(64, 128, torch.float32, **plain) is None
 
 
 def test_architecture_is_chosen_by_the_environment(monkeypatch):

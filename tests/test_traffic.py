@@ -4,12 +4,13 @@ import pytest
 
 pytest.importorskip("triton")
 
-# What `python -m benchmarks.traffic` measures at B64-T65-D64-F128-E4-k1-P5, rounded up. float32
-# takes two passes backward, each of which computes the hidden layer: 1.5 of the work needed, and
-# padding.
+# What `python -m benchmarks.traffic` measures at B64-T65-D64-F128-E4-k1-P5, rounded up. Backward
+# takes the stages' kernels, which read x and dy for themselves and pass dx of the experts through
+# memory: more bytes than in one pass, less time by a model of the clock. Two of them compute the
+# hidden layer: 1.5 of the work needed, and padding.
 LIMITS = {
     "forward": {"launches": 2, "distinct": 0.17, "requested": 0.90, "work": 1.30},
-    "forward+backward": {"launches": 8, "distinct": 0.22, "requested": 0.90, "work": 1.80},
+    "forward+backward": {"launches": 10, "distinct": 0.29, "requested": 1.00, "work": 1.70},
 }
 
 

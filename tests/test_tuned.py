@@ -15,7 +15,7 @@ from segmoe_kernels._triton import tiles, tuned
 from segmoe_kernels.testing import make_inputs
 
 FUSED = {"gated": False, "extras": False}
-DX = "block_dx_tile(d_model=64, d_ff=128, dtype=bfloat16, gated=False, extras=False)"
+DX = "expert_ffn_dx_tile(d_model=64, d_ff=128, dtype=bfloat16, gated=False, extras=False)"
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def tile_file(tmp_path, monkeypatch):
 def test_a_file_changes_the_answer_it_names_and_no_other(tile_file, monkeypatch):
     def answers():
         return [
-            tiles.block_dx_tile(width, 128, dtype, **FUSED)
+            tiles.expert_ffn_dx_tile(width, 128, dtype, **FUSED)
             for width in (64, 128)
             for dtype in (torch.bfloat16, torch.float16)
         ]
@@ -47,13 +47,13 @@ def test_a_file_changes_the_answer_it_names_and_no_other(tile_file, monkeypatch)
     assert changed[0] == shipped[0]._replace(block_m=32, num_warps=2) != shipped[0]
     assert changed[1:] == shipped[1:]
     monkeypatch.setenv("SEGMOE_ARCH", "sm_80")
-    assert tiles.block_dx_tile(64, 128, torch.bfloat16, **FUSED).num_warps == 4
+    assert tiles.expert_ffn_dx_tile(64, 128, torch.bfloat16, **FUSED).num_warps == 4
 
 
 def test_positional_and_named_arguments_ask_the_same(tile_file):
     tile_file({DX: {"num_stages": 3}})
-    named = tiles.block_dx_tile(d_model=64, d_ff=128, dtype=torch.bfloat16, **FUSED)
-    assert named == tiles.block_dx_tile(64, 128, torch.bfloat16, **FUSED)
+    named = tiles.expert_ffn_dx_tile(d_model=64, d_ff=128, dtype=torch.bfloat16, **FUSED)
+    assert named == tiles.expert_ffn_dx_tile(64, 128, torch.bfloat16, **FUSED)
     assert named.num_stages == 3
 
 

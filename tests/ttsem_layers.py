@@ -24,7 +24,7 @@ ARCH = "sm_90"
 LAYERS = {
     name: {"shape": (3, 113), **options} if options else {}
     for name, options in ptx_layers.LAYERS.items()
-    if options.get("shared") != "fused" and not {"order", "backward"} & options.keys()
+    if "order" not in options
 }
 LAYERS["bf16 grouped long"] = {
     **ptx_layers.GROUPED,
@@ -154,7 +154,6 @@ def main():
         print("ttsem isn't installed: `make ttsem` puts it into build/ttsem", file=sys.stderr)  # noqa: T201
         return 2
     os.environ.pop("TRITON_INTERPRET", None)
-    os.environ["SEGMOE_BACKWARD"] = "two"  # `block_bwd_kernel` is left to `make ptx`
     sys.path.insert(0, str(ptx_layers.ROOT))
     import torch
 

@@ -48,18 +48,3 @@ def choose_plan(d_model: int, num_experts: int, expert_scope: str) -> str:
         and torch.version.hip is None
     )
     return "block" if fits and wanted != "grouped" else "grouped"
-
-
-def choose_backward() -> str:
-    """Say in how many passes over x and dy the block plan differentiates small experts.
-
-    "one" sums the weights' gradients in the kernel that makes those of x: ``8 * D`` elements of
-    traffic a row and ``10 * D * F`` FLOPs, where "two" take 10 and 14 but larger tiles. Neither is
-    timed yet; the environment variable SEGMOE_BACKWARD (auto, one, two) overrides.
-
-    Raises:
-        ValueError: if SEGMOE_BACKWARD is none of the three.
-    """
-    wanted = os.environ.get("SEGMOE_BACKWARD", "auto")
-    check.check_choice("choose_backward", "SEGMOE_BACKWARD", wanted, ("auto", "one", "two"))
-    return "two" if wanted == "two" else "one"

@@ -123,30 +123,6 @@ def expert_ffn_dw_tile(
     return _fused_tile("expert_ffn_dw", d_model, d_ff, dtype, gated=gated, extras=extras)
 
 
-@replaceable(*FUSED)
-def block_dx_tile(
-    d_model: int, d_ff: int, dtype: torch.dtype, *, gated: bool, extras: bool
-) -> TileConfig:
-    """As the forward's of the experts; block_m rows hold whole segments."""
-    return _fused_tile("block_dx", d_model, d_ff, dtype, gated=gated, extras=extras)
-
-
-@replaceable("block_m", "num_warps", "num_stages")
-def block_bwd_tile(
-    d_model: int, d_ff: int, dtype: torch.dtype, *, gated: bool, extras: bool, dropout: bool
-) -> TileConfig | None:
-    """Tile of the one-pass backward; None where the sums of its weights don't fit registers."""
-    width, hidden = power(d_model, 16, MAX_FUSED_WIDTH), power(d_ff, 16, 1024)
-    if kind_of(dtype) == "fp64":
-        return TileConfig(16, hidden, width, 4, 1) if width * hidden <= 16 * 32 else None
-    # Dropout spills, and float32 without tensor cores and gated experts do at any tile.
-    if kind_of(dtype) == "fp32" or gated or dropout or width > 64 or hidden > 128:
-        return None
-    full = TILES_OF[architecture()] == "sm_80" and width * hidden > 4096
-    rows = 16 if extras or full else 32
-    return TileConfig(rows, hidden, width, 8, 1)
-
-
 class BlockTile(NamedTuple):
     """How plan "block" cuts its work.
 

@@ -2,7 +2,7 @@
 
 The environment variable SEGMOE_TILES names a file made by ``python -m benchmarks.tune --write``::
 
-    {"tiles": {"sm_90": {"block_dx_tile(d_model=64, ...)": {"block_m": 64, "num_warps": 4}}}}
+    {"tiles": {"sm_90": {"expert_ffn_dx_tile(d_model=64, ...)": {"block_m": 64, "num_warps": 4}}}}
 
 A question to the table, without the number of rows (a bucket of it where the table takes one), has
 the values that replace those of the table's answer. Nothing is searched at run time, and the same

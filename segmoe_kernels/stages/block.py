@@ -5,11 +5,8 @@ decisions. A program owns a run of consecutive segments: it reads them, routes t
 expert and runs the experts over its own rows, so nothing is sorted globally, no intermediate
 reaches memory and no later kernel sums the choices.
 
-Backward keeps x, the logits, the ids and the seeds. The slots are grouped by expert with the
-kernels of `permute`; with one choice and "concat" pooling one kernel then gives the gradients of x
-and of the logits, one those of all weights; small experts take one kernel for both. With more
-choices the stages' own kernels do: the gradients of x of each choice, and their sum in the router's
-backward.
+Backward keeps x, the logits, the ids and the seeds. The weights and the order by expert are made
+anew, and the kernels of `experts` and `route` give the gradients.
 """
 
 from typing import Any
@@ -26,14 +23,17 @@ from segmoe_kernels._triton.launch import (
     exact,
     input_precision,
     padded,
-    refuse_double_backward,
     step_flags,
 )
 from segmoe_kernels._triton.tiles import block_fwd_tile, block_router_tile
 from segmoe_kernels.routing import FFNWeights, RouterOutput
-from segmoe_kernels.stages.block_backward import NUM_TENSORS, OPTIONS, TENSORS, block_bwd_op
-from segmoe_kernels.stages.block_kernels import block_fwd_kernel
+from segmoe_kernels.stages.block_kernels import block_fwd_kernel, block_prepare_kernel
+from segmoe_kernels.stages.experts import differentiate_experts
 from segmoe_kernels.stages.experts_launch import rows_contiguous
+from segmoe_kernels.stages.permute import SEGMENTS_PER_BLOCK, permute
+from segmoe_kernels.stages.route import differentiate_routing
+
+NUM_TENSORS = 12
 
 
 def _block_fwd(*args: Any) -> tuple[Tensor, ...]:
@@ -146,9 +146,58 @@ def _block_fwd_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 _block_fwd_op = define_operator(
-    f"block_fwd({TENSORS}, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "block_fwd(Tensor x, Tensor router_weight, Tensor? router_start, Tensor? padding_mask, "
+    "Tensor? router_seed, Tensor? seed, Tensor up_proj, Tensor down_proj, Tensor? gate_proj, "
+    "Tensor? up_bias, Tensor? gate_bias, Tensor? down_bias, SymInt segment_size, SymInt top_k, "
+    "str pooling, float temperature, float router_dropout, bool renormalize, str activation, "
+    "float dropout) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _block_fwd,
     _block_fwd_fake,
+)
+
+
+def _block_prepare(
+    logits: Tensor,
+    topk_ids: Tensor,
+    router_seed: Tensor | None,
+    temperature: float,
+    router_dropout: float,
+    renormalize: bool,
+) -> tuple[Tensor, Tensor]:
+    outputs = _block_prepare_fake(logits, topk_ids)
+    num_segments, num_experts = logits.shape
+    if num_segments:
+        block_prepare_kernel[(triton.cdiv(num_segments, SEGMENTS_PER_BLOCK),)](
+            logits,
+            topk_ids,
+            router_seed,
+            *outputs,
+            num_segments,
+            num_experts,
+            exact(temperature, logits.dtype),
+            exact(router_dropout, logits.dtype),
+            TOP_K=topk_ids.shape[1],
+            RENORMALIZE=renormalize,
+            EXPERTS=padded(num_experts),
+            BLOCK_S=SEGMENTS_PER_BLOCK,
+            num_warps=1,
+        )
+    return outputs
+
+
+def _block_prepare_fake(logits: Tensor, topk_ids: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    num_segments, num_experts = logits.shape
+    blocks = (num_segments + SEGMENTS_PER_BLOCK - 1) // SEGMENTS_PER_BLOCK
+    # Flat, as those of `route`.
+    counts = topk_ids.new_empty(blocks * (num_experts + 1))
+    return torch.empty_like(topk_ids, dtype=logits.dtype), counts
+
+
+_block_prepare_op = define_operator(
+    "block_prepare(Tensor logits, Tensor topk_ids, Tensor? router_seed, float temperature, "
+    "float router_dropout, bool renormalize) -> (Tensor, Tensor)",
+    _block_prepare,
+    _block_prepare_fake,
 )
 
 
@@ -200,19 +249,50 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dy, dlogits, dprobs, dtopk_weights = grads[:4]
-        saved = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        if dy is None:
-            dy = saved[0].new_zeros((), dtype=saved[6].dtype).expand(saved[0].shape)
-        needs = (need[0], need[1] or need[2], any(need[6:NUM_TENSORS]))
-        dx, drouter, dstart, *dw = _BlockBackward.apply(
-            *saved, dy, dtopk_weights, dprobs, dlogits, (*ctx.options, *needs)
+        *routing, seed, up, down, gate, up_bias, gate_bias, down_bias, logits, topk_ids = (
+            ctx.saved_tensors
         )
+        x, router_weight, _, padding_mask, router_seed = routing
+        weights = (up, down, gate, up_bias, gate_bias, down_bias)
+        segment_size, top_k, pooling, *choice, activation, dropout = ctx.options
+        need = ctx.needs_input_grad
+        need_dx, need_router = need[0], need[1] or need[2]
+        dslots = shares = dx = drouter = dstart = None
+        dw: list[Tensor] = []
+        if dy is not None:
+            topk_weights, block_counts = _block_prepare_op(logits, topk_ids, router_seed, *choice)
+            order = permute(topk_ids, router_weight.shape[0], block_counts)
+            absent = x.new_empty(0)
+            needs = (need_dx, need_router, any(need[6:NUM_TENSORS]))
+            dslots, shares, *dw = differentiate_experts(
+                x.expand(top_k, *x.shape),
+                topk_weights[..., None],
+                order.sorted_to_slot,
+                order.expert_offsets,
+                *weights,
+                padding_mask,
+                seed,
+                dy.expand(top_k, *dy.shape),
+                absent,
+                absent,
+                (segment_size, False, activation, dropout, *needs),
+            )
+        if need_dx or need_router:
+            dx, drouter, dstart = differentiate_routing(
+                *routing,
+                logits,
+                topk_ids,
+                dtopk_weights,
+                shares,
+                dprobs,
+                dlogits,
+                dslots if need_dx else None,
+                (segment_size, pooling, *choice, need_dx, need_router),
+            )
         given = iter(dw)
-        weights = saved[6:NUM_TENSORS]
         dweights = [None if w is None or not dw else next(given) for w in weights]
         return (
-            dx if need[0] else None,
+            dx if need_dx else None,
             drouter if need[1] else None,
             dstart if need[2] else None,
             None,
@@ -221,64 +301,6 @@ class _Block(torch.autograd.Function):
             *(d if n else None for d, n in zip(dweights, need[6:NUM_TENSORS], strict=True)),
             None,
         )
-
-
-class _BlockBackward(torch.autograd.Function):
-    """The gradient as a function of its own, so that a second derivative is refused loudly."""
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        router_weight: Tensor,
-        router_start: Tensor | None,
-        padding_mask: Tensor | None,
-        router_seed: Tensor | None,
-        seed: Tensor | None,
-        up_proj: Tensor,
-        down_proj: Tensor,
-        gate_proj: Tensor | None,
-        up_bias: Tensor | None,
-        gate_bias: Tensor | None,
-        down_bias: Tensor | None,
-        logits: Tensor,
-        topk_ids: Tensor,
-        dy: Tensor,
-        dtopk_weights: Tensor | None,
-        dprobs: Tensor | None,
-        dlogits: Tensor | None,
-        options: tuple[Any, ...],
-    ) -> tuple[Tensor, ...]:
-        return tuple(
-            block_bwd_op(
-                x,
-                router_weight,
-                router_start,
-                padding_mask,
-                router_seed,
-                seed,
-                up_proj,
-                down_proj,
-                gate_proj,
-                up_bias,
-                gate_bias,
-                down_bias,
-                logits,
-                topk_ids,
-                dy,
-                dtopk_weights,
-                dprobs,
-                dlogits,
-                *options,
-            )
-        )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:  # noqa: ARG004
-        refuse_double_backward()
 
 
 def _draw_seed(probability: float, device: torch.device) -> Tensor | None:

@@ -124,6 +124,7 @@ def _expert_ffn_bwd(
     activation: str,
     dropout: float,
     need_dx: bool,
+    need_drow_weights: bool,
     need_dw: bool,
 ) -> list[Tensor]:
     weights = FFNWeights(up_proj, down_proj, gate_proj, up_bias, gate_bias, down_bias)
@@ -141,14 +142,13 @@ def _expert_ffn_bwd(
         given = iter(dw)
         found = [None if w is None else next(given) for w in weights]
         dweights = FFNWeights(*found)  # type: ignore[arg-type]  # up and down are never None
-    shares = drow_weights
-    if not call.fused:
-        shares = drow_weights.new_empty(column_tiles(call), *drow_weights.shape)
     if call.fused:
-        launch_dx(call, dy, dx if need_dx else None, shares)
+        if need_dx or need_drow_weights:
+            launch_dx(call, dy, dx if need_dx else None, drow_weights)
         if dweights is not None:
             launch_dw(call, dy, dweights)
     else:
+        shares = drow_weights.new_empty(column_tiles(call), *drow_weights.shape)
         backward_two_products(
             call, dy, dx if need_dx else None, shares, dweights, pre,
             gate_pre if gate_proj is not None else None,
@@ -160,20 +160,20 @@ def _expert_ffn_bwd(
 def _gradients(call: Call, need_dx: bool, need_dw: bool) -> list[Tensor]:
     """(dx, drow_weights, then one for each weight that is there)."""
     drow_weights = call.topk_weights.new_empty(*call.topk_weights.shape, call.rows_per_slot)
-    dx = call.x.new_empty(call.x.shape if need_dx else (0,))
+    dx = call.x.new_empty(call.x.shape if need_dx else (0,), dtype=call.dtype)
     dw = [w.new_empty(w.shape) for w in call.weights if w is not None] if need_dw else []
     return [dx, drow_weights, *dw]
 
 
 def _expert_ffn_bwd_fake(*args: Any) -> list[Tensor]:
-    *tensors, segment_size, concat, activation, dropout, need_dx, need_dw = args
+    *tensors, segment_size, concat, activation, dropout, need_dx, _, need_dw = args
     call = _call(tensors, segment_size, concat, activation, dropout)
     return _gradients(call, need_dx, need_dw)
 
 
 _expert_ffn_bwd_op = define_operator(
     f"expert_ffn_bwd({_TENSORS}, Tensor dy, Tensor pre, Tensor gate_pre, {_OPTIONS}, "
-    "bool need_dx, bool need_dw) -> Tensor[]",
+    "bool need_dx, bool need_drow_weights, bool need_dw) -> Tensor[]",
     _expert_ffn_bwd,
     _expert_ffn_bwd_fake,
 )
@@ -228,8 +228,8 @@ class _ExpertFFN(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, pre, gate_pre = ctx.saved_tensors
         need = ctx.needs_input_grad
-        options = (*ctx.options[:-1], need[0], any(need[4:10]))
-        dx, drow_weights, *dw = _ExpertFFNBackward.apply(*tensors, grads[0], pre, gate_pre, options)
+        options = (*ctx.options[:-1], *need[:2], any(need[4:10]))
+        dx, drow_weights, *dw = differentiate_experts(*tensors, grads[0], pre, gate_pre, options)
         given = iter(dw)
         dweights = [None if w is None or not dw else next(given) for w in tensors[4:10]]
         return (
@@ -295,6 +295,10 @@ class _ExpertFFNBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:  # noqa: ARG004
         refuse_double_backward()
+
+
+# Plan "block" differentiates by it, too.
+differentiate_experts = _ExpertFFNBackward.apply
 
 
 def expert_ffn(

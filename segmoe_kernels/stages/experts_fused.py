@@ -220,58 +220,6 @@ def expert_ffn_dx_kernel(
 
 
 @triton.jit
-def _router_partials(
-    x_ptr,
-    padding_mask_ptr,
-    dlogits_ptr,
-    router_partials_ptr,
-    split,
-    num_splits,
-    num_segments,
-    segments_per_sequence,
-    length,
-    num_experts,
-    stride_x_b,
-    stride_x_t,
-    D: tl.constexpr,
-    SEGMENT_SIZE: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Store ``dlogits.T @ segments`` over one split of the segments."""
-    experts = tl.arange(0, EXPERTS)
-    mask_e = experts < num_experts
-    offs_d = tl.arange(0, BLOCK_D)
-    first = split.to(tl.int64) * num_segments // num_splits
-    end = (split.to(tl.int64) + 1) * num_segments // num_splits
-    out = router_partials_ptr + split.to(tl.int64) * num_experts * SEGMENT_SIZE * D
-    for p in range(SEGMENT_SIZE):
-        acc = tl.zeros((EXPERTS, BLOCK_D), dtype=ACC)
-        for start in range(first, end, BLOCK_S):
-            segment = start + tl.arange(0, BLOCK_S)
-            mask_s = segment < end
-            dlogits = tl.load(
-                dlogits_ptr + segment[:, None] * num_experts + experts[None, :],
-                mask=mask_s[:, None] & mask_e[None, :],
-                other=0.0,
-            )
-            sequence = segment // segments_per_sequence
-            step = (segment % segments_per_sequence) * SEGMENT_SIZE + p
-            x = load_rows(
-                x_ptr, padding_mask_ptr, segment, sequence, step, mask_s, offs_d, D, length,
-                0, stride_x_b, stride_x_t, D, False,
-            )  # fmt: skip
-            acc = tl.dot(
-                tl.trans(dlogits), x.to(ACC), acc, input_precision=PRECISION, out_dtype=ACC
-            )
-        offs = experts[:, None] * (SEGMENT_SIZE * D) + p * D + offs_d[None, :]
-        tl.store(out + offs, acc, mask=mask_e[:, None] & (offs_d < D)[None, :])
-
-
-@triton.jit
 def expert_ffn_dw_kernel(
     x_ptr,  # (top_k, B, T, D)
     dy_ptr,  # (top_k, B, T, D)
@@ -292,9 +240,6 @@ def expert_ffn_dw_kernel(
     expert_offsets_ptr,  # (E + 1,) int32
     padding_mask_ptr,  # (B, T) bool or None
     seed_ptr,  # (1,) int64 or None
-    dlogits_ptr,  # (S, E) or None
-    router_partials_ptr,  # (splits, E, P * D) or None, every row is written
-    num_segments,
     segments_per_sequence,
     length,
     num_experts,
@@ -321,8 +266,6 @@ def expert_ffn_dw_kernel(
     HAS_BIAS: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
-    ROUTER_PRECISION: tl.constexpr,
-    EXPERTS: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -333,19 +276,9 @@ def expert_ffn_dw_kernel(
     Grid: ``(splits, cdiv(F, BLOCK_F))``. Split i owns tiles ``[i * tiles // splits, ...)`` of all
     rows grouped by expert; its sum for expert e goes to slot ``i + e``, which no other pair uses,
     or where it belongs if it is the whole.
-    With dlogits there is one column of programs more: its split i owns segments
-    ``[i * S // splits, ...)`` and sums the router's gradient, while x is in the cache.
     """
     WIDE: tl.constexpr = up_ptr.dtype.element_ty.primitive_bitwidth > 16
     split = tl.program_id(0)
-    if dlogits_ptr is not None:  # noqa: SIM102  the first test is compile-time
-        if tl.program_id(1) == (F + BLOCK_F - 1) // BLOCK_F:
-            _router_partials(
-                x_ptr, padding_mask_ptr, dlogits_ptr, router_partials_ptr, split, num_splits,
-                num_segments, segments_per_sequence, length, num_experts, stride_x_b, stride_x_t,
-                D, SEGMENT_SIZE, ACC, ROUTER_PRECISION, EXPERTS, BLOCK_M, BLOCK_D,
-            )  # fmt: skip
-            return
     first_f = tl.program_id(1) * BLOCK_F
     offs_f = first_f + tl.arange(0, BLOCK_F)
     offs_d = tl.arange(0, BLOCK_D)

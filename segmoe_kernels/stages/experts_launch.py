@@ -32,7 +32,6 @@ from segmoe_kernels.stages.experts_fused import (
 )
 from segmoe_kernels.stages.grouped_gemm import gemm_grid, product, weight_gradient
 from segmoe_kernels.stages.grouped_gemm_kernels import grouped_gemm_dhidden_kernel
-from segmoe_kernels.stages.route_gradients import router_precision, sum_splits
 
 
 class Call:
@@ -221,36 +220,17 @@ def launch_dx(call: Call, dy: Tensor, dx: Tensor | None, drow_weights: Tensor) -
     )
 
 
-def in_slot_order(dweights: FFNWeights) -> list[Tensor | None]:
-    """The gradients in the order in which a slot of partial sums holds them."""
-    up, down, gate, up_bias, gate_bias, down_bias = dweights
-    return [up, down, gate, up_bias, down_bias, gate_bias]
-
-
-def launch_dw(
-    call: Call,
-    dy: Tensor,
-    dweights: FFNWeights,
-    dlogits: Tensor | None = None,
-    drouter: Tensor | None = None,
-) -> None:
-    """Weight gradients of the experts, and of the router in the same pass over x.
-
-    Args:
-        call: of a width that is fused.
-        dy: (top_k, B, T, D).
-        dweights: contiguous, every element is written.
-        dlogits: (S, E), or None without the router; its pooling is "concat".
-        drouter: (E, P * D) contiguous or None, every element is written.
-    """
+def launch_dw(call: Call, dy: Tensor, dweights: FFNWeights) -> None:
+    """Weight gradients of experts of a width that is fused."""
     up, down, gate, up_bias, gate_bias, _ = call.weights
     tile = expert_ffn_dw_tile(call.width, call.d_ff, call.dtype, **call.fused_in)
     columns = triton.cdiv(call.d_ff, tile.block_n)
     splits = num_row_splits(call.num_rows, tile.block_m, columns)
-    parts = in_slot_order(dweights)
+    # In the order in which a slot of partial sums holds them.
+    dup, ddown, dgate, dup_bias, dgate_bias, ddown_bias = dweights
+    parts = (dup, ddown, dgate, dup_bias, ddown_bias, dgate_bias)
     partials = new_partials(parts, splits, call.num_experts, accumulator_dtype(call.dtype))
-    router_partials = None if drouter is None else partials.new_empty(splits, *drouter.shape)
-    expert_ffn_dw_kernel[(splits, columns + (drouter is not None))](
+    expert_ffn_dw_kernel[(splits, columns)](
         call.x,
         dy,
         call.topk_weights,
@@ -265,9 +245,6 @@ def launch_dw(
         call.expert_offsets,
         call.padding_mask,
         call.seed,
-        dlogits,
-        router_partials,
-        call.num_slots // call.top_k,
         call.segments_per_sequence,
         call.length,
         call.num_experts,
@@ -280,8 +257,6 @@ def launch_dw(
         **call.fused_constants,
         **call.numerics,
         HAS_BIAS=dweights.up_proj_bias is not None,
-        ROUTER_PRECISION=router_precision(call.x),
-        EXPERTS=padded(call.num_experts),
         GROUPS=padded(call.num_experts),
         BLOCK_M=tile.block_m,
         BLOCK_F=tile.block_n,
@@ -289,8 +264,6 @@ def launch_dw(
         **tile.options(),
     )
     reduce_partials(partials, parts, call.expert_offsets, splits, call.rows_per_slot, tile.block_m)
-    if drouter is not None and router_partials is not None:
-        sum_splits(router_partials, drouter)
 
 
 def backward_two_products(

@@ -268,7 +268,7 @@ class _Route(torch.autograd.Function):
             # The router got no gradient: only what the next stages say about x is left.
             dx = dslots.sum(0) if need_dx and dslots is not None else None
             return dx, None, None, None, None, None
-        dx, dweight, dstart = _RouteBackward.apply(
+        dx, dweight, dstart = differentiate_routing(
             *ctx.saved_tensors,
             dtopk_weights,
             drow_weights,
@@ -331,6 +331,10 @@ class _RouteBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:  # noqa: ARG004
         refuse_double_backward()
+
+
+# Plan "block" differentiates by it, too.
+differentiate_routing = _RouteBackward.apply
 
 
 def route_and_pass(
