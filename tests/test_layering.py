@@ -17,7 +17,7 @@ ARROWS = {
     "advise": {"series", "validation"},
     "called": {"composed_ffn", "functional", "modules", "routing", "validation"},
     "composed_ffn": {"grouped_mm", "routing"},
-    "convert": {"layer", "validation"},
+    "convert": {"layer", "modules", "validation"},
     "dense_ffn": set(),
     "exported": {"composed_ffn", "routing"},
     "dialects": {"validation"},
