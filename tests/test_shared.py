@@ -112,8 +112,9 @@ def test_shared_combine_takes_an_empty_batch(shape, device):
 def test_weight_gradients_add_up_over_runs_of_rows(options, device):
     # 33 programs and more, of which 32 are added up at once; sequences end inside them.
     case = draw_case(
-        device=device, d_model=2, size=2, d_ff=3, top_k=1, bias=True, masked=True, **options
-    )
+        device=device, d_model=2, size=2, d_ff=3, top_k=1, bias=True, gated=True, masked=True,
+        **options,
+    )  # fmt: skip
     assert_equals_reference(*case)
 
 

@@ -137,7 +137,7 @@ def launch_combine(
     batch, length, d_model = y.shape
     width = d_model if shared_out is None else shared_out.shape[2]
     block_d = min(padded(d_model), 256)
-    block_m = _rows_at_once(block_d, y.dtype)
+    block_m = rows_at_once(block_d, y.dtype)
     programs = triton.cdiv(batch * length, block_m) * triton.cdiv(d_model, block_d)
     check.check_programs("combine", programs)
     _combine_fwd_kernel[(programs,)](
@@ -161,7 +161,7 @@ def launch_combine(
     return y
 
 
-def _rows_at_once(block_d: int, dtype: torch.dtype) -> int:
+def rows_at_once(block_d: int, dtype: torch.dtype) -> int:
     """8 KiB of each operand: with 16, 32 elements of float32 in a thread, it spills."""
     return int(max(1, 8192 // (block_d * dtype.itemsize)))
 
@@ -185,7 +185,7 @@ def _combine_bwd(
     if dy.stride(-1) != 1:
         dy = dy.contiguous()
     block_d = min(padded(d_model), 256)
-    block_m = _rows_at_once(block_d, dy.dtype)
+    block_m = rows_at_once(block_d, dy.dtype)
     num_gates = batch * shared_out.shape[1]
     _combine_bwd_kernel[(triton.cdiv(num_gates, block_m),)](
         dy,

@@ -9,7 +9,7 @@ from torch import Tensor
 from segmoe_kernels import validation as check
 from segmoe_kernels._triton.launch import accumulator, accumulator_dtype, exact, padded
 from segmoe_kernels.routing import FFNWeights
-from segmoe_kernels.stages.combine import launch_combine
+from segmoe_kernels.stages.combine import launch_combine, rows_at_once
 from segmoe_kernels.stages.shared_kernels import (
     shared_activate_bwd_kernel,
     shared_activate_kernel,
@@ -212,7 +212,8 @@ def backward(
     drows = torch.mm(dpre, up)
     if dgate is not None and gate is not None:
         drows = torch.addmm(drows, dgate, gate)
-    block_m, block_d = _pass_block(call.d_model)
+    _, block_d = _pass_block(call.d_model)
+    block_m = rows_at_once(block_d, drows.dtype)
     num_steps = call.batch * call.length
     programs = triton.cdiv(num_steps, block_m) * triton.cdiv(call.d_model, block_d)
     check.check_programs("shared_combine", programs)
