@@ -6,8 +6,9 @@ those on many elements are not computed either: their results are empty tensors 
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -23,6 +24,7 @@ from benchmarks import aten, codegen
 from benchmarks.clock.compiled import Kernel, compiled
 from benchmarks.shapes import Shape
 from segmoe_kernels import SegMoE
+from segmoe_kernels._triton import tiles as table
 
 __all__ = [
     "Capture",
@@ -30,6 +32,7 @@ __all__ = [
     "OperatorCall",
     "capture_calls",
     "capture_layer",
+    "caught",
     "make_layer",
 ]
 
@@ -197,6 +200,13 @@ class _Operators(TorchDispatchMode):
         return out
 
 
+@contextmanager
+def nothing_runs() -> Iterator[None]:
+    """Let no PyTorch operator touch many elements."""
+    with _Operators(lambda _call: None):
+        yield
+
+
 def _without_running(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = aten.tensors_of((args, kwargs))
     if name == "bincount":
@@ -220,7 +230,8 @@ def _without_running(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[s
 
 
 @contextmanager
-def _caught(note: Callable[[KernelLaunch], None]) -> Iterator[None]:
+def caught(note: Callable[[KernelLaunch], None]) -> Iterator[None]:
+    """Hand every kernel launch to ``note`` instead of a GPU."""
     real = JITFunction.run
 
     def run(self: JITFunction, *args: Any, **kwargs: Any) -> None:
@@ -256,10 +267,14 @@ def capture_calls(
     found = Capture(shape)
     calls = found.forward
     size = (shape.batch, shape.length, shape.d_model)
+
+    def note(call: KernelLaunch | OperatorCall) -> None:
+        calls.append(call)
+
     with (
         codegen.pretend_triton_runs("sm_90"),
-        _caught(lambda launch: calls.append(launch)),
-        _Operators(lambda call: calls.append(call)),
+        caught(note),
+        _Operators(note),
     ):
         x = torch.empty(size, dtype=dtype).requires_grad_(backward)
         y = module(x)
@@ -273,7 +288,8 @@ def capture_layer(
     shape: Shape,
     *,
     dtype: torch.dtype = torch.bfloat16,
-    variables: dict[str, str] | None = None,
+    variables: Mapping[str, str] | None = None,
+    tiles: Mapping[str, Mapping[str, int]] | None = None,
     backward: bool = True,
     **options: Any,
 ) -> Capture:
@@ -283,18 +299,39 @@ def capture_layer(
         shape: of the layer and its input.
         dtype: of both.
         variables: of the environment, such as ``{"SEGMOE_PLAN": "grouped"}``.
+        tiles: function of `tiles` -> fields of its answers to change, such as
+            ``{"expert_ffn_dw_tile": {"block_m": 64, "num_warps": 4}}``; what follows from a tile,
+            such as the number of splits, changes with it.
         backward: run the backward too.
         **options: of `SegMoE`; without a shared expert unless they say so.
     """
     layer = make_layer(shape, dtype, backend="triton", **options)
-    with mock.patch.dict(os.environ, variables or {}):
+    with mock.patch.dict(os.environ, variables or {}), _other_tiles(tiles or {}):
         return capture_calls(shape, layer, dtype, backward=backward)
+
+
+@contextmanager
+def _other_tiles(tiles: Mapping[str, Mapping[str, int]]) -> Iterator[None]:
+    """Change answers of the table wherever they are asked for."""
+    with ExitStack() as stack:
+        for name, fields in tiles.items():
+            shipped = getattr(table, name)
+
+            def answer(
+                *args: Any, _shipped: Any = shipped, _fields: Any = fields, **kw: Any
+            ) -> Any:
+                return _shipped(*args, **kw)._replace(**_fields)
+
+            for module in [*sys.modules.values()]:
+                if getattr(module, name, None) is shipped:
+                    stack.enter_context(mock.patch.object(module, name, answer))
+        yield
 
 
 def make_layer(shape: Shape, dtype: torch.dtype, **options: Any) -> SegMoE:
     """A layer of a shape; nothing initialises its parameters."""
     settings = {"shared_expert": None, **options}
-    with _Operators(lambda call: None):
+    with nothing_runs():
         return SegMoE(
             shape.d_model,
             shape.d_ff,

@@ -105,14 +105,14 @@ def time_kernel(launch: KernelLaunch, work: Work, machine: Machine = H200) -> Ti
     missing = frozenset(
         name for name, size in launch.tensors.items() if not in_l2 and size > machine.l2_bytes / 4
     )
-    dram = {
-        loop.name: missing
+    levels = {
+        loop.name: dict.fromkeys(() if loop.name in work.rereads else missing, "dram")
+        | dict.fromkeys(work.in_l1, "l1")
         for loop in kernel.root.walk()
-        if loop.name not in work.rereads and missing
     }
 
     def side_by_side(which: int, together: int) -> sm.Run:
-        return sm.run(kernel, together, machine, dram, work.programs[which].trips)
+        return sm.run(kernel, together, machine, levels, work.programs[which].trips)
 
     def seconds(which: int, together: int) -> float:
         return (machine.start + side_by_side(which, together).clocks) / machine.clock_hz

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.clock.capture import Capture, KernelLaunch, _Operators, capture_calls, make_layer
+from benchmarks.clock.capture import Capture, KernelLaunch, capture_calls, make_layer, nothing_runs
 from benchmarks.clock.work import WORK, Programs, Work, cdiv
 from benchmarks.peers import load_scattermoe
 from benchmarks.shapes import Shape
@@ -36,7 +36,7 @@ def capture_scattermoe(
 
     package = load_scattermoe(plain=True)
     layer = make_layer(shape, dtype, **options)
-    with _Operators(lambda call: None):
+    with nothing_runs():
         peer = ScatterMoE(layer, package)
     return capture_calls(shape, peer, dtype, backward=backward)
 

@@ -1,9 +1,9 @@
 """Machine code of one kernel: its instructions in the tree of its loops, each loop by its variable.
 
 `annotate` shortens what ``nvdisasm -gi`` prints to a listing that needs no sources; `read_kernel`
-makes the tree. A backward branch whose source line is a ``for`` closes a loop of that variable. Both
-branches of a condition count, with one exception: a 64-bit division that is guarded by a short path
-for numbers of 32 bits takes the short path.
+makes the tree. A backward branch whose source line is a ``for`` closes a loop of that variable.
+Both branches of a condition count, with one exception: a 64-bit division that is guarded by a
+short path for numbers of 32 bits takes the short path.
 """
 
 import itertools
@@ -27,11 +27,12 @@ _TARGET = re.compile(r"`\((\.L_x_\d+|\$__internal\S*?)\)")
 _REGISTER = re.compile(r"\b(UR|R|UP|P)(\d+)(\.64)?\b")
 _CONSTANT = re.compile(r"c\[0x0\]\[0x([0-9a-f]+)\]")
 # What writes no register.
-_NO_RESULT = frozenset(
-    "STG STS STSM STL BAR BRA EXIT LDGSTS LDGDEPBAR DEPBAR WARPGROUP WARPSYNC NANOSLEEP BSYNC BSSY "
-    "RET CALL ERRBAR MEMBAR FENCE NOP BREAK CCTL UTMALDG ARRIVES SYNCS RED".split()
-)
-_WIDE_LOADS = frozenset("LDG LDS LDSM LDC ULDC LDL LD CS2R".split())
+_NO_RESULT = {
+    *("STG", "STS", "STSM", "STL", "BAR", "BRA", "EXIT", "LDGSTS", "LDGDEPBAR", "DEPBAR"),
+    *("WARPGROUP", "WARPSYNC", "NANOSLEEP", "BSYNC", "BSSY", "RET", "CALL", "ERRBAR", "MEMBAR"),
+    *("FENCE", "NOP", "BREAK", "CCTL", "UTMALDG", "ARRIVES", "SYNCS", "RED"),
+}
+_WIDE_LOADS = {"LDG", "LDS", "LDSM", "LDC", "ULDC", "LDL", "LD", "CS2R"}
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """One SM: warps that issue in order, four issue ports, pipes with widths, latencies, barriers.
 
-`run` simulates programs side by side from their first instruction to their last, long loops cut short;
-what is cut off is added at the pace of their last iterations. Left out: caches of instructions and constants, bank conflicts, dual issue, the waits that the
-compiler writes into control codes (dependences of registers are followed instead), and the latency
-of tensor descriptors' copies.
+`run` simulates programs side by side from their first instruction to their last, long loops cut
+short; what is cut off is added at the pace of their last iterations. Left out: caches of
+instructions and constants, bank conflicts, dual issue, the waits that the compiler writes into
+control codes (dependences of registers are followed instead), and the latency of tensor
+descriptors' copies.
 """
 
 import functools
@@ -23,10 +24,19 @@ from benchmarks.clock.machine import Machine
 
 __all__ = ["PIPES", "Run", "decode", "run", "simulate"]
 
+Levels = Mapping[str, Mapping[str, str]]
 PIPES = ("integer", "float", "special", "tensor", "memory", "uniform", "barrier")
 _INTEGER, _FLOAT, _SPECIAL, _TENSOR, _MEMORY, _UNIFORM, _BARRIER = range(7)
 # What an instruction does beyond holding its pipe.
 _PLAIN, _COPY, _CLOSE_COPIES, _AWAIT_COPIES, _WGMMA, _AWAIT_WGMMA, _MEETS = range(7)
+_KINDS = {
+    "LDGSTS": _COPY,
+    "LDGDEPBAR": _CLOSE_COPIES,
+    "DEPBAR": _AWAIT_COPIES,
+    "HGMMA": _WGMMA,
+    "WARPGROUP": _AWAIT_WGMMA,
+    "BAR": _MEETS,
+}
 _MEMORY_QUEUE = 24  # clocks of work that wait before the memory pipe without stopping a warp
 _TENSOR_QUEUE = 256
 
@@ -65,68 +75,64 @@ class _Decoded:
     count: int = 0  # what may stay outstanding; of a wgmma whether it closes a group
 
 
-def decode(instruction: sass.Instruction, machine: Machine, dram: frozenset[str]) -> _Decoded:
+def decode(instruction: sass.Instruction, machine: Machine, levels: Mapping[str, str]) -> _Decoded:
     """Say what an instruction reads, writes and holds.
 
     Args:
         instruction: to decode.
         machine: whose latencies count.
-        dram: pointer arguments whose loads miss L2.
+        levels: pointer argument -> "l1" or "dram", where its loads are served; else from L2.
     """
     writes, reads = (tuple(r) for r in sass.registers(instruction))
     name, opcode, words = instruction.name, instruction.opcode, instruction.words
-    load = machine.dram_latency if instruction.reads_from & dram else machine.l2_latency
-    pipe, busy, latency, kind, count = _INTEGER, machine.integer_busy, 5.0, _PLAIN, 0
-    if name == "HMMA":
-        half = "1688" in opcode
-        pipe, busy, latency = _TENSOR, machine.mma_busy / (2 if half else 1), 33.0
-    elif name == "HGMMA":
-        shape = re.match(r"HGMMA\.64x(\d+)x(\d+)", opcode)
-        columns, depth = int(shape[1]), int(shape[2])
-        products = columns / 2 * (2 if "TF32" in opcode and depth == 8 else 1)
-        # 32 bytes of b for each column, and of a 2,048, at 128 bytes a clock.
-        in_shared = instruction.operands[1].startswith("gdesc")
-        busy = max(products, columns / 4 + (16 if in_shared else 0))
-        pipe, latency, kind, count = _TENSOR, 30.0, _WGMMA, "gsb0" in str(instruction.operands)
-    elif name == "MUFU":
-        pipe, busy, latency = _SPECIAL, machine.special_busy, 23.0
-    elif name in {"I2F", "F2I", "F2F", "FRND", "I2FP"}:
-        pipe, busy, latency = _SPECIAL, 2.0 if name == "I2FP" else machine.special_busy, 14.0
-    elif name in {"FFMA", "FADD", "FMUL"}:
-        pipe, busy, latency = _FLOAT, 1.0, 4.0
-    elif name in {"HFMA2", "HADD2", "HMUL2"}:
-        pipe, busy = _FLOAT, 1.0
-    elif name == "IMAD":
-        pipe, busy = _FLOAT, 1.5
-    elif name in {"LDS", "LDSM"}:
-        pipe, busy, latency = _MEMORY, float(words), machine.shared_latency
-    elif name in {"STS", "STSM"}:
-        pipe, busy, latency = _MEMORY, float(words), 0.0
-    elif name == "SHFL":
-        pipe, busy, latency = _MEMORY, 1.0, machine.shuffle_latency
-    elif name == "LDG":
-        pipe, busy, latency = _MEMORY, 2.0 * words, load
-    elif name == "STG":
-        pipe, busy, latency = _MEMORY, 2.0 * words, 0.0
-    elif name in {"LDL", "STL"}:
-        pipe, busy, latency = _MEMORY, float(words), machine.l1_latency
-    elif name == "LDGSTS":
-        pipe, busy, latency, kind = _MEMORY, 8.0, load, _COPY
-    elif name == "LDGDEPBAR":
-        kind = _CLOSE_COPIES
-    elif name == "DEPBAR":
-        kind, count = _AWAIT_COPIES, _last_number(instruction)
-    elif name == "WARPGROUP" and "DEPBAR" in opcode:
-        kind, count = _AWAIT_WGMMA, _last_number(instruction)
-    elif name in {"S2R", "S2UR", "R2UR", "LDC", "ULDC"}:
-        pipe, busy, latency = _UNIFORM, 1.0, 20.0
-    elif name.startswith("U"):
-        pipe, busy, latency = _UNIFORM, 1.0, 8.0
-    elif name == "BAR":
-        pipe, busy, latency, kind = _BARRIER, 1.0, machine.barrier_latency, _MEETS
-    if name in {"ISETP", "FSETP", "PLOP3", "VOTE"}:
-        latency = 9.0
-    return _Decoded(writes, reads, pipe, busy, latency, kind, int(count))
+    served = {levels.get(pointer, "l2") for pointer in instruction.reads_from or {""}}
+    load = max(getattr(machine, f"{level}_latency") for level in served)
+    shared, special = machine.shared_latency, machine.special_busy
+    known = {
+        **dict.fromkeys(("FFMA", "FADD", "FMUL"), (_FLOAT, 1.0, 4.0)),
+        **dict.fromkeys(("HFMA2", "HADD2", "HMUL2"), (_FLOAT, 1.0, 5.0)),
+        "IMAD": (_FLOAT, 1.5, 5.0),
+        "MUFU": (_SPECIAL, special, 23.0),
+        **dict.fromkeys(("I2F", "F2I", "F2F", "FRND"), (_SPECIAL, special, 14.0)),
+        "I2FP": (_SPECIAL, 2.0, 14.0),
+        **dict.fromkeys(("LDS", "LDSM"), (_MEMORY, 1.0 * words, shared)),
+        **dict.fromkeys(("STS", "STSM"), (_MEMORY, 1.0 * words, 0.0)),
+        "SHFL": (_MEMORY, 1.0, machine.shuffle_latency),
+        # 64 bytes a clock between L2 and an SM: a copy moves 16 for each lane.
+        "LDG": (_MEMORY, 2.0 * words, load),
+        "STG": (_MEMORY, 2.0 * words, 0.0),
+        "LDGSTS": (_MEMORY, 8.0, load),
+        **dict.fromkeys(("LDL", "STL"), (_MEMORY, 1.0 * words, machine.l1_latency)),
+        **dict.fromkeys(("S2R", "S2UR", "R2UR", "LDC", "ULDC"), (_UNIFORM, 1.0, 20.0)),
+        "BAR": (_BARRIER, 1.0, machine.barrier_latency),
+        "HMMA": (_TENSOR, machine.mma_busy / (2 if "1688" in opcode else 1), 33.0),
+        **dict.fromkeys(("ISETP", "FSETP", "PLOP3"), (_INTEGER, machine.integer_busy, 9.0)),
+        "VOTE": (_INTEGER, machine.integer_busy, 9.0),
+    }
+    other = (_UNIFORM, 1.0, 8.0) if name.startswith("U") else (_INTEGER, machine.integer_busy, 5.0)
+    pipe, busy, latency = known.get(name, other)
+    kind, count = _KINDS.get(name, _PLAIN), 0
+    if name == "HGMMA":
+        pipe, busy, latency, count = (
+            _TENSOR,
+            _wgmma_busy(instruction),
+            30.0,
+            int("gsb0" in str(instruction.operands)),
+        )
+    elif name == "DEPBAR" or (name == "WARPGROUP" and "DEPBAR" in opcode):
+        kind, count = _KINDS[name], _last_number(instruction)
+    elif name == "WARPGROUP":
+        kind = _PLAIN
+    return _Decoded(writes, reads, pipe, busy, latency, kind, count)
+
+
+def _wgmma_busy(instruction: sass.Instruction) -> float:
+    """Clocks of the tensor cores, or of the operands' way from shared memory if that is longer."""
+    columns, depth = map(int, re.match(r"HGMMA\.64x(\d+)x(\d+)", instruction.opcode).groups())
+    products = columns / 2 * (2 if "TF32" in instruction.opcode and depth == 8 else 1)
+    # 32 bytes of b for each column, and of a 2,048, at 128 bytes a clock.
+    in_shared = instruction.operands[1].startswith("gdesc")
+    return max(products, columns / 4 + (16 if in_shared else 0))
 
 
 def _last_number(instruction: sass.Instruction) -> int:
@@ -156,7 +162,9 @@ class _Warp:
         self.wgmmas: list[float] = []
 
 
-def simulate(code: list[_Decoded], programs: int, warps: int) -> float:
+def simulate(  # noqa: PLR0912, PLR0915  one loop, for speed
+    code: list[_Decoded], programs: int, warps: int
+) -> float:
     """Clocks until the last warp has issued its last instruction.
 
     Args:
@@ -255,13 +263,13 @@ def _simulated(
     kernel: Kernel,
     programs: int,
     machine: Machine,
-    dram: Mapping[str, frozenset[str]],
+    levels: Levels,
     trips: Mapping[str, int],
 ) -> Run:
     """Simulate with few iterations, or look up; kept in ``build/clock``."""
     made_by = source_digest(Path(__file__), Path(sass.__file__))
-    misses = sorted((n, sorted(d)) for n, d in dram.items())
-    asked = (made_by, programs, repr(machine), misses, sorted(trips.items()))
+    served = sorted((n, sorted(d.items())) for n, d in levels.items())
+    asked = (made_by, programs, repr(machine), served, sorted(trips.items()))
     key = hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
     stored = _stored(kernel.digest)
     if key not in stored:
@@ -270,7 +278,7 @@ def _simulated(
         def decoded(instruction: sass.Instruction, loop: str) -> _Decoded:
             place = (id(instruction), loop)
             if place not in known:
-                known[place] = decode(instruction, machine, dram.get(loop, frozenset()))
+                known[place] = decode(instruction, machine, levels.get(loop, {}))
             return known[place]
 
         code = list(_write_out(kernel.root, trips, decoded))
@@ -290,7 +298,7 @@ def run(
     kernel: Kernel,
     programs: int,
     machine: Machine,
-    dram: Mapping[str, frozenset[str]],
+    levels: Levels,
     trips: Mapping[str, float],
 ) -> Run:
     """What programs that run side by side on an SM take together.
@@ -299,7 +307,7 @@ def run(
         kernel: compiled.
         programs: side by side.
         machine: to simulate.
-        dram: loop -> pointer arguments whose loads miss L2 there.
+        levels: loop -> pointer argument -> "l1" or "dram", where its loads there are served.
         trips: loop -> iterations each time it is reached; 0 for one that they don't reach.
 
     Raises:
@@ -312,7 +320,7 @@ def run(
     # As many iterations as a pipeline of copies is deep pass before its pace is steady.
     step = {loop.name: loop.unrolled * (1 if loop.inner else 4) for loop in loops}
     base = {name: min(math.ceil(trips[name]), 2 if n == 1 else n) for name, n in step.items()}
-    first = _simulated(kernel, programs, machine, dram, base)
+    first = _simulated(kernel, programs, machine, levels, base)
     wanted, counted = (_iterations(kernel.root, t) for t in (trips, base))
     slopes: dict[str, Run] = {}
     total = first
@@ -324,7 +332,7 @@ def run(
         reached = _iterations(kernel.root, more)
         if reached[name] == counted[name]:
             continue
-        longer = _simulated(kernel, programs, machine, dram, more)
+        longer = _simulated(kernel, programs, machine, levels, more)
         for other, pace in slopes.items():
             longer = longer.plus(pace, counted[other] - reached[other])
         added = reached[name] - counted[name]

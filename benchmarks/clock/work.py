@@ -43,6 +43,7 @@ class Work:
         l2_bytes: that SMs ask of L2.
         rereads: loops that read what the same programs read shortly before, from L2.
         swizzled: neighbouring programs read the same tiles at the same time.
+        in_l1: pointer arguments whose lines a program reads over and over.
     """
 
     programs: tuple[Programs, ...]
@@ -50,6 +51,7 @@ class Work:
     l2_bytes: float = 0.0
     rereads: frozenset[str] = frozenset()
     swizzled: bool = False
+    in_l1: frozenset[str] = frozenset()
 
 
 WORK: dict[str, Callable[[KernelLaunch, Shape], Work]] = {}
