@@ -12,7 +12,3 @@ Ask for a layer, or for one launch with other tiles, in seconds::
 ScatterMoE, `checks` holds it against published times. ``python -m benchmarks.clock`` is the command
 line. What it says is modelled, never measured.
 """
-
-import os
-
-os.environ.pop("TRITON_INTERPRET", None)  # the interpreter has no code to show

@@ -2,7 +2,7 @@ r"""The modelled clock of sm_90, without a GPU: nothing that it prints is measur
 
     python -m benchmarks.clock table [--shapes 64-4-1-5-1e6,weather-small-p5] [--json FILE]
     python -m benchmarks.clock layer --shape 64-4-1-5-1e6 [--plan grouped]
-    python -m benchmarks.clock kernel expert_ffn_dw --shape 128-8-1-5-1e6 --plan grouped \\
+    python -m benchmarks.clock kernel expert_ffn_dw --shape 128-8-1-5-1e6 --plan grouped \
         --set BLOCK_M=32,64 --set num_warps=4,8 --set num_splits=33,66
     python -m benchmarks.clock checks
 

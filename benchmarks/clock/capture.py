@@ -21,7 +21,8 @@ from torch.utils.flop_counter import flop_registry
 from triton.runtime.jit import JITFunction
 
 from benchmarks import aten, codegen
-from benchmarks.clock.compiled import Kernel, compiled
+from benchmarks.clock import sass
+from benchmarks.clock.compiled import compiled
 from benchmarks.shapes import Shape
 from segmoe_kernels import SegMoE
 from segmoe_kernels._triton import tiles as table
@@ -72,7 +73,7 @@ class KernelLaunch:
         return name in self.tensors
 
     @property
-    def kernel(self) -> Kernel:
+    def kernel(self) -> sass.Kernel:
         """It, compiled."""
         return compiled(self.launch)
 

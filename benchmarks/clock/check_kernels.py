@@ -78,14 +78,14 @@ def count_kernel(
     ids_ptr,  # (slots,) int32
     counts_ptr,  # (programs + 1, E) int32
     num_slots,
+    slots,
     E: tl.constexpr,
-    SLOTS: tl.constexpr,
 ):
-    """Count the ids of SLOTS slots one after the other: two loads that wait for each other."""
+    """Count the ids of slots one after the other: two loads that wait for each other."""
     pid = tl.program_id(0)
-    first = pid * SLOTS
+    first = pid * slots
     counts_ptr += (pid + 1) * E
-    for slot in range(SLOTS):
+    for slot in range(slots):
         if first + slot < num_slots:
             expert = tl.load(ids_ptr + first + slot)
             count = tl.load(counts_ptr + expert)
@@ -99,14 +99,14 @@ def place_kernel(
     counts_ptr,  # (programs + 1, E) int32
     starts_ptr,  # (E + 1,) int32
     num_slots,
+    slots,
     E: tl.constexpr,
-    SLOTS: tl.constexpr,
 ):
-    """Place SLOTS slots one after the other."""
+    """Place slots one after the other."""
     pid = tl.program_id(0)
-    first = pid * SLOTS
+    first = pid * slots
     counts_ptr += pid * E
-    for slot in range(first, tl.minimum(first + SLOTS, num_slots)):
+    for slot in range(first, tl.minimum(first + slots, num_slots)):
         expert = tl.load(ids_ptr + slot)
         count = tl.load(counts_ptr + expert)
         tl.store(sorted_ptr + count + tl.load(starts_ptr + expert), slot)

@@ -100,7 +100,7 @@ def _serial(machine: Machine) -> float:
     ):
         times = []
         for slots in (8192, 4096):
-            call = launch(kernel, *args, 8 * slots, E=8, SLOTS=slots)
+            call = launch(kernel, *args, 8 * slots, slots, E=8)
             work = Work((Programs(8, {"slot": slots}),), in_l1=in_l1)
             times.append(time_kernel(call, work, machine).us)
         total += (times[0] - times[1]) / 4096 * 1e3

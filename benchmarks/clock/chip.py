@@ -5,9 +5,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from benchmarks.clock import sm
+from benchmarks.clock import sass, sm
 from benchmarks.clock.capture import Capture, KernelLaunch, OperatorCall
-from benchmarks.clock.compiled import Kernel
 from benchmarks.clock.machine import H200, Machine
 from benchmarks.clock.work import Work, work_of
 from benchmarks.shapes import Shape
@@ -46,7 +45,7 @@ class Time:
     resident: int = 0
     bound: str = ""
     parts: dict[str, float] = field(default_factory=dict)
-    kernel: Kernel | None = None
+    kernel: sass.Kernel | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class LayerTime:
         return sum(t.us + launch_us * t.launches for t in chosen)
 
 
-def resident_programs(kernel: Kernel, machine: Machine = H200) -> int:
+def resident_programs(kernel: sass.Kernel, machine: Machine = H200) -> int:
     """Programs of a kernel that an SM holds at once."""
     registers = math.ceil(kernel.registers / 8) * 8 * 32 * kernel.num_warps
     shared = kernel.shared_bytes + machine.reserved_shared_bytes

@@ -4,14 +4,11 @@ A kernel is known by its source, those it calls included, and what it is special
 changed one is compiled anew and nothing stale is read.
 """
 
-import functools
 import hashlib
 import json
 import os
 import re
 import tempfile
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import triton
@@ -19,44 +16,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.clock import sass
+from benchmarks.clock.cache import CACHE, write_whole
 from benchmarks.codegen import NVIDIA_BIN, Launch, run_tool
 
-__all__ = ["CACHE", "Kernel", "compiled", "source_digest"]
+__all__ = ["compiled"]
 
-CACHE = Path(__file__).resolve().parents[2] / "build" / "clock"
 TARGET = GPUTarget("cuda", 90, 32)
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """What the model needs of a compiled kernel.
-
-    Attributes:
-        digest: of source, specialisation and compiler.
-        name: of the function.
-        registers: of a thread.
-        shared_bytes: of a program.
-        num_warps: of a program.
-        spills: loads and stores of spilled registers.
-        root: its instructions in the tree of its loops.
-    """
-
-    digest: str
-    name: str
-    registers: int
-    shared_bytes: int
-    num_warps: int
-    spills: int
-    root: sass.Loop
-
-
-@functools.cache
-def source_digest(*paths: Path) -> str:
-    """A digest of files: what a stored result was made by."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
-
-
-def compiled(launch: Launch) -> Kernel:
+def compiled(launch: Launch) -> sass.Kernel:
     """Compile a launch, or read what was compiled before.
 
     Args:
@@ -69,10 +37,10 @@ def compiled(launch: Launch) -> Kernel:
     return _compiled(hashlib.sha256(repr(known).encode()).hexdigest()[:16], launch)
 
 
-_KERNELS: dict[str, Kernel] = {}
+_KERNELS: dict[str, sass.Kernel] = {}
 
 
-def _compiled(digest: str, launch: Launch) -> Kernel:
+def _compiled(digest: str, launch: Launch) -> sass.Kernel:
     if digest not in _KERNELS:
         path = CACHE / "kernels" / f"{digest}.json"
         if path.exists():
@@ -83,7 +51,7 @@ def _compiled(digest: str, launch: Launch) -> Kernel:
         pointers = sass.parameter_offsets(launch.signature)
         root = sass.read_kernel(found.pop("listing"), pointers)
         warps = launch.options.get("num_warps", 4)
-        _KERNELS[digest] = Kernel(
+        _KERNELS[digest] = sass.Kernel(
             digest, launch.function.__name__, **found, num_warps=warps, root=root
         )
     return _KERNELS[digest]
@@ -104,11 +72,3 @@ def _compile(launch: Launch) -> dict[str, Any]:
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
         "listing": sass.annotate(code),
     }
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -12,7 +12,15 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["Instruction", "Loop", "annotate", "parameter_offsets", "read_kernel", "registers_of"]
+__all__ = [
+    "Instruction",
+    "Kernel",
+    "Loop",
+    "annotate",
+    "parameter_offsets",
+    "read_kernel",
+    "registers_of",
+]
 
 # Where the first argument of a kernel lies in constant bank 0 of sm_90.
 _FIRST_ARGUMENT = 0x210
@@ -100,6 +108,29 @@ class Loop:
     def turns(self, trips: int) -> int:
         """Iterations of the machine code for so many of the source."""
         return (trips % self.rest_of if self.rest_of else trips) // self.unrolled
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What the model needs of a compiled kernel.
+
+    Attributes:
+        digest: of source, specialisation and compiler.
+        name: of the function.
+        registers: of a thread.
+        shared_bytes: of a program.
+        num_warps: of a program.
+        spills: loads and stores of spilled registers.
+        root: its instructions in the tree of its loops.
+    """
+
+    digest: str
+    name: str
+    registers: int
+    shared_bytes: int
+    num_warps: int
+    spills: int
+    root: Loop
 
 
 def annotate(disassembly: str) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.clock import sass
-from benchmarks.clock.compiled import CACHE, Kernel, source_digest, write_whole
+from benchmarks.clock.cache import CACHE, source_digest, write_whole
 from benchmarks.clock.machine import Machine
 
 __all__ = ["PIPES", "Run", "decode", "run", "simulate"]
@@ -113,16 +113,12 @@ def decode(instruction: sass.Instruction, machine: Machine, levels: Mapping[str,
     pipe, busy, latency = known.get(name, other)
     kind, count = _KINDS.get(name, _PLAIN), 0
     if name == "HGMMA":
-        pipe, busy, latency, count = (
-            _TENSOR,
-            _wgmma_busy(instruction),
-            30.0,
-            int("gsb0" in str(instruction.operands)),
-        )
+        pipe, busy, latency = _TENSOR, _wgmma_busy(instruction), 30.0
+        count = int("gsb0" in instruction.operands)
     elif name == "DEPBAR" or (name == "WARPGROUP" and "DEPBAR" in opcode):
         kind, count = _KINDS[name], _last_number(instruction)
     elif name == "WARPGROUP":
-        kind = _PLAIN
+        kind = _PLAIN  # ARRIVE orders, and doesn't wait
     return _Decoded(writes, reads, pipe, busy, latency, kind, count)
 
 
@@ -140,18 +136,7 @@ def _last_number(instruction: sass.Instruction) -> int:
 
 
 class _Warp:
-    __slots__ = (
-        "at",
-        "copies",
-        "next",
-        "open",
-        "port",
-        "program",
-        "ready",
-        "round",
-        "steps",
-        "wgmmas",
-    )
+    __slots__ = ("at", "copies", "next", "open", "port", "program", "ready", "wgmmas")
 
     def __init__(self, program: int, port: int) -> None:
         self.program, self.port, self.next = program, port, 0.0
@@ -260,7 +245,7 @@ def _stored(digest: str) -> dict[str, Any]:
 
 
 def _simulated(
-    kernel: Kernel,
+    kernel: sass.Kernel,
     programs: int,
     machine: Machine,
     levels: Levels,
@@ -295,7 +280,7 @@ def _simulated(
 
 
 def run(
-    kernel: Kernel,
+    kernel: sass.Kernel,
     programs: int,
     machine: Machine,
     levels: Levels,
