@@ -3,9 +3,9 @@
 import json
 import sys
 
-from benchmarks.clock import chip, compiled, work
-from benchmarks.clock.capture import capture_layer
-from benchmarks.clock.machine import H200, SENSITIVITY
+from benchmarks.clock import chip, compiled, measured, work
+from benchmarks.clock.capture import OperatorCall, capture_layer
+from benchmarks.clock.machine import SENSITIVITY
 from benchmarks.clock.tables import check_rows, parse_workload
 
 
@@ -46,7 +46,19 @@ def main():
     compiled._KERNELS.clear()
     facts["read again"] = launch.kernel.root == kernel.root
     facts["checks"] = {name: check_rows(machine) for name, machine in SENSITIVITY.items()}
-    facts["machine"] = H200.name
+    sort = OperatorCall("sort", 0, 0, 0, 10_000, (10_000,))
+    times = [chip.time_launch(call, shape) for call in (launch, sort)]
+    profiled = [
+        {"kernel": "sum_splits_kernel", "time_us": 7.0},
+        {"kernel": "radixSortKernel", "time_us": 40.0},
+    ]
+    facts["compared"] = measured.compare(chip.LayerTime(times, []), profiled)
+    facts["why not"] = measured.why_not()
+    shared = capture_layer(
+        parse_workload("64-4-1-5-1e6").shape, shared_expert="segment", backward=False
+    )
+    passes = [c for c in shared.forward if c.name.startswith(("shared", "mm", "_combine"))]
+    facts["shared"] = [[c.name for c in passes], sum(chip.time_launch(c, shape).us for c in passes)]
     json.dump(facts, sys.stdout)
 
 

@@ -263,6 +263,24 @@ def test_published_times_are_met(facts):
     assert moved["integer pipe at full rate"] <= rows[3]["modelled"]
 
 
+def test_modelled_beside_measured(facts):
+    """Operators of PyTorch are one row; what the model doesn't know is among them."""
+    rows = {row.pop("kernel"): row for row in facts["compared"]}
+    assert list(rows) == ["aten", "sum_splits_kernel"]
+    us = facts["sum_splits_us"][1]
+    assert rows["aten"] == {"launches": 9, "modelled_us": 13.5, "measured_us": 40.0}
+    assert rows["sum_splits_kernel"]["measured_us"] == 7.0
+    assert rows["sum_splits_kernel"]["modelled_us"] == pytest.approx(us)
+    assert facts["why not"] in {"no GPU", None} or "sm_90" in facts["why not"]
+
+
+def test_shared_experts_are_modelled(facts):
+    names, us = facts["shared"]
+    assert names.count("mm") >= 2
+    assert "shared_activate_kernel" in names
+    assert us > 0
+
+
 def layer_row(provider, passed, us, launches, calls=()):
     return {
         "kind": "layer", "configuration": "64-4-1-5-1e4", "provider": provider, "pass": passed,

@@ -5,11 +5,14 @@ r"""The modelled clock of sm_90, without a GPU: nothing that it prints is measur
     python -m benchmarks.clock kernel expert_ffn_dw --shape 128-8-1-5-1e6 --plan grouped \
         --set BLOCK_M=32,64 --set num_warps=4,8 --set num_splits=33,66
     python -m benchmarks.clock checks
+    python -m benchmarks.clock measured [--shapes 64-4-1-5-1e6] [--out FOLDER]
 
 ``table``: forward and backward of our plans and of ScatterMoE. ``layer``: each launch of one of
 them. ``kernel``: one launch with every combination of other constants, numbers and options, the
 fastest first. ``checks``: published times beside modelled ones, and what moves with what is from
-memory. A shape is D-E-k-P-rows (F = 2 D, sequences of 60 steps) or a name of `benchmarks.shapes`.
+memory. ``measured``: on a GPU of sm_90, modelled beside measured, kernel by kernel.
+
+A shape is D-E-k-P-rows (F = 2 D, sequences of 60 steps) or a name of `benchmarks.shapes`.
 ``--tile expert_ffn_dw_tile.block_m=64`` changes a tile where the launchers ask for it.
 """
 
@@ -22,6 +25,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.clock import measured
 from benchmarks.clock.capture import OperatorCall
 from benchmarks.clock.chip import time_launch
 from benchmarks.clock.tables import (
@@ -35,6 +39,7 @@ from benchmarks.clock.tables import (
     parse_workload,
     sensitivity_rows,
 )
+from benchmarks.store import Store, results_folder
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "clock" / "sm_90.json"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -56,6 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     checks = commands.add_parser("checks", help="against published times; sensitivity")
     checks.add_argument("--json", type=Path)
+    beside = commands.add_parser("measured", help="modelled beside measured, on a GPU")
+    beside.add_argument("--shapes", default=",".join(SENSITIVE))
+    beside.add_argument("--plans", default="auto,grouped")
+    beside.add_argument("--out", help="folder of the results")
     for command in (layer, kernel):
         command.add_argument("--shape", required=True)
         command.add_argument("--plan", default="auto", choices=[*PLANS, "scattermoe"])
@@ -90,8 +99,8 @@ def _table(args: argparse.Namespace) -> None:
     print(f"{'shape':<18}" + "".join(f"{name:>30}" for name in providers))
     for name in args.shapes.split(","):
         workload = parse_workload(name)
-        extra = {"tiles": _tiles(args.tile)} if args.tile else {}
-        rows = layer_rows(workload, providers, DTYPES[args.dtype], **extra)
+        tiles = _tiles(args.tile)
+        rows = layer_rows(workload, providers, DTYPES[args.dtype], tiles=tiles)
         cells = []
         for provider in providers:
             mine = [row for row in rows if row["provider"] == provider]
@@ -117,8 +126,8 @@ def _line(row: dict[str, Any], label: str = "") -> str:
 
 def _layer(args: argparse.Namespace) -> None:
     workload = parse_workload(args.shape)
-    extra = {"tiles": _tiles(args.tile)} if args.tile else {}
-    for row in layer_rows(workload, [args.plan], DTYPES[args.dtype], **extra):
+    tiles = _tiles(args.tile)
+    for row in layer_rows(workload, [args.plan], DTYPES[args.dtype], tiles=tiles):
         if "skipped" in row:
             print(f"skipped {args.plan}: {row['skipped']}")
             continue
@@ -129,16 +138,16 @@ def _layer(args: argparse.Namespace) -> None:
 
 def _kernel(args: argparse.Namespace) -> int:
     workload = parse_workload(args.shape)
-    extra = {"tiles": _tiles(args.tile)} if args.tile else {}
-    capture = capture_provider(workload, args.plan, DTYPES[args.dtype], **extra)
+    tiles = _tiles(args.tile)
+    capture = capture_provider(workload, args.plan, DTYPES[args.dtype], tiles=tiles)
     found = capture.kernels(args.name)
     if not found:
         calls = [*capture.forward, *capture.backward]
-        names = dict.fromkeys(c.name for c in calls if not isinstance(c, OperatorCall))
-        print(f"no {args.name}; this layer launches {', '.join(names)}", file=sys.stderr)
+        known = dict.fromkeys(c.name for c in calls if not isinstance(c, OperatorCall))
+        print(f"no {args.name}; this layer launches {', '.join(known)}", file=sys.stderr)
         return 1
     names = [word.partition("=")[0] for word in args.values]
-    choices = [[int(value) for value in word.partition("=")[2].split(",")] for word in args.values]
+    choices = [[int(v) for v in word.partition("=")[2].split(",")] for word in args.values]
     for number, launch in enumerate(found):
         lines = [
             (time_launch(launch, workload.shape).us, _line(_row(launch, workload), "as it is"))
@@ -185,11 +194,35 @@ def _checks(args: argparse.Namespace) -> int:
     return 0 if all(row["holds"] for row in rows if row["kind"] == "check") else 1
 
 
+def _measured(args: argparse.Namespace) -> int:
+    if why := measured.why_not():
+        print(f"nothing to measure: {why}")
+        return 0
+    store = Store(results_folder("cuda", args.out) / "clock.json")
+    for name, plan in itertools.product(args.shapes.split(","), args.plans.split(",")):
+        row = measured.measure(name, plan)
+        store.add([row])
+        print(f"{name} {plan}, us:{'modelled':>34}{'measured':>10}")
+        for kernel in row["kernels"]:
+            print(
+                f"  {kernel['kernel']:<34}{kernel['modelled_us']:>12.1f}"
+                f"{kernel['measured_us']:>10.1f}",
+                flush=True,
+            )
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line."""
     args = _parser().parse_args(arguments)
     torch.set_num_threads(1)
-    commands = {"table": _table, "layer": _layer, "kernel": _kernel, "checks": _checks}
+    commands = {
+        "table": _table,
+        "layer": _layer,
+        "kernel": _kernel,
+        "checks": _checks,
+        "measured": _measured,
+    }
     return commands[args.command](args) or 0
 
 

@@ -61,7 +61,7 @@ class KernelLaunch:
     @property
     def name(self) -> str:
         """The kernel's."""
-        return self.launch.function.__name__
+        return str(self.launch.function.__name__)
 
     def __getitem__(self, name: str) -> Any:
         """A constant or a scalar argument; None for an absent tensor."""

@@ -65,8 +65,8 @@ def launch(kernel: Any, *args: Any, grid: tuple[int, ...] = (1,), **options: Any
 def _product(m: int, n: int, k: int, machine: Machine) -> float:
     """Microseconds of a plain product with 128 x 256 tiles, as Liger's and ours."""
     a, b, c = (torch.empty(s, dtype=torch.bfloat16) for s in ((m, k), (k, n), (m, n)))
-    tile = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP_M": 8}
-    options = {**tile, "num_warps": 8, "num_stages": 3}
+    tile: dict[str, Any] = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP_M": 8}
+    options: dict[str, Any] = {**tile, "num_warps": 8, "num_stages": 3}
     call = launch(check_kernels.matmul_kernel, a, b, c, m, N=n, K=k, **options)
     count = cdiv(m, 128) * cdiv(n, 256)
     l2 = 2 * (count * (128 + 256) * k + m * n)
@@ -79,7 +79,13 @@ def _attention(machine: Machine) -> float:
     heads, length, d = 64, 8192, 128
     size = (heads, length, d)
     q, k, v, out = (torch.empty(size, dtype=torch.bfloat16) for _ in range(4))
-    options = {"D": d, "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
+    options: dict[str, Any] = {
+        "D": d,
+        "BLOCK_M": 128,
+        "BLOCK_N": 128,
+        "num_warps": 8,
+        "num_stages": 3,
+    }
     call = launch(check_kernels.attention_kernel, q, k, v, out, length, 0.1, **options)
     count = heads * length // 128
     l2 = 2 * count * d * (2 * 128 + 2 * length)

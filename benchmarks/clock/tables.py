@@ -20,6 +20,7 @@ from benchmarks.shapes import Shape, Workload, find_workloads
 __all__ = [
     "PLANS",
     "TARGETS",
+    "capture_provider",
     "check_rows",
     "clock_environment",
     "kernel_row",
@@ -64,14 +65,18 @@ def parse_workload(text: str) -> Workload:
 
 
 def capture_provider(
-    workload: Workload, provider: str, dtype: torch.dtype, **options: Any
+    workload: Workload,
+    provider: str,
+    dtype: torch.dtype = torch.bfloat16,
+    tiles: Mapping[str, Mapping[str, int]] | None = None,
 ) -> Capture:
-    """Catch a workload's launches with one of `PLANS` or "scattermoe"."""
-    kind = {"activation": workload.activation, "gated": workload.gated}
+    """Catch a workload's launches with one of `PLANS`, or with "scattermoe"."""
+    kind: dict[str, Any] = {"activation": workload.activation, "gated": workload.gated}
     if provider == "scattermoe":
         return capture_scattermoe(workload.shape, dtype=dtype, **kind)
-    variables = {**PLANS[provider], **options.pop("variables", {})}
-    return capture_layer(workload.shape, dtype=dtype, variables=variables, **kind, **options)
+    return capture_layer(
+        workload.shape, dtype=dtype, variables=PLANS[provider], tiles=tiles, **kind
+    )
 
 
 def layer_rows(
@@ -79,7 +84,7 @@ def layer_rows(
     providers: Iterable[str],
     dtype: torch.dtype = torch.bfloat16,
     machine: Machine = H200,
-    **options: Any,
+    tiles: Mapping[str, Mapping[str, int]] | None = None,
 ) -> list[dict[str, Any]]:
     """Model a workload with each provider: a row for each pass.
 
@@ -88,7 +93,7 @@ def layer_rows(
         providers: of `PLANS`, or "scattermoe".
         dtype: of the layer.
         machine: where.
-        **options: of `capture_layer`.
+        tiles: as `capture_layer` takes them.
     """
     rows = []
     for provider in providers:
@@ -99,7 +104,7 @@ def layer_rows(
             "dtype": str(dtype).removeprefix("torch."),
         }
         try:
-            capture = capture_provider(workload, provider, dtype, **options)
+            capture = capture_provider(workload, provider, dtype, tiles)
         except SkippedError as error:
             rows.append({**about, "skipped": str(error)})
             continue

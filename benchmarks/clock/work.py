@@ -6,10 +6,11 @@ Routing is taken to be even: an expert gets a binomial number of segments.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from benchmarks.clock.capture import KernelLaunch
+from benchmarks.clock.machine import H200
 from benchmarks.shapes import Shape
 
 __all__ = ["WORK", "Programs", "Work", "expected_tiles", "work_of"]
@@ -30,7 +31,7 @@ class Programs:
     """
 
     count: int
-    trips: dict[str, float] = field(default_factory=dict)
+    trips: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def _expert(launch: KernelLaunch, shape: Shape) -> int:
 
 def _row_tiles(launch: KernelLaunch, shape: Shape) -> float:
     """Tiles of rows over all experts: a half-empty one each more than full ones."""
-    return shape.steps * shape.top_k / launch["BLOCK_M"] + shape.num_experts / 2
+    block_m: int = launch["BLOCK_M"]
+    return shape.steps * shape.top_k / block_m + shape.num_experts / 2
 
 
 def _router_bytes(shape: Shape) -> int:
@@ -157,10 +159,10 @@ def block_fwd(launch: KernelLaunch, shape: Shape) -> Work:
     router = shape.num_experts * shape.segment_size * shape.d_model * _itemsize(launch)
     weights = _expert(launch, shape) * turns * (1 if block_f >= shape.d_ff else tiles)
     l2 = groups * rows + count * (blocks * router + weights) + (3 * shape.top_k - 1) * rows
-    # Rows are read again by the experts: from L2 where all programs' rows fit it, which holds up
-    # to some 132 programs' of the usual sizes.
-    alive = min(count, 2 * 132) / groups * segments * shape.segment_size * shape.d_model * 2
-    rereads = frozenset({"turn", "row0", "f0"} if alive < 45e6 else ())
+    # The experts read the rows again, from L2 where the rows of all programs that run fit it.
+    running = min(count, 2 * H200.num_sms) / groups
+    again = running * segments * shape.segment_size * shape.d_model * _itemsize(launch)
+    rereads = frozenset({"turn", "row0", "f0"} if again < H200.l2_bytes else ())
     hbm = (2 if rereads else 3) * rows + _router_bytes(shape)
     return Work((Programs(count, trips),), hbm, l2, rereads)
 
@@ -346,7 +348,45 @@ def grouped_gemm_dw(launch: KernelLaunch, shape: Shape) -> Work:
 
 @_kernel
 def combine_fwd(launch: KernelLaunch, shape: Shape) -> Work:
-    moved = (launch["num_choices"] + 1) * _row(launch, shape)
+    choices = launch["num_choices"]
+    moved = (choices + 1 + launch.given("shared_ptr")) * _row(launch, shape)
     columns = cdiv(shape.d_model, launch["BLOCK_D"])
     count = cdiv(shape.steps, launch["BLOCK_M"]) * columns
-    return Work((Programs(count, {"_": launch["num_choices"]}),), moved, moved)
+    return Work((Programs(count, {"_": choices}),), moved, moved)
+
+
+@_kernel
+def combine_bwd(launch: KernelLaunch, shape: Shape) -> Work:
+    steps = launch["STEPS_PER_GATE"]
+    moved = 3 * _row(launch, shape)
+    trips = {"p": steps, "d0": cdiv(shape.d_model, launch["BLOCK_D"])}
+    count = cdiv(shape.steps / steps, launch["BLOCK_M"])
+    return Work((Programs(count, trips),), moved, moved)
+
+
+def _shared_pass(launch: KernelLaunch, shape: Shape, width: int, matrices: int) -> Work:
+    """A pass over the shared expert's rows, ``width`` wide, or over steps, BLOCK_D at a time."""
+    moved = matrices * shape.segments * width * _itemsize(launch)
+    count = math.prod(launch.grid)
+    columns = launch["BLOCK_N"] if "BLOCK_N" in launch.launch.constants else width
+    return Work((Programs(count, {"n0": cdiv(width, columns)}),), moved, moved)
+
+
+@_kernel
+def shared_rows(launch: KernelLaunch, shape: Shape) -> Work:
+    return _shared_pass(launch, shape, launch["W"], 2)
+
+
+@_kernel
+def shared_activate(launch: KernelLaunch, shape: Shape) -> Work:
+    return _shared_pass(launch, shape, launch["H"], 2 + launch.given("gate_pre_ptr"))
+
+
+@_kernel
+def shared_activate_bwd(launch: KernelLaunch, shape: Shape) -> Work:
+    return _shared_pass(launch, shape, launch["H"], 4 + 2 * launch.given("gate_pre_ptr"))
+
+
+@_kernel
+def shared_dx(launch: KernelLaunch, shape: Shape) -> Work:
+    return _shared_pass(launch, shape, shape.segment_size * shape.d_model, 2)
