@@ -29,7 +29,7 @@ _SIZES = {"i1": 1, "i8": 1, "i32": 4, "i64": 8, "fp32": 4, "fp64": 8}
 _PLACE = re.compile(r'^\s*//## File "(.*?)", line (\d+)')
 _NOTE = re.compile(r"^//# (\S+) (\d+) ?(\w*)")
 _LABEL = re.compile(r"^(\.L_x_\d+|\$__internal\S*?):")
-_CODE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
+_CODE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+((?:@(!?U?P\w+)\s+)?(.*?))\s*;")
 _FOR = re.compile(r"^for (\w+) in ")
 _TARGET = re.compile(r"`\((\.L_x_\d+|\$__internal\S*?)\)")
 _REGISTER = re.compile(r"\b(UR|R|UP|P)(\d+)(\.64)?\b")
@@ -199,7 +199,7 @@ def registers(instruction: Instruction) -> tuple[list[str], list[str]]:
     if name == "HMMA":
         width = 4
     elif name == "HGMMA":
-        width = int(re.match(r"HGMMA\.64x(\d+)x", opcode)[1]) // 2
+        width = int(opcode.split("x")[1]) // 2
     writes = registers_of(operands[0], width)
     rest = 1
     while rest < len(operands) and re.fullmatch(r"U?P(\d|T)", operands[rest]):
@@ -222,7 +222,6 @@ def registers(instruction: Instruction) -> tuple[list[str], list[str]]:
 
 @dataclass
 class _Line:
-    address: int
     text: str
     predicate: str
     opcode: str
@@ -251,11 +250,9 @@ def _parse(listing: str) -> tuple[list[_Line], dict[str, int]]:
         elif label := _LABEL.match(text):
             labels[label[1]] = len(lines)
         elif code := _CODE.match(text):
-            guard, body = re.fullmatch(r"(?:@(!?U?P\w+)\s+)?(.*)", code[2]).groups()
-            opcode, _, rest = body.partition(" ")
+            opcode, _, rest = code[4].partition(" ")
             operands = tuple(o.strip() for o in re.split(r",(?![^\[]*\])", rest)) if rest else ()
-            address = int(code[1], 16)
-            lines.append(_Line(address, body, guard or "", opcode, operands, place, variable))
+            lines.append(_Line(code[4], code[3] or "", opcode, operands, place, variable))
     return lines, labels
 
 

@@ -12,7 +12,6 @@ import hashlib
 import heapq
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,11 @@ _KINDS = {
     "WARPGROUP": _AWAIT_WGMMA,
     "BAR": _MEETS,
 }
+# What of a machine a simulated run depends on.
+_MATTERS = (
+    *("l1_latency", "shared_latency", "l2_latency", "dram_latency", "barrier_latency"),
+    *("shuffle_latency", "integer_busy", "special_busy", "mma_busy"),
+)
 _MEMORY_QUEUE = 24  # clocks of work that wait before the memory pipe without stopping a warp
 _TENSOR_QUEUE = 256
 
@@ -124,7 +128,7 @@ def decode(instruction: sass.Instruction, machine: Machine, levels: Mapping[str,
 
 def _wgmma_busy(instruction: sass.Instruction) -> float:
     """Clocks of the tensor cores, or of the operands' way from shared memory if that is longer."""
-    columns, depth = map(int, re.match(r"HGMMA\.64x(\d+)x(\d+)", instruction.opcode).groups())
+    columns, depth = (int(size) for size in instruction.opcode.split(".")[1].split("x")[1:])
     products = columns / 2 * (2 if "TF32" in instruction.opcode and depth == 8 else 1)
     # 32 bytes of b for each column, and of a 2,048, at 128 bytes a clock.
     in_shared = instruction.operands[1].startswith("gdesc")
@@ -254,7 +258,8 @@ def _simulated(
     """Simulate with few iterations, or look up; kept in ``build/clock``."""
     made_by = source_digest(Path(__file__), Path(sass.__file__))
     served = sorted((n, sorted(d.items())) for n, d in levels.items())
-    asked = (made_by, programs, repr(machine), served, sorted(trips.items()))
+    inside = [getattr(machine, name) for name in _MATTERS]
+    asked = (made_by, programs, inside, served, sorted(trips.items()))
     key = hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
     stored = _stored(kernel.digest)
     if key not in stored:
