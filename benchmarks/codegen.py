@@ -134,7 +134,8 @@ def _describe(value: Any, *, constexpr: bool) -> tuple[str, bool]:
     return "fp32", False
 
 
-def _catch(function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+def catch(function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+    """Describe one launch by what it was called with; kwargs loses what is no argument."""
     names = ("num_warps", "num_stages", "maxnreg")
     options = {name: kwargs.pop(name) for name in names if name in kwargs}
     for name in ("grid", "warmup"):
@@ -161,7 +162,7 @@ def caught_launches(store: Callable[[Launch], None]) -> Iterator[None]:
     real = JITFunction.run
 
     def run(self: JITFunction, *args: Any, **kwargs: Any) -> None:
-        store(_catch(self, args, dict(kwargs)))
+        store(catch(self, args, dict(kwargs)))
 
     JITFunction.run = run
     try:
@@ -216,8 +217,8 @@ def _read_nvidia(row: Row, ptx: str, cubin: bytes) -> None:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _run(NVIDIA_BIN / "cuobjdump", "-res-usage", file.name)
-        sass = _run(NVIDIA_BIN / "nvdisasm", "-c", file.name)
+        usage = run_tool(NVIDIA_BIN / "cuobjdump", "-res-usage", file.name)
+        sass = run_tool(NVIDIA_BIN / "nvdisasm", "-c", file.name)
     row.registers = int(re.search(r"REG:(\d+)", usage)[1])
     row.spill_bytes = sum(
         {"64": 8, "128": 16}.get(width, 4)
@@ -238,7 +239,8 @@ def _read_amd(row: Row, assembly: str) -> None:
     row.instructions = len(re.findall(r"^\t[sv]_|^\t(?:buffer|global|ds)_", assembly, re.MULTILINE))
 
 
-def _run(*command: Any) -> str:
+def run_tool(*command: Any) -> str:
+    """Run a program and return what it printed."""
     words = [str(word) for word in command]
     result = subprocess.run(words, capture_output=True, text=True, check=False)
     if result.returncode:

@@ -4,6 +4,7 @@
 
 Steps, in order:
 
+* ``clock``: the modelled clock beside the measured one, kernel by kernel -> clock.json
 * ``tests``: every test, those marked ``gpu`` first -> tests.json
 * ``ceilings``: copy rate and GEMM rate of the device -> ceilings.json
 * ``layer``: the headline shapes beside every peer, routed part and whole layer, uniform and skewed
@@ -76,6 +77,7 @@ _COMPILED = "--providers segmoe,compile,grouped_mm_compile"
 _LLM_PEERS = "--providers segmoe,grouped_mm,scattermoe,scattermoe_nosync,liger,transformers"
 
 STEPS = (
+    Step("clock", ("clock measured",), ("clock measured",)),
     Step("tests", ("tests",), ("tests",)),
     Step("ceilings", ("ceilings",), ("ceilings --device cpu --size 64 --copy-mib 1 --budget 0",)),
     Step(

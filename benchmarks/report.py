@@ -14,12 +14,12 @@ measured copy rate (ceilings.json); "of bound" is the bound over the measured ti
 import argparse
 import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.clock import render
 from benchmarks.common import device_name
 from benchmarks.store import ROOT
 
@@ -64,12 +64,6 @@ class Results:
             return None
         compute = row["needed_gflop"] / gemm["rate_tflop_per_s"]
         return max(compute, row["floor_mb"] / copy["rate_gb_per_s"])
-
-
-def _table(head: list[str], lines: Iterable[list[str]]) -> str:
-    """Markdown; the first column is text, the others numbers."""
-    rule = ["---", *("---:" for _ in head[1:])]
-    return "\n".join("| " + " | ".join(words) + " |" for words in [head, rule, *lines])
 
 
 def _groups(rows: list[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
@@ -123,7 +117,7 @@ def layer_table(results: Results, rows: list[Row]) -> str:
             bound = f"{100 * least / ours['time_median_ms']:.0f} %"
         label = configuration.removesuffix("/plan-auto").replace("/", " ")
         lines.append([label, *(_ms(found.get(name)) for name in names), ratio, bound])
-    return _table(head, lines)
+    return render.table(head, lines)
 
 
 def stage_table(rows: list[Row]) -> str:
@@ -134,7 +128,7 @@ def stage_table(rows: list[Row]) -> str:
         found = _by_provider(members)
         label = configuration.removesuffix("/plan-auto").replace("/", " ")
         lines.append([label, *(_ms(found.get(name)) for name in names)])
-    return _table(["stage (ms)", *names], lines)
+    return render.table(["stage (ms)", *names], lines)
 
 
 def memory_table(rows: list[Row]) -> str:
@@ -152,7 +146,7 @@ def memory_table(rows: list[Row]) -> str:
             saved = f"{row['saved_mib']:.2f}"
             step = f"{row['saved_bytes_per_step']:.0f}"
             lines.append([label, row["provider"], saved, step, peak, share])
-    return _table(head, lines)
+    return render.table(head, lines)
 
 
 def _absent(rows: list[Row]) -> list[str]:
@@ -177,7 +171,7 @@ def _sections(results: Results) -> list[str]:
             ]
             for row in ceilings
         ]
-        table = _table(["measured ceiling", "GB/s", "TFLOP/s"], lines)
+        table = render.table(["measured ceiling", "GB/s", "TFLOP/s"], lines)
         parts.append(f"## Ceilings of the device\n\n{table}")
     keys = ("part", "pass", "mode")
     for (part, passed, mode), rows in _groups(results.timed("layer"), *keys).items():
@@ -187,6 +181,9 @@ def _sections(results: Results) -> list[str]:
         parts.append(f"## Stages, {passed}, {SHORT[mode]}\n\n{stage_table(rows)}")
     if memory := [row for row in results.rows.get("memory", []) if "saved_mib" in row]:
         parts.append(f"## Memory\n\n{memory_table(memory)}")
+    for rows in results.rows.values():
+        if render.is_modelled(rows):
+            parts += render.sections(rows)
     for name in ("layer", "stages", "memory"):
         if reasons := _absent(results.rows.get(name, [])):
             parts.append(f"## Not measured in {name}\n\n" + "\n".join(reasons))
@@ -227,7 +224,7 @@ def readme_block(results: Results) -> str:
     environment = results.environments.get("layer", {})
     machine = environment.get("gpu", environment.get("processor", ""))
     versions = f"torch {environment.get('torch')}, triton {environment.get('triton')}"
-    return f"{machine}, {versions}, {SHORT[mode]} times, median:\n\n{_table(head, lines)}"
+    return f"{machine}, {versions}, {SHORT[mode]} times, median:\n\n{render.table(head, lines)}"
 
 
 def write_report(folder: Path) -> list[Path]:
@@ -240,7 +237,9 @@ def write_report(folder: Path) -> list[Path]:
         The files that were written.
     """
     results = Results(folder)
-    text = "\n\n".join(["# Measurements", _machine(results), *_sections(results)])
+    modelled = any(render.is_modelled(rows) for rows in results.rows.values())
+    title = "# Modelled, not measured" if modelled else "# Measurements"
+    text = "\n\n".join([title, _machine(results), *_sections(results)])
     report = folder / "report.md"
     report.write_text(text + "\n", encoding="utf-8")
     return [report, *_plots(results, folder)]

@@ -33,21 +33,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from triton.runtime import interpreter
 
+from benchmarks.aten import distinct_bytes, read_arguments, tensors_of, touches
+
 __all__ = ["KernelCount", "TrafficMeter"]
 
 _Method = Callable[..., Any]
-
-_FREE = {
-    "detach",
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "lift_fresh",
-    "new_empty",
-    "new_empty_strided",
-    "set_",
-}
-_OVERWRITES = {"copy_", "fill_", "zero_"}
 
 
 @dataclasses.dataclass
@@ -135,47 +125,19 @@ class _AtenCounter(TorchDispatchMode):
                 return func._op_dk(torch._C.DispatchKey.CPU, *args, **kwargs)
         out = func(*args, **kwargs)
         name = func._overloadpacket.__name__
-        if self._meter.in_kernel or func.is_view or name in _FREE:
-            return out
-        outputs = _tensors(out)
-        inputs = _tensors(_read_arguments(func, name, args, kwargs))
-        if not any(t.numel() for t in outputs) or _is_view_of(outputs, inputs, func):
+        outputs = tensors_of(out)
+        inputs = tensors_of(read_arguments(func, args, kwargs))
+        if self._meter.in_kernel or not touches(func, inputs, outputs):
             return out
         count = KernelCount(launches=1)
         count.load_bytes = sum(t.numel() * t.element_size() for t in inputs)
         count.store_bytes = sum(t.numel() * t.element_size() for t in outputs)
-        count.distinct_bytes = sum(_distinct_bytes(t) for t in (*inputs, *outputs))
+        count.distinct_bytes = sum(distinct_bytes(t) for t in (*inputs, *outputs))
         if func._overloadpacket in flop_registry:
             flops = flop_registry[func._overloadpacket]
             count.dot_flops = flops(*args, **kwargs, out_val=out)
         self._meter.kernels[f"aten.{name}"] += count
         return out
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return list({id(t): t for t in tree_leaves(tree) if isinstance(t, Tensor)}.values())
-
-
-def _read_arguments(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The arguments without those that are only written to."""
-    if name in _OVERWRITES:
-        args = args[1:]
-    written = {argument.name for argument in func._schema.arguments if argument.is_out}
-    return args, [value for key, value in kwargs.items() if key not in written]
-
-
-def _is_view_of(outputs: list[Tensor], inputs: list[Tensor], func: Any) -> bool:
-    """Whether a reshape or a contiguous, which is_view does not report, did nothing."""
-    places = {(t.data_ptr(), t.shape) for t in inputs}
-    return not func._schema.is_mutable and all((t.data_ptr(), t.shape) in places for t in outputs)
-
-
-def _distinct_bytes(tensor: Tensor) -> int:
-    """Bytes of the elements, those of an expanded dimension once."""
-    elements = 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        elements *= 1 if stride == 0 and size else size
-    return elements * tensor.element_size()
 
 
 class TrafficMeter:

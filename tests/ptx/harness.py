@@ -121,7 +121,7 @@ def run(
 ) -> Launched:  # fmt: skip
     """Compile one launch, run it, and write what it wrote into the tensors."""
     grid = kwargs["grid"]
-    launch = codegen._catch(function, args, dict(kwargs))
+    launch = codegen.catch(function, args, dict(kwargs))
     values = {**dict(zip(function.arg_names, args, strict=False)), **kwargs}
     grid = tuple(grid(values) if callable(grid) else grid)
     given = {name: values[name] for name, kind in launch.signature.items() if kind != "constexpr"}

@@ -1,0 +1,66 @@
+"""Facts about captures and one compiled kernel, as JSON: its own process, since it compiles."""
+
+import json
+import sys
+
+from benchmarks.clock import chip, compiled, measured, work
+from benchmarks.clock.capture import OperatorCall, capture_layer
+from benchmarks.clock.machine import SENSITIVITY
+from benchmarks.clock.tables import check_rows, parse_workload
+
+
+def main():
+    facts = {}
+    million = capture_layer(parse_workload("256-8-2-5-1e6").shape)
+    facts["names"] = [
+        [call.name for call in calls] for calls in (million.forward, million.backward)
+    ]
+    facts["sum"] = next(vars(c) for c in million.forward if c.name == "sum")
+    (block,) = million.kernels("block_fwd")
+    facts["x_bytes"] = block.tensors["x_ptr"]
+    tiles = {"expert_ffn_dw_tile": {"block_n": 128}}
+    wide = capture_layer(million.shape, tiles=tiles)
+    facts["dw_grids"] = [c.kernels("expert_ffn_dw")[0].grid for c in (million, wide)]
+    grouped = capture_layer(
+        parse_workload("64-4-1-5-1e6").shape, variables={"SEGMOE_PLAN": "grouped"}
+    )
+    facts["grouped"] = [call.name for call in grouped.forward]
+    (launch,) = grouped.kernels("sum_splits")
+    times = {n: launch.changed(num_splits=n) for n in (64, 202, 404)}
+    shape = grouped.shape
+    facts["sum_splits_us"] = [chip.time_launch(call, shape).us for call in times.values()]
+    kernel = launch.kernel
+    facts["digests"] = [kernel.digest, launch.changed(num_warps=8).kernel.digest]
+    facts["loops"] = [[loop.name, loop.unrolled] for loop in kernel.root.walk()]
+    facts["reads"] = sorted({n for i in kernel.root.inner[0].body for n in i.reads_from})
+    facts["resident"] = chip.resident_programs(kernel)
+    facts["registers"] = kernel.registers
+    for name, call in {
+        "no such number": lambda: launch.changed(BLOCK_Q=1),
+        "no trips": lambda: chip.time_kernel(launch, work.Work((work.Programs(1),))),
+    }.items():
+        try:
+            call()
+        except ValueError as error:
+            facts[name] = str(error)
+    compiled._KERNELS.clear()
+    facts["read again"] = launch.kernel.root == kernel.root
+    facts["checks"] = {name: check_rows(machine) for name, machine in SENSITIVITY.items()}
+    sort = OperatorCall("sort", 0, 0, 0, 10_000, (10_000,))
+    times = [chip.time_launch(call, shape) for call in (launch, sort)]
+    profiled = [
+        {"kernel": "sum_splits_kernel", "time_us": 7.0},
+        {"kernel": "radixSortKernel", "time_us": 40.0},
+    ]
+    facts["compared"] = measured.compare(chip.LayerTime(times, []), profiled)
+    facts["why not"] = measured.why_not()
+    shared = capture_layer(
+        parse_workload("64-4-1-5-1e6").shape, shared_expert="segment", backward=False
+    )
+    passes = [c for c in shared.forward if c.name.startswith(("shared", "mm", "_combine"))]
+    facts["shared"] = [[c.name for c in passes], sum(chip.time_launch(c, shape).us for c in passes)]
+    json.dump(facts, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
