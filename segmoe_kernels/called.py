@@ -71,6 +71,14 @@ def run_called(
     for name, part in named.items():
         check.check_linear("SegMoE.forward", name, part, x)
     length, d_model = x.shape[-2:]
+    if (shared is None) != (shared_gate is None):
+        check.fail_value(
+            "SegMoE.forward", "shared_expert", "come with shared_gate", "only one of them"
+        )
+    widths = (d_model, d_model if in_proj is not None else segment_size * d_model)
+    if shared is not None and shared.d_model not in widths:
+        rule = f"have a width of {widths[0]} (token) or {widths[1]} (segment)"
+        check.fail_value("SegMoE.forward", "shared_expert", rule, shared.d_model)
     start = options["router_start"]
     if start is not None and shared is not None and shared.d_model != d_model:
         rule = f"have width {d_model} (token) in a causal layer: a wider one sees later steps"

@@ -279,8 +279,8 @@ def to_official(layer: SegMoE, *, prefix: str = "") -> dict[str, Tensor]:
 
     Args:
         layer: one that the official code can express: shared expert "segment" or None and as wide
-            as an expert, pooling "concat", not causal, GELU plain or SiLU gated, adapters and
-            parametrisations merged.
+            as an expert, pooling "concat", not causal, GELU plain or SiLU gated, weights of several
+            experts renormalized, adapters and parametrisations merged.
         prefix: put in front of every key.
 
     Returns:
@@ -307,6 +307,7 @@ def to_official(layer: SegMoE, *, prefix: str = "") -> dict[str, Tensor]:
         ("activation", layer.activation == expected),
         ("shared_expert_scope", layer.shared_expert_scope != "token" or same_at_one),
         ("shared_d_ff", layer.shared_d_ff in {None, layer.d_ff}),
+        ("renormalize", layer.renormalize is not False or layer.top_k == 1),
     ):
         if not fits:
             rule = f"have an official counterpart (activation {expected!r}, pooling 'concat')"

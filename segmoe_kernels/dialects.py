@@ -154,11 +154,7 @@ def _read(inside: Mapping[str, Tensor], dialect: _Dialect, place: str) -> dict[s
             unknown.append(place + key)
     if unknown:
         _fail("state_dict", "have weights of router and experts alone, no biases", unknown[:4])
-    stacked = dialect.experts == "stacked"  # ours, which need not be gated
-    wanted = [name for ours, name in dialect.parts.items() if not (stacked and ours == "gate")]
-    missing = [f"experts.{name}" for name in wanted if name not in parts]
-    if "router.weight" not in result:
-        missing.append(dialect.others["router.weight"])
+    missing = _missing(parts, result, dialect)
     if missing:
         _fail("state_dict", f"be complete under {place!r}", f"no {', '.join(missing)}")
     count = result["router.weight"].shape[0]
@@ -174,7 +170,47 @@ def _read(inside: Mapping[str, Tensor], dialect: _Dialect, place: str) -> dict[s
                 )
             else:
                 result[f"experts.{ours}_proj"] = whole
+    _check_shapes(result, dialect, place)
     return result
+
+
+def _missing(
+    parts: Mapping[str, Any], others: Mapping[str, Tensor], dialect: _Dialect
+) -> list[str]:
+    """What a mixture lacks, under the dialect's names; a shared expert is whole or not there."""
+    # Ours need not be gated.
+    gated = dialect.experts != "stacked" or dialect.parts["gate"] in parts
+    wanted = [name for ours, name in dialect.parts.items() if gated or ours != "gate"]
+    missing = [f"experts.{name}" for name in wanted if name not in parts]
+    shared = any(name.startswith("shared_") for name in others)
+    for ours, theirs in dialect.others.items():
+        needed = ours == "router.weight" or (shared and (gated or ".gate_proj." not in ours))
+        if needed and ours not in others:
+            missing.append(theirs)
+    return missing
+
+
+def _check_shapes(ours: Mapping[str, Tensor], dialect: _Dialect, place: str) -> None:
+    """Refuse matrices that don't fit each other."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
+    count, d_ff, width = shapes["experts.up_proj"]
+    token_wise = dialect.block is not None
+    fitting = {
+        "experts.gate_proj": (count, d_ff, width),
+        "experts.down_proj": (count, width, d_ff),
+        "router.weight": (count, width if token_wise else shapes["router.weight"][-1]),
+    }
+    shared = shapes.get("shared_expert.up_proj.weight", ())
+    if shared:
+        wide = width if token_wise else shared[-1]
+        fitting["shared_expert.up_proj.weight"] = (*shared[:1], wide)
+        fitting["shared_expert.gate_proj.weight"] = shared
+        fitting["shared_expert.down_proj.weight"] = shared[::-1]
+        fitting["shared_gate.weight"] = (1, wide)
+    wrong = [f"{n}: {shapes[n]}" for n, s in fitting.items() if shapes.get(n, s) != s]
+    if wrong:
+        rule = f"have matrices that fit each other under {place!r}"
+        _fail("state_dict", rule, [f"experts.up_proj: {shapes['experts.up_proj']}", *wrong])
 
 
 def _stack(found: Mapping[int, Tensor], count: int, dialect: _Dialect, name: str) -> Tensor:
@@ -183,9 +219,9 @@ def _stack(found: Mapping[int, Tensor], count: int, dialect: _Dialect, name: str
     if dialect.experts == "list":
         if sorted(found) != list(range(count)):
             _fail("state_dict", f"have all experts 0 to {count - 1} of {name}", sorted(found))
-        shapes = {tuple(tensor.shape) for tensor in found.values()}
-        if len(shapes) > 1:
-            _fail("state_dict", f"have one shape for {name}", sorted(shapes))
+        kinds = {(tuple(tensor.shape), str(tensor.dtype)) for tensor in found.values()}
+        if len(kinds) > 1:
+            _fail("state_dict", f"have one shape and dtype for {name}", sorted(kinds))
         whole = torch.stack([found[e] for e in range(count)])
     assert whole is not None  # what is not a list has one tensor
     if whole.ndim != 3 or whole.shape[0] != count:
@@ -214,8 +250,10 @@ def _write(ours: Mapping[str, Tensor], dialect: _Dialect, place: str) -> dict[st
             result[f"experts.{dialect.parts['gate_up']}"] = fused
     if dialect.experts != "stacked" and "experts.gate_proj" not in ours:
         _fail("state_dict", f"be gated, as the target is, under {place!r}", "no gate_proj")
-    width, routed = ours["experts.up_proj"].shape[-1], ours["router.weight"].shape[-1]
-    if dialect.block is not None and routed != width:
-        rule = f"be token-wise, as the target is, under {place!r}"
-        _fail("state_dict", rule, f"a router of width {routed} over experts of width {width}")
+    width = ours["experts.up_proj"].shape[-1]
+    for name, part in (("router.weight", "a router"), ("shared_gate.weight", "a shared expert")):
+        wide = ours[name].shape[-1] if name in ours else width
+        if dialect.block is not None and wide != width:
+            rule = f"be token-wise, as the target is, under {place!r}"
+            _fail("state_dict", rule, f"{part} of width {wide} over experts of width {width}")
     return result

@@ -203,7 +203,8 @@ def grouped_gemm(
     Args:
         x: (M, K), rows grouped by expert.
         weight: (E, N, K), dtype of x.
-        expert_offsets: (E + 1,) int32; rows of e are ``[offsets[e], offsets[e + 1])``.
+        expert_offsets: (E + 1,) int32; rows of e are ``[offsets[e], offsets[e + 1])``. They have to
+            ascend from 0 to at most M; the kernels don't look, as that would wait for the GPU.
         bias: (E, N) or None.
         activation: "gelu", "gelu_tanh", "silu", "relu" or None.
         backend: see `resolve_backend`.

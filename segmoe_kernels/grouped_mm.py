@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from segmoe_kernels import validation as check
 from segmoe_kernels.flops import register_flops
 
 _LIBRARY = torch.library.Library("segmoe_reference", "FRAGMENT")
@@ -26,6 +27,9 @@ _LIBRARY.define("grouped_mm_contract(Tensor a, Tensor b, Tensor expert_offsets) 
 def _rows(a: Tensor, b: Tensor, expert_offsets: Tensor) -> Tensor:
     out = a.new_empty(a.shape[0], b.shape[1])
     offsets = expert_offsets.tolist()
+    if offsets[0] != 0 or offsets != sorted(offsets) or offsets[-1] > a.shape[0]:
+        rule = f"ascend from 0 to at most M={a.shape[0]}"  # else some rows were never written
+        check.fail_value("grouped_gemm", "expert_offsets", rule, offsets)
     for e in range(b.shape[0]):
         lo, hi = offsets[e], offsets[e + 1]
         if lo < hi:

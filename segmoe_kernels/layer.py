@@ -419,10 +419,11 @@ class SegMoE(nn.Module):
         if not self.training:
             return y
         losses = []
-        if self.aux_loss_weight:
-            losses.append(self.aux_loss_weight * load_balancing_loss(routing))
-        if self.z_loss_weight:
-            losses.append(self.z_loss_weight * router_z_loss(routing))
+        kinds = {"aux_loss_weight": load_balancing_loss, "z_loss_weight": router_z_loss}
+        for name, function in kinds.items():  # which may have been set since the layer was made
+            weight = check.check_positive("SegMoE.forward", name, getattr(self, name), zero=True)
+            if weight:
+                losses.append(weight * function(routing))
         if not losses:
             return y
         loss = sum(losses[1:], start=losses[0])

@@ -38,10 +38,8 @@ def is_plain(linear: nn.Module | None) -> bool:
         return False
     hooked = linear._forward_hooks or linear._forward_pre_hooks
     hooked = hooked or linear._backward_hooks or linear._backward_pre_hooks
-    if hooked or torch.compiler.is_compiling():
-        return not hooked
     # Other libraries' tensors may be quantised.
-    return type(linear.weight).__module__.partition(".")[0] == "torch"
+    return not hooked and check.is_torchs_own(linear.weight)
 
 
 def _xavier_uniform_(weight: Tensor) -> None:

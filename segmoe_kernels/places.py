@@ -3,6 +3,8 @@
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -30,6 +32,9 @@ _HOOKS = (
     "_post_accumulate_grad_hooks",
 )
 
+# Wrappers that have listed a model's parameters, and would miss those of a swap.
+_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel"}
+
 Match = str | Callable[[str, nn.Module], bool] | None
 
 
@@ -40,6 +45,10 @@ def find_ffns(
     name = "replace_ffn"
     wanted = _predicate(match)
     named = dict(model.named_modules())
+    for place, module in named.items():
+        if _WRAPPERS & {kind.__name__ for kind in type(module).__mro__}:
+            rule = "be swapped before it is wrapped, and before an optimizer is made"
+            check.fail_value(name, "model", rule, f"{type(module).__name__} at {place!r}")
     found: dict[str, DenseFFN] = {}
     left: dict[str, str] = {}
     others: dict[str, str] = {}
@@ -204,9 +213,7 @@ def obstacle(named: dict[str, nn.Module], place: str, dense: DenseFFN) -> str | 
         return f"has hooks, of {hooked[0]}, which would be lost: remove them first"
     for name, holder in named.items():
         for attribute, value in vars(holder).items():
-            inside = list(value.values()) if isinstance(value, dict) else [value]
-            inside = list(value) if isinstance(value, list | tuple) else inside
-            if attribute != "_modules" and any(part is module for part in inside):
+            if attribute != "_modules" and _leads_to(value, module):
                 where = f"{name}.{attribute}".lstrip(".")
                 return f"is also in {where}, which is no module: a swap would not reach it there"
     if len({weight.requires_grad for weight in weights}) > 1:
@@ -214,6 +221,17 @@ def obstacle(named: dict[str, nn.Module], place: str, dense: DenseFFN) -> str | 
     if sum(weight is other for weight in weights for other in held) > len(weights):
         return "shares weights with another module, which would not stay tied"
     return None
+
+
+def _leads_to(value: Any, module: nn.Module, depth: int = 3) -> bool:
+    """Whether a value is a module, a method of it, or has one inside."""
+    if isinstance(value, partial):
+        value = [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return depth > 0 and any(_leads_to(part, module, depth - 1) for part in value)
+    return value is module or (isinstance(value, MethodType) and value.__self__ is module)
 
 
 def switch_cache_off(model: nn.Module) -> None:

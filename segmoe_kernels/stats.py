@@ -109,6 +109,7 @@ class _LayerCounter:
             return torch.zeros(length, dtype=torch.float64, device=device)
 
     def __call__(self, layer: SegMoE, routing: Routing, segments_per_sequence: int) -> None:
+        _refuse_replica("collect_routing_stats", layer)
         device = routing.router_probs.device
         if device != self.sums.device:
             # The layer moved.
@@ -199,7 +200,8 @@ class RoutingCollector(AbstractContextManager["RoutingCollector"]):
     A forward pass inside a backward pass is activation checkpointing's second one and is not
     counted, reentrant or not. Under ``torch.compile`` counting is one operator in the graph.
     Layers that are put into the model later are not seen; a layer's copies and pickles are free of
-    the collector, also those that `shard_experts` makes, so shard first.
+    the collector, also those that `shard_experts` makes, so shard first. Copies that
+    ``torch.nn.DataParallel`` calls, in threads, are refused.
 
     Attributes:
         layer_names: the layers' names in the model, in the order of their numbers.
@@ -360,6 +362,14 @@ def _stop_observing(layer: SegMoE, observer: Any) -> None:
         layer._observers = others
 
 
+def _refuse_replica(function: str, layer: SegMoE) -> None:
+    if getattr(layer, "_is_replica", False):
+        raise RuntimeError(
+            f"segmoe_kernels.{function}: torch.nn.DataParallel calls copies of the layers in "
+            "threads. Use DistributedDataParallel, or collect inside the module."
+        )
+
+
 def collect_routings(model: nn.Module) -> AbstractContextManager[list[Routing]]:
     """Get the routing of every call of a model's `SegMoE` layers, with its graph.
 
@@ -401,11 +411,7 @@ def _collecting(layers: Iterable[SegMoE]) -> Iterator[list[Routing]]:
     def observe(layer: SegMoE, routing: Routing, _: int) -> None:
         compiling = torch.compiler.is_compiling()
         if not compiling and threading.get_ident() != thread:
-            if getattr(layer, "_is_replica", False):
-                raise RuntimeError(
-                    "segmoe_kernels.collect_routings: torch.nn.DataParallel calls copies of the "
-                    "layers in threads. Use DistributedDataParallel, or collect inside the module."
-                )
+            _refuse_replica("collect_routings", layer)
             return  # somebody else's call of the model
         if with_graph and layer.training and not torch.is_grad_enabled():
             raise RuntimeError(

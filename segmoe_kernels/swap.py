@@ -184,7 +184,8 @@ def replace_ffn(
     each module is tried on random weights and rows against what was read of it. Width, hidden
     width, activation, gating, biases, dropout, device, dtype and whether it is frozen are those of
     the FFN unless options say otherwise. Either all are swapped or, on an error, none; an FFN that
-    must stay is warned about, with the reason. How many parameters the model gains is logged.
+    must stay is warned about, with the reason. How many parameters the model gains is logged. Swap
+    before an optimizer is made, which would go on with the FFN's, and before the model is wrapped.
 
     Experts of segments look at neighbouring rows, so rows have to be the time steps of a sequence.
     With ``example_inputs`` the model is called before and after: sequences of a batch that did not

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from segmoe_kernels import reference
+from segmoe_kernels.functional import resolve_backend
 from segmoe_kernels.layer import SegMoE
 from segmoe_kernels.routing import RouterOutput
 
@@ -135,11 +136,19 @@ def run_layer(
 
     Returns:
         "y", "dx" and "d<name>" for each parameter that has a gradient.
+
+    Raises:
+        ValueError: for choices where another backend runs, which would make its own.
     """
     layer = copy.deepcopy(layer)
     layer.zero_grad()
     if backend is not None:
         layer.backend = backend
+    if topk_ids is not None and resolve_backend(layer.backend, x) != "reference":
+        raise ValueError(
+            "segmoe_kernels.run_layer: expected topk_ids to be None unless backend='reference' "
+            f"runs, got backend={layer.backend!r}."
+        )
     if dtype is not None:
         layer, x, dy = layer.to(dtype), x.to(dtype), dy.to(dtype)
     x = x.detach().requires_grad_()

@@ -182,6 +182,19 @@ def check_like(
         fail_value(function, argument, f"be on {like.device} as x", value.device)
 
 
+def _cast_like(value: Any, x: Tensor) -> Tensor:
+    """What a tensor that PyTorch multiplies x with has to be like: autocast gives both a dtype."""
+    cast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    # Autocast leaves float64 alone.
+    narrow = cast and isinstance(value, Tensor) and torch.float64 not in {value.dtype, x.dtype}
+    return x.new_empty(0, dtype=value.dtype) if narrow else x
+
+
+def is_torchs_own(value: Tensor) -> bool:
+    """Whether a tensor's class is PyTorch's; compiled code, which can't ask, takes it for one."""
+    return torch.compiler.is_compiling() or type(value).__module__.partition(".")[0] == "torch"
+
+
 def check_linear(function: str, argument: str, part: Any, x: Tensor) -> None:
     """Refuse a linear map to be called whose own tensors PyTorch may compute nonsense with."""
     # What replaces its ``forward``, as offloading does, may bring the weights in the call.
@@ -190,15 +203,13 @@ def check_linear(function: str, argument: str, part: Any, x: Tensor) -> None:
     own = type(part).forward is not nn.Linear.forward or part._forward_pre_hooks
     for name, value in (*part.named_parameters(), *part.named_buffers()):
         # Tensors of other libraries and DTensors have rules of their own.
-        others = type(value).__module__.partition(".")[0] != "torch"
-        if others or hasattr(value, "device_mesh"):
+        if not is_torchs_own(value) or hasattr(value, "device_mesh"):
             continue
         if value.device != x.device:
             fail_value(function, f"{argument}.{name}", f"be on {x.device} as x", value.device)
         if not own and name in {"weight", "bias"}:
             check_tensor(function, f"{argument}.{name}", value)
-            cast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-            like = x.new_empty(0, dtype=value.dtype) if cast else x
+            like = _cast_like(value, x)
             check_like(function, f"{argument}.{name}", value, like, tuple(value.shape))
 
 
@@ -379,12 +390,11 @@ def check_projections(
             rule = "be 'concat' with expert_scope='projected'"
             fail_value("seg_moe", "pooling", rule, repr(pooling))
         narrow, wide = x.shape[-1], segment_size * x.shape[-1]
-        check_like("seg_moe", "in_proj[0]", in_proj[0], x, (narrow, wide))
-        check_like("seg_moe", "out_proj[0]", out_proj[0], x, (wide, narrow))
-        if in_proj[1] is not None:
-            check_like("seg_moe", "in_proj[1]", in_proj[1], x, (narrow,))
-        if out_proj[1] is not None:
-            check_like("seg_moe", "out_proj[1]", out_proj[1], x, (wide,))
+        named = (("in_proj", in_proj, (narrow, wide)), ("out_proj", out_proj, (wide, narrow)))
+        for name, (weight, bias), shape in named:
+            check_like("seg_moe", f"{name}[0]", weight, _cast_like(weight, x), shape)
+            if bias is not None:
+                check_like("seg_moe", f"{name}[1]", bias, _cast_like(bias, x), shape[:1])
 
 
 def check_stages(

@@ -290,6 +290,7 @@ ROWS = [
             ("gated", {"gated": True}, ["'silu'", "activation='gelu'"]),
             ("shared", {"shared_expert": "token"}, ["shared_expert", "'token'"]),
             ("shared_width", {"shared_d_ff": 7}, ["shared_d_ff=7"]),
+            ("weights", {"top_k": 2, "renormalize": False}, ["renormalize=False"]),
         ]
     ),
 ]

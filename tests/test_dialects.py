@@ -162,16 +162,31 @@ def test_a_dense_layer_of_the_same_name_is_left_alone():
         (lambda d: [d.pop(f"experts.{e}.w3.weight") for e in range(E)], "no experts.w3"),
         (lambda d: d.pop("gate.weight"), "no gate.weight"),
         (lambda d: d.update({"experts.0.w1.bias": d["gate.weight"]}), "no biases"),
-        (lambda d: d.update({"experts.1.w2.weight": torch.zeros(2, 2)}), "one shape for w2"),
+        (
+            lambda d: d.update({"experts.1.w2.weight": torch.zeros(2, 2)}),
+            "one shape and dtype for w2",
+        ),
+        (
+            lambda d: d.update({"experts.1.w2.weight": d["experts.1.w2.weight"].half()}),
+            "one shape and dtype for w2",
+        ),
+        (
+            lambda d: d.update({f"experts.{e}.w2.weight": torch.zeros(2, 2) for e in range(E)}),
+            "matrices that fit each other under '', got ['experts.up_proj: (4, 24, 16)', 'exp",
+        ),
+        (
+            lambda d: d.update({"gate.weight": torch.zeros(E, D + 1)}),
+            "matrices that fit each other under '', got",
+        ),
         (lambda d: d.clear(), "experts as 'mixtral' names them"),
     ],
-    ids=["expert", "projection", "router", "bias", "shape", "nothing"],
+    ids=["expert", "projection", "router", "bias", "shape", "dtype", "down", "width", "nothing"],
 )
 def test_what_is_missing_is_said(change, words):
     _, theirs = random_mixture("mixtral")
     before = len(theirs)
     change(theirs)
-    assert len(theirs) != before or "shape" in words
+    assert len(theirs) != before or "shape" in words or "fit" in words
     with pytest.raises(ValueError, match=re.escape(words)):
         convert_state_dict(theirs, "mixtral")
 
@@ -216,3 +231,23 @@ def test_what_the_target_cannot_say_is_refused():
     plain = SegMoE(D, HIDDEN, E, shared_expert=None).state_dict()
     with pytest.raises(ValueError, match="be gated"):
         convert_state_dict(plain, "segmoe", "mixtral_stacked")
+
+
+@pytest.mark.parametrize("dialect", ["segmoe", "time_moe", "qwen2_moe_stacked"])
+def test_a_shared_expert_is_whole_or_not_there(dialect):
+    _, theirs = random_mixture(dialect, shared=True)
+    keys = [key for key in theirs if key.startswith("shared_")]
+    assert len(keys) == 4
+    for key in keys:
+        rest = {name: value for name, value in theirs.items() if name != key}
+        with pytest.raises(ValueError, match=f"be complete under '', got no {key}"):
+            convert_state_dict(rest, dialect)
+        wrong = {**theirs, key: theirs[key][..., 1:]}
+        with pytest.raises(ValueError, match="matrices that fit each other"):
+            convert_state_dict(wrong, dialect)
+
+
+def test_a_shared_expert_of_segments_goes_into_no_model_of_tokens():
+    layer = SegMoE(D, HIDDEN, E, segment_size=5, pooling="mean", gated=True)
+    with pytest.raises(ValueError, match="a shared expert of width 80 over experts of width 16"):
+        convert_state_dict(layer.state_dict(), "segmoe", "qwen2_moe")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
+from segmoe_kernels import functional
 from segmoe_kernels.grouped_mm import gather_rows, grouped_mm, grouped_mm_contract
 
 OFFSETS = {
@@ -148,3 +149,10 @@ def test_operators_alone_have_gradients(check, name):
     offsets = torch.tensor(OFFSETS[name], dtype=torch.int32)
     assert check(lambda a, b: OPS.grouped_mm(a, b, offsets), (draw(6, 2), draw(3, 3, 2)))
     assert check(lambda a, b: OPS.grouped_mm_contract(a, b, offsets), (draw(6, 3), draw(6, 2)))
+
+
+@pytest.mark.parametrize("offsets", [[1, 2, 4], [0, 3, 2], [0, -1, 4], [0, 2, 5]])
+def test_offsets_that_leave_rows_unwritten_are_refused(offsets):
+    a, b = torch.randn(4, 3), torch.randn(2, 5, 3)
+    with pytest.raises(ValueError, match="expert_offsets to ascend from 0 to at most M=4, got"):
+        functional.grouped_gemm(a, b, torch.tensor(offsets, dtype=torch.int32))

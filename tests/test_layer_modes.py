@@ -96,6 +96,17 @@ def test_layer_under_autocast_routes_in_float32():
         assert torch.equal(getattr(actual, name), getattr(expected, name)), name
 
 
+@pytest.mark.parametrize("scope", ["token", "segment", "projected"])
+def test_layer_under_autocast_takes_what_autocast_gives(scope):
+    """The output of a linear map under autocast has 16 bits, the layer's weights 32."""
+    layer = make_layer(expert_scope=scope, bias=True)
+    x = make_inputs(2, 12, D).x.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, expected = layer(x), layer(x.float())
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), expected, rtol=2**-7, atol=2**-7)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_layer_in_low_precision_routes_in_float32(dtype):
     layer = make_layer(dtype=dtype, top_k=2)
@@ -118,3 +129,12 @@ def test_layer_training_reduces_a_loss():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["aux_loss_weight", "z_loss_weight"])
+def test_a_wrong_weight_of_a_loss_is_refused_where_it_is_set_later(name):
+    layer, x = make_layer(), make_inputs(2, 12, D).x
+    for value, exception in ((-0.1, ValueError), (float("nan"), ValueError), ("1", TypeError)):
+        setattr(layer, name, value)
+        with pytest.raises(exception, match=rf"SegMoE\.forward: expected {name} to be"):
+            layer(x)

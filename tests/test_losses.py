@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from segmoe_kernels import (
     Routing,
     SegMoE,
+    collect_routing_stats,
     collect_routings,
     load_balancing_loss,
     router_z_loss,
@@ -228,7 +229,8 @@ def test_collected_routings_are_of_the_thread_that_collects():
     assert model._observers == ()
 
 
-def test_copies_that_threads_call_are_not_collected_in_silence():
+@pytest.mark.parametrize("collect", [collect_routings, collect_routing_stats])
+def test_copies_that_threads_call_are_not_collected_in_silence(collect):
     model = SegMoE(6, 8, 4, segment_size=3)
     raised = []
 
@@ -238,7 +240,7 @@ def test_copies_that_threads_call_are_not_collected_in_silence():
         except RuntimeError as error:
             raised.append(str(error))
 
-    with collect_routings(model):
+    with collect(model):
         thread = threading.Thread(target=call, args=(model._replicate_for_data_parallel(),))
         thread.start()
         thread.join()

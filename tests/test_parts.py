@@ -296,3 +296,33 @@ def test_whole_parts_are_trained_beside_adapters():
     assert {n for n, p in inner.named_parameters() if p.grad is not None} == {
         "router.modules_to_save.default.weight"
     }
+
+
+@pytest.mark.parametrize("hook", [False, True])
+def test_half_a_shared_path_is_refused(hook):
+    for gone, other in (("shared_expert", "shared_gate"), ("shared_gate", "shared_expert.up_proj")):
+        layer = make_layer()
+        setattr(layer, gone, None)
+        if hook:
+            watch(layer.get_submodule(other))
+        with pytest.raises(ValueError, match="to come with shared_gate, got only one of them"):
+            layer(make_inputs(2, 12, D).x)
+
+
+@pytest.mark.parametrize("hook", [False, True])
+def test_a_shared_expert_of_other_segments_is_refused(hook):
+    layer = make_layer(segment_size=3, pooling="mean")
+    if hook:
+        watch(layer.shared_gate)
+    layer.segment_size = 2
+    with pytest.raises(ValueError, match=r"have a width of 4 \(token\) or 8 \(segment\), got"):
+        layer(make_inputs(2, 12, D).x)
+
+
+@pytest.mark.parametrize("name", ["segment", "projected"])
+def test_called_linear_maps_are_compiled_whole(name):
+    layer, x = make_layer(**LAYERS[name]), make_inputs(2, 12, D).x
+    for _, part in all_linears(layer):
+        part.register_forward_hook(lambda _, __, out: 2 * out)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=0)

@@ -120,6 +120,13 @@ def check_accuracy(layer, inputs):
     assert_as_accurate(actual, eager, exact)
 
 
+def test_told_choices_are_refused_where_the_kernels_make_their_own(device):
+    layer, inputs = make_layer(torch.float32, device), make_inputs(*SHAPE, device=device)
+    ids = route_ids(layer, *inputs)
+    with pytest.raises(ValueError, match="expected topk_ids to be None unless backend='reference'"):
+        run_layer(layer, *inputs, topk_ids=ids)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("plan", "options"),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import bad_advise
 import bad_calls
+import bad_conversions
 import bad_options
 import bad_stats
 import bad_swaps
@@ -22,7 +23,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 import segmoe_kernels
 from segmoe_kernels import SegMoE, functional, load_official, segment_schedule, to_official
 
-ROWS = [*bad_calls.ROWS, *bad_options.ROWS, *bad_swaps.ROWS, *bad_stats.ROWS]
+ROWS = [*bad_calls.ROWS, *bad_options.ROWS, *bad_swaps.ROWS, *bad_conversions.ROWS, *bad_stats.ROWS]
 ROWS += bad_advise.ROWS
 PACKAGE = Path(segmoe_kernels.__file__).parent
 CHECKED = ["validation", "layer", "functional", "losses", "convert", "testing"]
@@ -58,7 +59,7 @@ REAL_ONLY |= {"swapped_mask", "encoder_causal_mask"}
 @pytest.fixture(scope="module")
 def fake_rows():
     """The mode that fake tensors live in, and the rows anew, made of them: name -> row."""
-    names = ("bad_calls", "bad_options", "bad_swaps", "bad_stats", "bad_advise")
+    names = ("bad_calls", "bad_options", "bad_swaps", "bad_conversions", "bad_stats", "bad_advise")
     real = {name: sys.modules.pop(name) for name in names}
     mode = FakeTensorMode()
     try:
@@ -140,7 +141,7 @@ def test_every_argument_of_every_public_function_has_a_bad_call():
 
 CALLERS = [
     value
-    for table in (bad_calls, bad_options, bad_swaps, bad_stats, bad_advise)
+    for table in (bad_calls, bad_options, bad_swaps, bad_conversions, bad_stats, bad_advise)
     for value in vars(table).values()
     if hasattr(value, "function")
 ]
