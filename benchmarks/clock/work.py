@@ -184,20 +184,20 @@ def permute_count(launch: KernelLaunch, shape: Shape) -> Work:
 
 @_kernel
 def permute_scan(launch: KernelLaunch, shape: Shape) -> Work:
-    blocks = launch["num_blocks"]
-    turns = cdiv(blocks, launch["BLOCKS"])
-    size = 8 * blocks * (shape.num_experts + 1)
-    return Work((Programs(1, {"start": turns, "start#2": turns}),), 0, size)
+    size = 8 * launch["num_blocks"] * (shape.num_experts + 1)
+    return Work((Programs(cdiv(launch["num_blocks"], launch["BLOCKS"]), {}),), 0, size)
 
 
 @_kernel
 def permute_place(launch: KernelLaunch, shape: Shape) -> Work:
-    blocks, chunks = launch["num_blocks"], cdiv(launch["SLOTS_PER_BLOCK"], launch["CHUNK"])
-    size = 12 * shape.segments * shape.top_k
-    if launch.given("block_starts_ptr"):
-        return Work((Programs(blocks, {"start": chunks}),), size, size)
-    trips = {"start": cdiv(blocks, launch["BLOCKS"]), "start#2": chunks}
-    return Work((Programs(blocks, trips),), size, size + blocks**2 * 4 * (shape.num_experts + 1))
+    slots, runs = shape.segments * shape.top_k, launch["num_runs"]
+    blocks = cdiv(slots, launch["SLOTS_PER_BLOCK"])
+    trips = {
+        "start": cdiv(runs, launch["RUNS"]),
+        "start#2": cdiv(launch["SLOTS_PER_BLOCK"], launch["CHUNK"]),
+    }
+    sums = blocks * runs * 4 * (shape.num_experts + 1)
+    return Work((Programs(blocks, trips),), 12 * slots, 12 * slots + sums)
 
 
 @_kernel
@@ -220,28 +220,6 @@ def expert_ffn_dx(launch: KernelLaunch, shape: Shape) -> Work:
 
 
 @_kernel
-def block_dx(launch: KernelLaunch, shape: Shape) -> Work:
-    segments = launch["BLOCK_M"] // shape.segment_size
-    tiles = shape.segments / segments + shape.num_experts / 2
-    rows = _row(launch, shape)
-    router = shape.num_experts * shape.segment_size * shape.d_model * _itemsize(launch)
-    trips = {"f0": cdiv(shape.d_ff, launch["BLOCK_F"]), "p": shape.segment_size}
-    l2 = 3 * rows + tiles * (_expert(launch, shape) + router)
-    return Work((Programs(round(tiles), trips),), 3 * rows, l2)
-
-
-@_kernel
-def block_bwd(launch: KernelLaunch, shape: Shape) -> Work:
-    splits, experts = launch["num_splits"], shape.num_experts
-    tiles = shape.segments / (launch["BLOCK_M"] // shape.segment_size) + experts / 2
-    spanned = (experts + splits - 1) / splits
-    trips = {"expert": spanned, "tile": tiles / splits / spanned, "p": shape.segment_size}
-    moved = 3 * _row(launch, shape) + splits * 8 * shape.d_model * shape.d_ff
-    l2 = moved + splits * spanned * _expert(launch, shape)
-    return Work((Programs(splits, trips),), moved, l2)
-
-
-@_kernel
 def expert_ffn_dw(launch: KernelLaunch, shape: Shape) -> Work:
     splits, experts = launch["num_splits"], shape.num_experts
     columns = cdiv(shape.d_ff, launch["BLOCK_F"])
@@ -251,15 +229,8 @@ def expert_ffn_dw(launch: KernelLaunch, shape: Shape) -> Work:
     gated = 3 if launch.given("gate_ptr") else 2
     sums = (splits + experts) * gated * shape.d_model * shape.d_ff * 4
     moved = 2 * shape.top_k * rows
-    router = launch.given("dlogits_ptr")
-    idle = dict.fromkeys(("expert", "tile", "p", "start"), 0)
-    trips = idle | {"expert": spanned, "tile": tiles / spanned}
-    programs = [Programs(splits * columns, trips)]
-    if router:
-        blocks = cdiv(cdiv(shape.segments, splits), launch["BLOCK_M"])
-        programs.append(Programs(splits, idle | {"p": shape.segment_size, "start": blocks}))
-    l2 = columns * moved + sums + (rows if router else 0)
-    return Work(tuple(programs), moved + sums, l2)
+    trips = {"expert": spanned, "tile": tiles / spanned}
+    return Work((Programs(splits * columns, trips),), moved + sums, columns * moved + sums)
 
 
 @_kernel
@@ -267,14 +238,20 @@ def reduce_partials(launch: KernelLaunch, shape: Shape) -> Work:
     size, splits, experts = launch["partial_size"], launch["num_splits"], shape.num_experts
     count = cdiv(size, launch["BLOCK"]) * experts
     read = (splits + experts) * size * 4
-    return Work((Programs(count, {"split": splits / experts + 3}),), read, read)
+    return Work(
+        (Programs(count, {"first_split": cdiv(splits / experts + 3, launch["SPLITS"])}),),
+        read,
+        read,
+    )
 
 
 @_kernel
 def sum_splits(launch: KernelLaunch, shape: Shape) -> Work:  # noqa: ARG001  as all
     read = launch["num_splits"] * launch["size"] * 4
     count = cdiv(launch["size"], launch["BLOCK"])
-    return Work((Programs(count, {"_": launch["num_splits"]}),), read, read)
+    return Work(
+        (Programs(count, {"start": cdiv(launch["num_splits"], launch["SPLITS"])}),), read, read
+    )
 
 
 @_kernel

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from segmoe_kernels._triton.launch import accumulator, padded
-from segmoe_kernels._triton.sequences import expert_tiles, split_start
+from segmoe_kernels._triton.sequences import expert_tiles, split_starts
+from segmoe_kernels._triton.tile_table import power
 
 
 def new_partials(
@@ -57,7 +58,10 @@ def reduce_partials(
     num_experts = expert_offsets.shape[0] - 1
     outputs = [*outputs, *[None] * (6 - len(outputs))]
     sizes = [0 if out is None else out[0].numel() for out in outputs]
-    grid = (triton.cdiv(partials.shape[1], 1024), num_experts)
+    # Loads of several splits are in flight at once, as many as an expert is likely to have.
+    at_once = power(num_splits // num_experts, 4, 16)
+    block = 4096 // at_once
+    grid = (triton.cdiv(partials.shape[1], block), num_experts)
     reduce_partials_kernel[grid](
         partials,
         *outputs,
@@ -70,7 +74,8 @@ def reduce_partials(
         BLOCK_M=block_m,
         GROUPS=padded(num_experts),
         ACC=accumulator(partials.dtype),
-        BLOCK=1024,
+        SPLITS=at_once,
+        BLOCK=block,
     )
 
 
@@ -158,9 +163,10 @@ def reduce_partials_kernel(
     BLOCK_M: tl.constexpr,
     GROUPS: tl.constexpr,
     ACC: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Add up the splits of one expert in ascending order; zeros where it has no row.
+    """Add up the splits of one expert, SPLITS at a time, in a fixed order; zeros without a row.
 
     Grid: ``(cdiv(partial_size, BLOCK), E)``. The tiles of a split are computed as in the kernels
     that wrote the partial sums. An expert whose tiles one split had is complete already.
@@ -172,21 +178,22 @@ def reduce_partials_kernel(
     tiles = expert_tiles(expert_offsets_ptr, num_experts, ROWS_PER_SLOT, BLOCK_M, GROUPS)
     mine_start = tl.sum(tl.where(experts < me, tiles, 0), 0)
     mine_stop = tl.sum(tl.where(experts <= me, tiles, 0), 0)
-    total = tl.sum(tiles, 0).to(tl.int64)
+    total = tl.sum(tiles, 0)
     acc = tl.zeros((BLOCK,), dtype=ACC)
     shared = total >= 0
     # Splits that may have tiles of this expert, give or take one at either end.
     some = tl.maximum(total, 1)
     begin = tl.maximum(mine_start.to(tl.int64) * num_splits // some - 1, 0)
     end = tl.minimum(mine_stop.to(tl.int64) * num_splits // some + 2, num_splits)
-    for split in range(begin, end):
-        start = split_start(split, num_splits, tiles, num_experts)
-        stop = split_start(split + 1, num_splits, tiles, num_experts)
-        first = tl.maximum(start, mine_start)
-        last = tl.minimum(stop, mine_stop)
-        shared &= (first > mine_start) | (last < mine_stop) | (first >= last)
-        ptrs = partials_ptr + (split + me).to(tl.int64) * partial_size + offs
-        acc += tl.load(ptrs, mask=mask & (first < last) & shared, other=0.0)
+    for first_split in range(begin.to(tl.int32), end.to(tl.int32), SPLITS):
+        splits = first_split + tl.arange(0, SPLITS)
+        first = tl.maximum(split_starts(splits, num_splits, tiles, num_experts), mine_start)
+        last = tl.minimum(split_starts(splits + 1, num_splits, tiles, num_experts), mine_stop)
+        mine = (splits < end) & (first < last)
+        whole = mine & (first == mine_start) & (last == mine_stop)
+        shared &= tl.sum(whole.to(tl.int32), 0) == 0
+        ptrs = partials_ptr + (splits + me).to(tl.int64)[:, None] * partial_size + offs[None, :]
+        acc += tl.sum(tl.load(ptrs, mask=mine[:, None] & mask[None, :] & shared, other=0.0), 0)
     expert = me.to(tl.int64)
     # An offset that no part has.
     offs = tl.where(shared, offs, partial_size)

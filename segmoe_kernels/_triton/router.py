@@ -43,7 +43,8 @@ def load_steps(
 ):
     """Return ``(x, real)``: one step of each segment, (BLOCK_S, BLOCK_D), 0 where not real."""
     real = real_steps(padding_mask_ptr, sequence, step, mask_s, length)
-    ptrs = x_ptr + (sequence * stride_x_b + step * stride_x_t)[:, None] + offs_d[None, :]
+    rows = sequence.to(tl.int64) * stride_x_b + step.to(tl.int64) * stride_x_t
+    ptrs = x_ptr + rows[:, None] + offs_d[None, :]
     return tl.load(ptrs, mask=real[:, None] & (offs_d < D)[None, :], other=0.0), real
 
 
@@ -98,7 +99,7 @@ def score_segments(
     router_weight_ptr,
     router_start_ptr,
     padding_mask_ptr,
-    segment,  # (BLOCK_S,) int64
+    segment,  # (BLOCK_S,)
     mask_s,
     segments_per_sequence,
     length,

@@ -51,19 +51,20 @@ def expert_tiles(
 
 
 @triton.jit
-def split_start(split, num_splits, tiles, num_experts):
-    """Return the first tile of a split, of ``tiles`` (GROUPS,) of all experts; int32.
+def split_starts(splits, num_splits, tiles, num_experts):
+    """Return the first tiles of splits (N,), of ``tiles`` (GROUPS,) of all experts; int32.
 
     Splits have the same number of tiles, give or take one. With at most as many splits as experts,
     one that would start near the first tile of an expert, within a quarter of its length, starts
     there: then fewer experts are shared, whose sums would take a way through memory.
     """
     ends = tl.cumsum(tiles, 0)
-    # 64 bits: the product of splits and tiles.
-    total = tl.sum(tiles, 0).to(tl.int64)
-    start = (split * total // num_splits).to(tl.int32)
-    distance = tl.abs(ends - start)
-    nearest = tl.min(tl.where(distance == tl.min(distance, 0), ends, 2147483647), 0)
+    total = tl.sum(tiles, 0)
+    # splits * total // num_splits, whose product 32 bits don't hold.
+    start = splits * (total // num_splits) + splits * (total % num_splits) // num_splits
+    distance = tl.abs(ends[None, :] - start[:, None])
+    closest = distance == tl.min(distance, 1)[:, None]
+    nearest = tl.min(tl.where(closest, ends[None, :], 2147483647), 1)
     # Where the first expert starts no other ends.
     nearest = tl.where(start < tl.abs(nearest - start), 0, nearest)
     near = 4 * tl.abs(nearest - start).to(tl.int64) * num_splits <= total
@@ -87,8 +88,10 @@ def find_split(
     """
     experts = tl.arange(0, GROUPS)
     tiles = expert_tiles(expert_offsets_ptr, num_experts, ROWS_PER_SLOT, BLOCK_M, GROUPS)
-    first = split_start(split, num_splits, tiles, num_experts)
-    last = split_start(split + 1, num_splits, tiles, num_experts)
+    both = tl.arange(0, 2)
+    starts = split_starts(split + both, num_splits, tiles, num_experts)
+    first = tl.sum(tl.where(both == 0, starts, 0), 0)
+    last = tl.sum(tl.where(both == 1, starts, 0), 0)
     ends = tl.cumsum(tiles, 0)
     some = (tiles > 0) & (ends > first) & (ends - tiles < last)
     first_expert = tl.min(tl.where(some, experts, GROUPS), 0)

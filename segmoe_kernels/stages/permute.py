@@ -1,6 +1,6 @@
 """Stage 2 of 4, permute: group the slots by expert with a stable counting sort.
 
-Data flow: ``topk_ids (S, top_k) -> counts per block (blocks, E + 1) -> their exclusive sums ->
+Data flow: ``topk_ids (S, top_k) -> counts per block (blocks, E + 1) -> [sums of runs of blocks] ->
 sorted_to_slot (R,), slot_to_sorted (R,), expert_offsets (E + 1,)``. Group E collects the slots
 without an expert. Nothing is sorted by comparison, nothing is atomic: a slot's place is the number
 of slots before it in its group, found from the blocks' histograms and a sum inside the block.
@@ -17,7 +17,7 @@ from segmoe_kernels.routing import Permutation
 # Slots that one program places; `route` counts its blocks in the same number of segments.
 SEGMENTS_PER_BLOCK = 32
 
-# Up to here each program sums all histograms itself: quadratic, but a launch less.
+# Up to here each program sums up all histograms: quadratic, but a launch less than runs of them.
 MAX_BLOCKS_WITHOUT_SCAN = 512
 
 
@@ -59,85 +59,72 @@ def _permute_count_kernel(
 def _permute_scan_kernel(
     block_counts_ptr,  # (blocks, E + 1) int32
     block_starts_ptr,  # (blocks, E + 1) int32, every row is written
-    expert_offsets_ptr,  # (E + 1,) int32, every element is written
-    expert_counts_ptr,  # (E,) int32, every element is written
+    sums_ptr,  # (cdiv(blocks, BLOCKS), E + 1) int32, every row is written
     num_blocks,
     num_experts,
     BLOCKS: tl.constexpr,
     GROUPS: tl.constexpr,
 ) -> None:
-    """Turn histograms into the first sorted row of each (block, group).
+    """Sum up BLOCKS histograms, and before each of them those that lie before it in the run.
 
-    Grid: ``(1,)``; the program reads all histograms twice, BLOCKS at a time.
+    Grid: ``(cdiv(blocks, BLOCKS),)``.
     """
+    run = tl.program_id(0).to(tl.int64)
     groups = tl.arange(0, GROUPS)
     mask_g = groups <= num_experts
-    totals = tl.zeros((GROUPS,), dtype=tl.int32)
-    for start in range(0, num_blocks, BLOCKS):
-        blocks = start + tl.arange(0, BLOCKS)
-        offs = blocks.to(tl.int64)[:, None] * (num_experts + 1) + groups[None, :]
-        mask = (blocks < num_blocks)[:, None] & mask_g[None, :]
-        totals += tl.sum(tl.load(block_counts_ptr + offs, mask=mask, other=0), 0)
-    running = tl.cumsum(totals, 0) - totals
-    tl.store(expert_offsets_ptr + groups, running, mask=mask_g)
-    tl.store(expert_counts_ptr + groups, totals, mask=groups < num_experts)
-    for start in range(0, num_blocks, BLOCKS):
-        blocks = start + tl.arange(0, BLOCKS)
-        offs = blocks.to(tl.int64)[:, None] * (num_experts + 1) + groups[None, :]
-        mask = (blocks < num_blocks)[:, None] & mask_g[None, :]
-        counts = tl.load(block_counts_ptr + offs, mask=mask, other=0)
-        starts = running[None, :] + tl.cumsum(counts, 0) - counts
-        tl.store(block_starts_ptr + offs, starts, mask=mask)
-        running += tl.sum(counts, 0)
+    blocks = run * BLOCKS + tl.arange(0, BLOCKS)
+    offs = blocks[:, None] * (num_experts + 1) + groups[None, :]
+    mask = (blocks < num_blocks)[:, None] & mask_g[None, :]
+    counts = tl.load(block_counts_ptr + offs, mask=mask, other=0)
+    tl.store(block_starts_ptr + offs, tl.cumsum(counts, 0) - counts, mask=mask)
+    tl.store(sums_ptr + run * (num_experts + 1) + groups, tl.sum(counts, 0), mask=mask_g)
 
 
 @triton.jit
 def _permute_place_kernel(
     topk_ids_ptr,  # (R,) int32
-    block_counts_ptr,  # (blocks, E + 1) int32
-    block_starts_ptr,  # (blocks, E + 1) int32 from the scan, or None
+    sums_ptr,  # (runs, E + 1) int32, of BLOCKS_IN_RUN histograms each
+    block_starts_ptr,  # (blocks, E + 1) int32, inside a run; None for runs of one
     sorted_to_slot_ptr,  # (R,) int32, every element is written
     slot_to_sorted_ptr,  # (R,) int32, every element is written
-    expert_offsets_ptr,  # (E + 1,) int32, every element is written unless scanned
-    expert_counts_ptr,  # (E,) int32, likewise
+    expert_offsets_ptr,  # (E + 1,) int32, every element is written
+    expert_counts_ptr,  # (E,) int32, every element is written
     num_slots,
     num_experts,
-    num_blocks,
+    num_runs,
     SLOTS_PER_BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
     GROUPS: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    BLOCKS_IN_RUN: tl.constexpr,
+    RUNS: tl.constexpr,
 ) -> None:
     """Write both maps for the slots of a block.
 
-    Grid: ``(blocks,)``; one program owns SLOTS_PER_BLOCK consecutive slots, CHUNK at a time. With
-    few blocks each program sums the histograms before its own, which saves a launch.
+    Grid: ``(blocks,)``; one program owns SLOTS_PER_BLOCK consecutive slots, CHUNK at a time, and
+    sums up the runs before its own, RUNS at a time.
     """
     pid = tl.program_id(0).to(tl.int64)
     groups = tl.arange(0, GROUPS)
     mask_g = groups <= num_experts
+    totals = tl.zeros((GROUPS,), dtype=tl.int32)
+    before = tl.zeros((GROUPS,), dtype=tl.int32)
+    for start in range(0, num_runs, RUNS):
+        runs = start + tl.arange(0, RUNS)
+        counts = tl.load(
+            sums_ptr + runs.to(tl.int64)[:, None] * (num_experts + 1) + groups[None, :],
+            mask=(runs < num_runs)[:, None] & mask_g[None, :],
+            other=0,
+        )
+        totals += tl.sum(counts, 0)
+        before += tl.sum(tl.where((runs < pid // BLOCKS_IN_RUN)[:, None], counts, 0), 0)
+    offsets = tl.cumsum(totals, 0) - totals
+    running = offsets + before
     if block_starts_ptr is not None:
         starts_ptr = block_starts_ptr + pid * (num_experts + 1) + groups
-        running = tl.load(starts_ptr, mask=mask_g, other=0)
-    else:
-        totals = tl.zeros((GROUPS,), dtype=tl.int32)
-        before = tl.zeros((GROUPS,), dtype=tl.int32)
-        for start in range(0, num_blocks, BLOCKS):
-            blocks = start + tl.arange(0, BLOCKS)
-            counts = tl.load(
-                block_counts_ptr
-                + blocks.to(tl.int64)[:, None] * (num_experts + 1)
-                + groups[None, :],
-                mask=(blocks < num_blocks)[:, None] & mask_g[None, :],
-                other=0,
-            )
-            totals += tl.sum(counts, 0)
-            before += tl.sum(tl.where((blocks < pid)[:, None], counts, 0), 0)
-        offsets = tl.cumsum(totals, 0) - totals
-        running = offsets + before
-        first = pid == 0
-        tl.store(expert_offsets_ptr + groups, offsets, mask=mask_g & first)
-        tl.store(expert_counts_ptr + groups, totals, mask=(groups < num_experts) & first)
+        running += tl.load(starts_ptr, mask=mask_g, other=0)
+    first = pid == 0
+    tl.store(expert_offsets_ptr + groups, offsets, mask=mask_g & first)
+    tl.store(expert_counts_ptr + groups, totals, mask=(groups < num_experts) & first)
     for start in range(0, SLOTS_PER_BLOCK, CHUNK):
         inner = start + tl.arange(0, CHUNK)
         slots = pid * SLOTS_PER_BLOCK + inner
@@ -157,9 +144,11 @@ def _permute(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     topk_ids = topk_ids.contiguous()
     num_slots, top_k = topk_ids.numel(), topk_ids.shape[1]
-    sorted_to_slot, slot_to_sorted, expert_offsets, expert_counts = _permute_fake(
-        topk_ids, block_counts, num_experts
-    )
+    outputs = _permute_fake(topk_ids, block_counts, num_experts)
+    if num_slots == 0:
+        for output in outputs:
+            output.zero_()
+        return outputs
     groups = padded(num_experts + 1)
     slots_per_block = SEGMENTS_PER_BLOCK * top_k
     # A chunk holds a (CHUNK, GROUPS) one-hot in registers.
@@ -167,43 +156,39 @@ def _permute(
     num_blocks = triton.cdiv(topk_ids.shape[0], SEGMENTS_PER_BLOCK)
     tiles = {"SLOTS_PER_BLOCK": slots_per_block, "CHUNK": chunk, "GROUPS": groups}
     if block_counts is None:
-        shape = (num_blocks, num_experts + 1)
-        block_counts = torch.empty(shape, dtype=torch.int32, device=topk_ids.device)
-        if num_slots:
-            _permute_count_kernel[(num_blocks,)](
-                topk_ids, block_counts, num_slots, num_experts, **tiles
-            )
-    blocks_at_once = max(16, min(padded(num_blocks), 8192 // groups))
-    block_starts = None
-    if num_blocks > MAX_BLOCKS_WITHOUT_SCAN or num_blocks == 0:
+        block_counts = topk_ids.new_empty(num_blocks, num_experts + 1)
+        _permute_count_kernel[(num_blocks,)](
+            topk_ids, block_counts, num_slots, num_experts, **tiles
+        )
+    at_once = max(16, 8192 // groups)
+    sums, block_starts, num_runs = block_counts, None, num_blocks
+    if num_blocks > MAX_BLOCKS_WITHOUT_SCAN:
+        num_runs = triton.cdiv(num_blocks, at_once)
+        sums = topk_ids.new_empty(num_runs, num_experts + 1)
         block_starts = torch.empty_like(block_counts)
-        _permute_scan_kernel[(1,)](
+        _permute_scan_kernel[(num_runs,)](
             block_counts,
             block_starts,
-            expert_offsets,
-            expert_counts,
+            sums,
             num_blocks,
             num_experts,
-            BLOCKS=blocks_at_once,
+            BLOCKS=at_once,
             GROUPS=groups,
             num_warps=8,
         )
-    if num_slots:
-        _permute_place_kernel[(num_blocks,)](
-            topk_ids,
-            block_counts,
-            block_starts,
-            sorted_to_slot,
-            slot_to_sorted,
-            expert_offsets,
-            expert_counts,
-            num_slots,
-            num_experts,
-            num_blocks,
-            **tiles,
-            BLOCKS=blocks_at_once,
-        )
-    return sorted_to_slot, slot_to_sorted, expert_offsets, expert_counts
+    _permute_place_kernel[(num_blocks,)](
+        topk_ids,
+        sums,
+        block_starts,
+        *outputs,
+        num_slots,
+        num_experts,
+        num_runs,
+        **tiles,
+        BLOCKS_IN_RUN=1 if block_starts is None else at_once,
+        RUNS=max(16, min(padded(num_runs), at_once)),
+    )
+    return outputs
 
 
 def _permute_fake(

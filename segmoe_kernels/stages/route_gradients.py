@@ -140,8 +140,8 @@ def input_gradients(
 
 
 def sum_splits(partials: Tensor, out: Tensor) -> None:
-    """Add up ``partials (splits, ...)`` in ascending order into ``out (...)``."""
+    """Add up ``partials (splits, ...)`` in a fixed order into ``out (...)``."""
     size = out.numel()
-    sum_splits_kernel[(triton.cdiv(size, 256),)](
-        partials, out, partials.shape[0], size, ACC=accumulator(partials.dtype), BLOCK=256
+    sum_splits_kernel[(triton.cdiv(size, 64),)](
+        partials, out, partials.shape[0], size, ACC=accumulator(partials.dtype), SPLITS=32, BLOCK=64
     )

@@ -53,16 +53,17 @@ def route_fwd_kernel(
     Grid: ``(cdiv(S, SEGMENTS),)``. Products of x and router_weight are summed in ACC; softmax and
     top-k run in ACC.
     """
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
     mask_e = experts < num_experts
     counts = tl.zeros((EXPERTS,), dtype=tl.int32)
     unrouted = tl.sum(counts, 0)
     for start in range(0, SEGMENTS, BLOCK_S):
-        # What is 64 bits wide goes into scalar pointers: offsets inside a block fit 32.
-        first = pid * SEGMENTS + start
+        # Segments are counted in 32 bits, whose division is a fifth of that of 64. What needs 64
+        # goes into scalar pointers: offsets inside a block fit 32.
         inner = tl.arange(0, BLOCK_S)
-        segment = first + inner
+        segment = pid * SEGMENTS + start + inner
+        first = (pid * SEGMENTS + start).to(tl.int64)
         mask_s = segment < num_segments
         logits, routed = score_segments(
             x_ptr, router_weight_ptr, router_start_ptr, padding_mask_ptr, segment, mask_s,
@@ -85,7 +86,7 @@ def route_fwd_kernel(
         tl.store(topk_ids_ptr + first * TOP_K + out, ids, mask=chosen)
         counts += tl.sum((selected & routed[:, None]).to(tl.int32), 0)
         unrouted += tl.sum((mask_s & (routed == 0)).to(tl.int32), 0) * TOP_K
-    row = block_counts_ptr + pid * (num_experts + 1)
+    row = block_counts_ptr + pid.to(tl.int64) * (num_experts + 1)
     tl.store(row + experts, counts, mask=mask_e)
     tl.store(row + num_experts, unrouted)
 
@@ -189,7 +190,7 @@ def route_bwd_kernel(
     Grid: ``(splits, SEGMENT_SIZE or 1, cdiv(D, BLOCK_D))``; one program owns blocks_per_split
     blocks of BLOCK_S segments and BLOCK_D columns, of one step each with "concat", else of all.
     """
-    split = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(0)
     position = tl.program_id(1)
     offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
@@ -214,7 +215,7 @@ def route_bwd_kernel(
             source = segment + 1
             mask_l = mask_s & (index + 1 < segments_per_sequence)
         dlogits = tl.load(
-            dlogits_ptr + source[:, None] * num_experts + experts[None, :],
+            dlogits_ptr + source.to(tl.int64)[:, None] * num_experts + experts[None, :],
             mask=mask_l[:, None] & mask_e[None, :],
             other=0.0,
         )
@@ -272,7 +273,8 @@ def route_bwd_kernel(
                     )  # fmt: skip
     if dweight_ptr is not None:
         width = D * SEGMENT_SIZE if POOLING == "concat" else D
-        offs = (split * num_experts + experts)[:, None] * width + position * D + offs_d[None, :]
+        row = (split * num_experts + experts).to(tl.int64)
+        offs = row[:, None] * width + position * D + offs_d[None, :]
         tl.store(dweight_ptr + offs, dweight, mask=mask_w)
 
 
@@ -298,12 +300,13 @@ def _store_dx(
     mask_d = (offs_d < D)[None, :]
     dx = tl.where(real[:, None], dx, 0.0)
     if dslots_ptr is not None:
-        offs = sequence * stride_dslots_b + step * stride_dslots_t
+        offs = sequence.to(tl.int64) * stride_dslots_b + step.to(tl.int64) * stride_dslots_t
         ptrs = dslots_ptr + offs[:, None] + offs_d[None, :]
         for _ in range(num_choices):
             dx += tl.load(ptrs, mask=real[:, None] & mask_d, other=0.0).to(ACC)
             ptrs += stride_dslots_k
-    ptrs = dx_ptr + ((sequence * length + step) * D)[:, None] + offs_d[None, :]
+    row = (sequence * length + step).to(tl.int64)
+    ptrs = dx_ptr + (row * D)[:, None] + offs_d[None, :]
     mask = (mask_s & (step < length))[:, None] & mask_d
     tl.store(ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
@@ -315,16 +318,19 @@ def sum_splits_kernel(
     num_splits,
     size,
     ACC: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Add up partial sums in ascending order.
+    """Add up partial sums in a fixed order, SPLITS at a time.
 
     Grid: ``(cdiv(size, BLOCK),)``. Sums in ACC, rounded at the store.
     """
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), dtype=ACC)
-    ptrs = partials_ptr + offs
-    for _ in range(num_splits):
-        acc += tl.load(ptrs, mask=offs < size, other=0.0)
-        ptrs += size
+    # Some at once: loads in flight, not one behind the other.
+    for start in range(0, num_splits, SPLITS):
+        splits = start + tl.arange(0, SPLITS)
+        ptrs = partials_ptr + splits.to(tl.int64)[:, None] * size + offs[None, :]
+        mask = (splits < num_splits)[:, None] & (offs < size)[None, :]
+        acc += tl.sum(tl.load(ptrs, mask=mask, other=0.0), 0)
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < size)
