@@ -47,7 +47,7 @@ LAYERS = {
     },
     "fp32 grouped P=3 D=20 max causal masked": {
         "dtype": "float32", "segment_size": 3, "d_model": 20, "pooling": "max", "causal": True,
-        "masked": 0.3, **GROUPED, **ALONE,
+        "masked": 0.3, **GROUPED, **ALONE, "shape": (8, 11),
     },
     "fp32 grouped P=1 top_k=E D=40": {
         "dtype": "float32", "segment_size": 1, "d_model": 40, "num_experts": 3, "top_k": 3,
@@ -168,10 +168,12 @@ LAYERS = {
     "bf16 ties": {"num_experts": 7, "top_k": 3, "ties": True, **ALONE},
     "fp32 ties grouped": {"dtype": "float32", "top_k": 2, "ties": True, **GROUPED, **ALONE},
     "bf16 one segment": {"shape": (1, 4), **ALONE},
-    "fp32 one segment grouped": {"dtype": "float32", **GROUPED, **ALONE, "shape": (1, 4)},
+    "fp64 one segment grouped": {
+        "dtype": "float64", "d_model": 16, **GROUPED, **ALONE, "shape": (1, 4),
+    },
     "bf16 all padding": {"masked": 1.0, **SHORT},
     "bf16 all padding grouped": {"masked": 1.0, **GROUPED, **SHORT},
-    "fp32 unaligned grouped": {"dtype": "float32", "layout": "unaligned", **GROUPED, **SHORT},
+    "fp32 unaligned grouped": {"dtype": "float32", "layout": "unaligned", **GROUPED, **ALONE},
     "bf16 E=20 top_k=4": {"num_experts": 20, "top_k": 4, "shape": (1, 13), **ALONE},
     "stages alone": {},
     "fp16 other orders": {"dtype": "float16", "order": 1, **ALONE},
@@ -179,7 +181,7 @@ LAYERS = {
     "bf16 top_k=2 other orders": {"top_k": 2, "masked": 0.3, "order": 3, **ALONE},
     "bf16 grouped other orders": {"order": 4, **GROUPED, **ALONE},
 }  # fmt: skip
-CORE = ("fp32 grouped", "bf16 top_k=2 other orders", "bf16 wide rows biased")
+CORE = ("fp32 grouped", "bf16 top_k=2 other orders", "bf16 wide rows biased", "bf16 causal")
 # The rest of a layer's settings; not options of it.
 CALLS = {"dtype", "shape", "masked", "plan", "tf32", "layout", "ties", "order"}
 

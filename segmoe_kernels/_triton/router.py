@@ -144,7 +144,12 @@ def score_segments(
     for d0 in range(0, D, BLOCK_D):
         offs_d = d0 + tl.arange(0, BLOCK_D)
         mask_d = offs_d < D
-        for p in range(SEGMENT_SIZE if POOLING == "concat" else 1):
+        # Where registers hold the operand, Triton 3.7 pipelines without a wait for wgmma: the next
+        # steps would be loaded into registers that it still reads.
+        for p in tl.range(
+            SEGMENT_SIZE if POOLING == "concat" else 1,
+            num_stages=1 if router_start_ptr is not None else None,
+        ):
             if POOLING == "concat":
                 pooled, _real = load_steps(
                     x_ptr, padding_mask_ptr, sequence, first_step + p, mask_x, offs_d, length,
