@@ -14,7 +14,6 @@ from torch import Tensor
 
 from segmoe_kernels._triton.launch import accumulator, padded
 from segmoe_kernels._triton.sequences import expert_tiles, split_starts
-from segmoe_kernels._triton.tile_table import power
 
 
 def new_partials(
@@ -58,10 +57,8 @@ def reduce_partials(
     num_experts = expert_offsets.shape[0] - 1
     outputs = [*outputs, *[None] * (6 - len(outputs))]
     sizes = [0 if out is None else out[0].numel() for out in outputs]
-    # Loads of several splits are in flight at once, as many as an expert is likely to have.
-    at_once = power(num_splits // num_experts, 4, 16)
-    block = 4096 // at_once
-    grid = (triton.cdiv(partials.shape[1], block), num_experts)
+    # Loads of several splits are in flight at once.
+    grid = (triton.cdiv(partials.shape[1], 512), num_experts)
     reduce_partials_kernel[grid](
         partials,
         *outputs,
@@ -74,8 +71,8 @@ def reduce_partials(
         BLOCK_M=block_m,
         GROUPS=padded(num_experts),
         ACC=accumulator(partials.dtype),
-        SPLITS=at_once,
-        BLOCK=block,
+        SPLITS=8,
+        BLOCK=512,
     )
 
 

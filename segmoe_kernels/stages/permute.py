@@ -18,7 +18,7 @@ from segmoe_kernels.routing import Permutation
 SEGMENTS_PER_BLOCK = 32
 
 # Up to here each program sums up all histograms: quadratic, but a launch less than runs of them.
-MAX_BLOCKS_WITHOUT_SCAN = 512
+MAX_BLOCKS_WITHOUT_SCAN = 1024
 
 
 @triton.jit
@@ -186,7 +186,7 @@ def _permute(
         num_runs,
         **tiles,
         BLOCKS_IN_RUN=1 if block_starts is None else at_once,
-        RUNS=max(16, min(padded(num_runs), at_once)),
+        RUNS=min(128, at_once) if block_starts is None else 16,
     )
     return outputs
 
