@@ -246,8 +246,8 @@ _PARTIALS = _in(
         "shares are stored behind the slots", {"tests": PARTIALS},
     ),
     (
-        "reduce_partials", "grid", "triton.cdiv(partials.shape[1], 1024)",
-        "partials.shape[1] // 1024", "the last block of elements is never added up",
+        "reduce_partials", "grid", "triton.cdiv(partials.shape[1], 512)",
+        "partials.shape[1] // 512", "the last block of elements is never added up",
     ),
     (
         "store_sum", "dropped store", "mask=mask)", "mask=mask & (offs > 0))",
@@ -274,7 +274,7 @@ _PARTIALS = _in(
         "the gate's bias has the other gradient", {"tests": FUSED},
     ),
     (
-        "reduce_partials_kernel", "slot off by one", "(split + me)", "(split + me + 1)",
+        "reduce_partials_kernel", "slot off by one", "(splits + me)", "(splits + me + 1)",
         "adds up the next slots",
     ),
     (
@@ -290,13 +290,12 @@ _PARTIALS = _in(
         "num_splits // some, num_splits)", "skips an expert's last split",
     ),
     (
-        "reduce_partials_kernel", "no sum", "acc += tl.load", "acc = tl.load",
-        "the last split is all",
+        "reduce_partials_kernel", "no sum", "acc += tl.sum", "acc = tl.sum",
+        "the last splits are all",
     ),
     (
         "reduce_partials_kernel", "overwrites whole sums",
-        "shared &= (first > mine_start) | (last < mine_stop) | (first >= last)",
-        "shared &= first >= 0", "what one split has stored is replaced by 0",
+        "tl.sum(whole.to(tl.int32), 0) == 0", "tl.sum(whole.to(tl.int32), 0) >= 0", "what one split has stored is replaced by 0",
     ),
     ("reduce_partials_kernel", "part", "offs -= n1", "offs -= n0", "the third part is misplaced"),
     ("_store_part", "expert", "expert * n + offs", "expert + offs", "experts overlap"),
@@ -316,7 +315,7 @@ _ROUTER = _in(
     ),
     ("step_range", "count", "count += real.to", "count += mask_s.to", "padding counts in the mean"),
     (
-        "load_steps", "wrong stride", "sequence * stride_x_b", "sequence * length * stride_x_t",
+        "load_steps", "wrong stride", "sequence.to(tl.int64) * stride_x_b", "sequence.to(tl.int64) * length * stride_x_t",
         "takes sequences for dense",
     ),
     (
@@ -474,18 +473,18 @@ _SEQUENCES = _in(
         "reads an offset behind the last one", {"tests": SUMS},
     ),
     (
-        "split_start", "never at experts", "num_splits <= num_experts", "num_splits <= 0",
+        "split_starts", "never at experts", "num_splits <= num_experts", "num_splits <= 0",
         "even experts are shared", {"tests": PARTIALS},
     ),
     (
-        "split_start", "farther", "4 * tl.abs", "1 * tl.abs", "splits differ too much in length",
+        "split_starts", "farther", "4 * tl.abs", "1 * tl.abs", "splits differ too much in length",
         {"tests": PARTIALS},
     ),
     (
-        "split_start", "32 bits", "tl.sum(tiles, 0).to(tl.int64)", "tl.sum(tiles, 0)",
-        "splits times tiles overflow", {"tests": PARTIALS},
+        "split_starts", "remainder", " + splits * (total % num_splits) // num_splits", "",
+        "the last split takes all tiles that don't divide evenly", {"tests": PARTIALS},
     ),
-    ("find_split", "empty", "split + 1,", "split,", "splits end where they start", {"tests": SUMS}),
+    ("find_split", "empty", "both == 1", "both == 0", "splits end where they start", {"tests": SUMS}),
     (
         "find_split", "last expert", "experts + 1, 0)", "experts, 0)",
         "a split leaves out its last expert", {"tests": SUMS},
@@ -588,7 +587,7 @@ _ROUTE = _in(
         "writes choices behind the last segment",
     ),
     (
-        "route_fwd_kernel", "row of the histogram", "pid * (num_experts + 1)", "pid * num_experts",
+        "route_fwd_kernel", "row of the histogram", "pid.to(tl.int64) * (num_experts + 1)", "pid.to(tl.int64) * num_experts",
         "rows of the histogram overlap",
     ),
     (
@@ -666,17 +665,17 @@ _ROUTE = _in(
         "padding has a gradient",
     ),
     ("_store_dx", "tail", "(mask_s & (step < length))", "mask_s", "writes into the next sequence"),
-    ("sum_splits_kernel", "no sum", "acc += tl.load", "acc = tl.load", "the last split is all"),
+    ("sum_splits_kernel", "no sum", "acc += tl.sum", "acc = tl.sum", "the last splits are all"),
     (
-        "sum_splits_kernel", "same split", "ptrs += size", "ptrs += 0",
-        "the first split is added again",
+        "sum_splits_kernel", "same splits", "start + tl.arange(0, SPLITS)", "tl.arange(0, SPLITS)",
+        "the first splits are added again",
     ),
     (
         "sum_splits_kernel", "tail", "mask=offs < size)", "mask=offs >= 0)",
         "writes behind the result",
     ),
     (
-        "sum_splits_kernel", "one less", "range(num_splits)", "range(num_splits - 1)",
+        "sum_splits_kernel", "one less", "splits < num_splits", "splits < num_splits - 1",
         "the last split is left out",
     ),
 )  # fmt: skip
@@ -757,24 +756,24 @@ _PERMUTE = _in(
         "the next block's slots are counted twice",
     ),
     (
-        "_permute_scan_kernel", "inclusive groups", "tl.cumsum(totals, 0) - totals",
-        "tl.cumsum(totals, 0)", "groups start where they end",
-    ),
-    (
         "_permute_scan_kernel", "inclusive blocks", "tl.cumsum(counts, 0) - counts",
         "tl.cumsum(counts, 0)", "blocks start where they end",
     ),
     (
-        "_permute_scan_kernel", "no carry", "running += tl.sum(counts, 0)", "running += 0",
-        "later blocks start anew",
+        "_permute_scan_kernel", "sums of the first run", "sums_ptr + run * (", "sums_ptr + 0 * (",
+        "the other runs have no sums",
     ),
     (
         "_permute_scan_kernel", "tail", "(blocks < num_blocks)", "(blocks >= 0)",
         "reads histograms behind the last one", {"nth": 0},
     ),
     (
-        "_permute_place_kernel", "own block", "(blocks < pid)", "(blocks <= pid)",
-        "a block starts where it ends",
+        "_permute_place_kernel", "own run", "(runs < pid // ", "(runs <= pid // ",
+        "a run starts where it ends",
+    ),
+    (
+        "_permute_place_kernel", "inclusive groups", "tl.cumsum(totals, 0) - totals",
+        "tl.cumsum(totals, 0)", "groups start where they end",
     ),
     (
         "_permute_place_kernel", "no carry", "running += tl.sum(mine, 0)", "running += 0",
@@ -791,7 +790,7 @@ _PERMUTE = _in(
     ),
     (
         "_permute_place_kernel", "histograms behind",
-        "mask=(blocks < num_blocks)[:, None] & mask_g[None, :]", "mask=mask_g[None, :]",
+        "mask=(runs < num_runs)[:, None] & mask_g[None, :]", "mask=mask_g[None, :]",
         "reads histograms behind the last one",
     ),
     (
@@ -799,7 +798,7 @@ _PERMUTE = _in(
         "every program writes the offsets",
         {"equivalent": "All programs have the same offsets; it costs stores."},
     ),
-    ("_permute", "nothing", " or num_blocks == 0", "", "the offsets of no slot are not written"),
+    ("_permute", "nothing", "output.zero_()", "pass", "the offsets of no slot are not written"),
     (
         "_permute", "choices", "SEGMENTS_PER_BLOCK * top_k", "SEGMENTS_PER_BLOCK",
         "blocks cover one choice's slots",
