@@ -295,7 +295,8 @@ _PARTIALS = _in(
     ),
     (
         "reduce_partials_kernel", "overwrites whole sums",
-        "tl.sum(whole.to(tl.int32), 0) == 0", "tl.sum(whole.to(tl.int32), 0) >= 0", "what one split has stored is replaced by 0",
+        "tl.sum(whole.to(tl.int32), 0) == 0", "tl.sum(whole.to(tl.int32), 0) >= 0",
+        "what one split has stored is replaced by 0",
     ),
     ("reduce_partials_kernel", "part", "offs -= n1", "offs -= n0", "the third part is misplaced"),
     ("_store_part", "expert", "expert * n + offs", "expert + offs", "experts overlap"),
@@ -315,7 +316,8 @@ _ROUTER = _in(
     ),
     ("step_range", "count", "count += real.to", "count += mask_s.to", "padding counts in the mean"),
     (
-        "load_steps", "wrong stride", "sequence.to(tl.int64) * stride_x_b", "sequence.to(tl.int64) * length * stride_x_t",
+        "load_steps", "wrong stride", "sequence.to(tl.int64) * stride_x_b",
+        "sequence.to(tl.int64) * length * stride_x_t",
         "takes sequences for dense",
     ),
     (
@@ -484,7 +486,10 @@ _SEQUENCES = _in(
         "split_starts", "remainder", " + splits * (total % num_splits) // num_splits", "",
         "the last split takes all tiles that don't divide evenly", {"tests": PARTIALS},
     ),
-    ("find_split", "empty", "both == 1", "both == 0", "splits end where they start", {"tests": SUMS}),
+    (
+        "find_split", "empty", "both == 1", "both == 0", "splits end where they start",
+        {"tests": SUMS},
+    ),
     (
         "find_split", "last expert", "experts + 1, 0)", "experts, 0)",
         "a split leaves out its last expert", {"tests": SUMS},
@@ -587,7 +592,8 @@ _ROUTE = _in(
         "writes choices behind the last segment",
     ),
     (
-        "route_fwd_kernel", "row of the histogram", "pid.to(tl.int64) * (num_experts + 1)", "pid.to(tl.int64) * num_experts",
+        "route_fwd_kernel", "row of the histogram", "pid.to(tl.int64) * (num_experts + 1)",
+        "pid.to(tl.int64) * num_experts",
         "rows of the histogram overlap",
     ),
     (
