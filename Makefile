@@ -35,7 +35,7 @@ matrix: $(READY)  ## core tests with each release of torch and triton; writes te
 	$(RUN) tests/matrix.py
 
 ptx: $(READY)  ## compiled kernels of every layer, executed without a GPU; writes tests/reports/ptx.md
-	$(RUN) tests/ptx_layers.py
+	$(RUN) tests/ptx_layers.py --jobs $(JOBS)
 	$(RUN) tests/ptx_faults.py
 
 # Without its dependencies, into a folder of its own: it asks for newer releases than it needs. The

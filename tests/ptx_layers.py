@@ -13,10 +13,12 @@ import ast
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import sys
 import time
 import tokenize
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from unittest import mock
 
@@ -408,10 +410,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--core", choices=ARCHS, help="print the rows of a test as JSON")
     parser.add_argument("--only", default="", metavar="TEXT")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="processes at work at once"
+    )
     arguments = parser.parse_args()
-    import torch
-
-    torch.set_num_threads(1)
+    # For processes of our own, too.
+    os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     if arguments.core:
         import ptx_faults
         import ptx_kernels
@@ -424,18 +428,21 @@ def main():
     digests = kernel_digests()
     old = json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else []
     rows = {(row["layer"], row["arch"]): row for row in old}
-    for key in [(name, arch) for name in LAYERS for arch in ARCHS]:
+    waiting = []
+    for key in [(name, arch) for name in LAYERS for arch in ARCHS if arguments.only in name]:
         row = rows.get(key)
-        settings = repr(LAYERS[key[0]])
-        current = row and row["settings"] == settings and not is_fault(row)
-        current = current and row["digests"] == {k: digests.get(k) for k in row["kernels"]}
-        if current or arguments.only not in key[0]:
-            continue
-        row = measure(*key, LAYERS[key[0]].get("order"))
-        row |= {"settings": settings, "digests": {k: digests[k] for k in row["kernels"]}}
-        rows[key] = row
-        print({k: v for k, v in row.items() if k not in {"kernels", "digests"}}, flush=True)  # noqa: T201
-        write([rows[name, arch] for name in LAYERS for arch in ARCHS if (name, arch) in rows])
+        current = row and row["settings"] == repr(LAYERS[key[0]]) and not is_fault(row)
+        if not current or row["digests"] != {k: digests.get(k) for k in row["kernels"]}:
+            waiting.append(key)
+    with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
+        running = [pool.submit(measure, *key, LAYERS[key[0]].get("order")) for key in waiting]
+        for done in as_completed(running):
+            row = done.result()
+            row["settings"] = repr(LAYERS[row["layer"]])
+            row["digests"] = {k: digests[k] for k in row["kernels"]}
+            rows[row["layer"], row["arch"]] = row
+            print({k: v for k, v in row.items() if k not in {"kernels", "digests"}}, flush=True)  # noqa: T201
+            write([rows[name, arch] for name in LAYERS for arch in ARCHS if (name, arch) in rows])
     return int(any(map(is_fault, rows.values())))
 
 
