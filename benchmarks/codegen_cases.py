@@ -183,12 +183,12 @@ def cases() -> dict[str, Callable[[], None]]:
         sizes = {"d_model": 64, "segment_size": 3, "masked": True}
         found[f"{name} shared mask D=64 P=3"] = _shared_case(dtype, **sizes)
     bf16 = torch.bfloat16
-    found["bfloat16 D=16"] = _layer_case(bf16, d_model=16)
+    found["bfloat16 D=16"] = _layer_case(bf16, d_model=16, plan="block")
     found["bfloat16 dropout mask"] = _layer_case(
         bf16, d_model=128, dropout=0.2, router_dropout=0.1, masked=True, segment_size=3
     )
     for pooling in ("mean", "max", "first", "last"):
-        found[f"bfloat16 {pooling}"] = _layer_case(bf16, pooling=pooling, masked=True)
+        found[f"bfloat16 {pooling}"] = _layer_case(bf16, pooling=pooling, masked=True, plan="block")
     found["bfloat16 causal"] = _layer_case(bf16, causal=True, shared_expert="token")
     found["bfloat16 E=512"] = _layer_case(bf16, num_experts=512, top_k=2)
     found["bfloat16 D=2048"] = _layer_case(bf16, d_model=2048, segment_size=1, num_experts=8)

@@ -879,7 +879,7 @@ _BLOCK = _in(
         "weights are not written",
     ),
     (
-        "block_fwd_kernel", "rows", "other=0) * SEGMENT_SIZE\n", "other=0)\n",
+        "block_fwd_kernel", "rows", "+ expert) * SEGMENT_SIZE\n", "+ expert)\n",
         "only a part of the rows runs",
     ),
     (
