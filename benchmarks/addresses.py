@@ -230,7 +230,9 @@ def cases() -> dict[str, Callable[[], None]]:
     found["wide"] = _layer_case(d_model=600, d_ff=1000, shared_expert=None, gated=True, **EXTRAS)
     found["segment"] = _layer_case(expert_scope="segment", shared_expert=None, gated=True, **EXTRAS)
     for pooling in ("mean", "max", "first", "last"):
-        found[pooling] = _layer_case(pooling=pooling, masked=True, shared_expert=None, top_k=TOP_K)
+        found[pooling] = _layer_case(
+            pooling=pooling, masked=True, shared_expert=None, top_k=TOP_K, plan="block"
+        )
     found["causal"] = _layer_case(causal=True, shared_expert="token", plan="grouped")
     found["shared"] = _layer_case(gated=True, **EXTRAS)
     return found

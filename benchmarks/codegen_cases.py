@@ -8,6 +8,7 @@ from unittest import mock
 import torch
 
 from segmoe_kernels import FFNWeights, SegMoE, functional, stages
+from segmoe_kernels._triton.tiles import MAX_BLOCK_WIDTH
 
 
 def run_layer(dtype: torch.dtype, options: dict[str, Any]) -> None:
@@ -106,7 +107,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gated gelu bias": {"gated": True, "bias": True},
     "gated extras": {"gated": True, "activation": "silu", **EXTRAS},
 }
-MANY_SEGMENTS = (132 * 128, 132 * 256)
 
 
 def _float64_cases() -> dict[str, Callable[[], None]]:
@@ -144,11 +144,11 @@ def _float64_cases() -> dict[str, Callable[[], None]]:
 
 def brief_cases() -> list[str]:
     """Names of the cases that a test compiles: the kernels of each plan at each width."""
-    many = MANY_SEGMENTS[-1]
-    names = ["float32 D=64 plain", "float32 D=256 gated", "bfloat16 D=128 gated grouped"]
+    names = ["float32 D=64 plain block", "float32 D=256 gated grouped"]
+    names += ["bfloat16 D=64 plain block", "bfloat16 D=64 gated block top_k=2"]
     for d_model in (64, 128, 256):
-        names.append(f"bfloat16 D={d_model} plain S={many}")
-        names.append(f"bfloat16 D={d_model} gated top_k=2 S={many}")
+        names.append(f"bfloat16 D={d_model} plain grouped")
+        names.append(f"bfloat16 D={d_model} gated grouped top_k=2")
     names += ["bfloat16 D=512 gated S=40", "bfloat16 shared D=64 P=3"]
     return [*names, *_float64_cases()]
 
@@ -165,17 +165,10 @@ def cases() -> dict[str, Callable[[], None]]:
         for d_model in (64, 128, 256):
             for variant, options in VARIANTS.items():
                 routed = {"d_model": d_model, "shared_expert": None, **options}
-                label = f"{name} D={d_model} {variant}"
-                found[label] = _layer_case(dtype, **routed)
-                found[f"{label} top_k=2"] = _layer_case(dtype, **routed, top_k=2)
-                found[f"{label} grouped"] = _layer_case(dtype, **routed, top_k=2, plan="grouped")
-                # Enough for each size of plan "block"'s tiles.
-                for segments in MANY_SEGMENTS:
-                    many = {"segments": segments, "num_experts": 4}
-                    found[f"{label} S={segments}"] = _layer_case(dtype, **routed, **many)
-                    found[f"{label} top_k=2 S={segments}"] = _layer_case(
-                        dtype, **routed, **many, top_k=2
-                    )
+                for plan in ("block", "grouped") if d_model <= MAX_BLOCK_WIDTH else ("grouped",):
+                    label = f"{name} D={d_model} {variant} {plan}"
+                    found[label] = _layer_case(dtype, **routed, plan=plan)
+                    found[f"{label} top_k=2"] = _layer_case(dtype, **routed, plan=plan, top_k=2)
             found[f"{name} D={d_model} shared"] = _layer_case(dtype, d_model=d_model)
         wide = {"d_model": 128, "expert_scope": "segment", "shared_expert": None}
         found[f"{name} segment scope"] = _layer_case(dtype, **wide)
@@ -190,12 +183,12 @@ def cases() -> dict[str, Callable[[], None]]:
         sizes = {"d_model": 64, "segment_size": 3, "masked": True}
         found[f"{name} shared mask D=64 P=3"] = _shared_case(dtype, **sizes)
     bf16 = torch.bfloat16
-    found["bfloat16 D=16"] = _layer_case(bf16, d_model=16)
+    found["bfloat16 D=16"] = _layer_case(bf16, d_model=16, plan="block")
     found["bfloat16 dropout mask"] = _layer_case(
         bf16, d_model=128, dropout=0.2, router_dropout=0.1, masked=True, segment_size=3
     )
     for pooling in ("mean", "max", "first", "last"):
-        found[f"bfloat16 {pooling}"] = _layer_case(bf16, pooling=pooling, masked=True)
+        found[f"bfloat16 {pooling}"] = _layer_case(bf16, pooling=pooling, masked=True, plan="block")
     found["bfloat16 causal"] = _layer_case(bf16, causal=True, shared_expert="token")
     found["bfloat16 E=512"] = _layer_case(bf16, num_experts=512, top_k=2)
     found["bfloat16 D=2048"] = _layer_case(bf16, d_model=2048, segment_size=1, num_experts=8)

@@ -11,8 +11,8 @@ or is wrong is a row too.
 
 ``--write`` puts the winners into a file, beside those of earlier searches; SEGMOE_TILES=tiles.json
 makes the kernels take them. The shipped table is edited by hand, with the row beside it, and so is
-the rule for plan "block"'s segments and groups, which follow the number of rows: they are tried and
-reported, never written.
+the rule for plan "block"'s segments, which follow the number of rows: they are tried and reported,
+never written.
 """
 
 import argparse
@@ -44,7 +44,7 @@ Tile = Any
 # A winner has to be this much faster: less is within the noise of the clocks.
 MARGIN = 0.98
 # Fields of an answer that depend on the number of rows: tried last, and not for a file.
-BY_ROWS = ("segments", "groups")
+BY_ROWS = ("segments",)
 
 
 def _table() -> Any:
@@ -134,7 +134,6 @@ _RANGES = {
     "block_k": (16, 128),
     "block_f": (16, 128),
     "segments": (32, 1024),
-    "groups": (1, 8),
     "num_warps": (2, 16),
     "num_stages": (1, 5),
 }

@@ -11,7 +11,7 @@ from benchmarks.clock.tables import check_rows, parse_workload
 
 def main():
     facts = {}
-    million = capture_layer(parse_workload("256-8-2-5-1e6").shape)
+    million = capture_layer(parse_workload("64-8-2-5-1e6").shape)
     facts["names"] = [
         [call.name for call in calls] for calls in (million.forward, million.backward)
     ]

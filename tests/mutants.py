@@ -884,12 +884,8 @@ _BLOCK = _in(
         "weights are not written",
     ),
     (
-        "block_fwd_kernel", "rows", "other=0) * SEGMENT_SIZE\n", "other=0)\n",
+        "block_fwd_kernel", "rows", "+ expert) * SEGMENT_SIZE\n", "+ expert)\n",
         "only a part of the rows runs",
-    ),
-    (
-        "block_fwd_kernel", "expert of a group", "turn * expert_groups + group", "turn",
-        "every group runs the first experts",
     ),
     (
         "block_fwd_kernel", "missing weight", "out = out * weights[:, None]", "out = out + 0.0",
@@ -912,8 +908,8 @@ _BLOCK = _in(
         "segments without an expert are not written",
     ),
     (
-        "block_fwd_kernel", "turns", "(num_experts + expert_groups - 1) // expert_groups",
-        "num_experts // expert_groups", "the last experts have no turn",
+        "block_fwd_kernel", "last expert", "tl.range(0, num_experts, disable_licm=True)",
+        "tl.range(0, num_experts - 1, disable_licm=True)", "the last expert has no turn",
     ),
     (
         "block_fwd_kernel", "chunk's bias", "out += load_bias(down_bias_ptr",
@@ -953,8 +949,8 @@ _BLOCK_HOST = [
         "stages/block.py",
         BLOCK,
         (
-            "_block_fwd", "counts", "torch.sum(block_counts[:, 0], 0",
-            "torch.sum(block_counts[:1, 0], 0", "one program's counts are all",
+            "_block_fwd", "counts", "torch.sum(block_counts, 0",
+            "torch.sum(block_counts[:1], 0", "one program's counts are all",
         ),
         (
             "_block_fwd", "segments of a sequence", "num_segments // batch", "num_segments",
@@ -965,8 +961,8 @@ _BLOCK_HOST = [
             "every expert has the first one's gate",
         ),
         (
-            "_block_fwd", "grid", "block_fwd_kernel[(blocks, tile.groups)]",
-            "block_fwd_kernel[(blocks, 1)]", "the other groups' experts don't run",
+            "_block_fwd", "grid", "block_fwd_kernel[(blocks,)]", "block_fwd_kernel[(1,)]",
+            "the other programs' segments are not written",
         ),
         (
             "_draw_seed", "seed", "torch.randint(2**62, (1,)", "torch.full((1,), 7",

@@ -314,7 +314,7 @@ def measure(name, arch, order=None, *, options=None, execute=None):
 
     options, launches, again = LAYERS[name] if options is None else options, [], []
     execute = execute or emulated
-    variables = {"SEGMOE_PLAN": options["plan"]} if "plan" in options else {}
+    variables = {"SEGMOE_PLAN": options.get("plan", "block")}
     begin = time.process_time()
     repeats = None
     torch.backends.cuda.matmul.allow_tf32 = bool(options.get("tf32"))

@@ -63,8 +63,7 @@ def test_block_serves_several_programs_and_unrouted_segments(experts, top_k, dev
     check_equal(layer, inputs)
 
 
-def test_block_splits_experts_into_groups(device):
-    # A hidden layer of 128 columns or more lets several programs share a run of segments.
+def test_block_serves_hidden_layers_of_several_chunks(device):
     layer = make_layer(device, torch.float32, num_experts=3, d_ff=130)
     inputs = make_inputs(3, 50, 8, device=device, masked=0.3)
     inputs.padding_mask[1, 20:40] = False
@@ -245,33 +244,39 @@ def test_what_lies_beside_a_segment_changes_none_of_its_bits(plan, dtype, device
 
 
 def test_block_gives_a_segment_the_same_numbers_in_any_batch(device, monkeypatch):
-    """The same bits where the number of rows leaves the tiles as they are, else up to rounding."""
+    """The same bits, however many segments a program has."""
     layer = make_layer(device, torch.float16, top_k=2)
     x = make_inputs(30, 21, 8, dtype=torch.float16, device=device).x
     with torch.no_grad():
         few, more = layer(x[:3]), layer(x[:9])
-        # As if a GPU were full of the rows at hand: larger tiles.
+        # As if a GPU were full of the rows at hand: longer runs of segments.
         monkeypatch.setattr(tiles, "_NUM_SMS", 1)
         many = layer(x)
     options = {"dtype": torch.float16, "gated": False, "extras": False}
-    rows = [tiles.block_fwd_tile(8, 20, 4, 2, 3, 7 * n, **options).block_m for n in (9, 30)]
-    assert rows == [32, 64]
+    segments = [tiles.block_fwd_tile(8, 20, 4, 2, 3, 7 * n, **options).segments for n in (9, 30)]
+    assert segments[0] < segments[1]
     assert torch.equal(more[:3], few)
-    torch.testing.assert_close(many[:3], few)
+    assert torch.equal(many[:3], few)
 
 
 def test_block_is_planned_for_few_experts_on_narrow_rows_of_nvidia(monkeypatch):
-    for wanted in ("auto", "block"):
+    few, many = plans.MIN_BLOCK_ROWS - 1, plans.MIN_BLOCK_ROWS
+    for wanted, rows in (("auto", many), ("block", 1)):
         monkeypatch.setenv("SEGMOE_PLAN", wanted)
-        assert {plans.choose_plan(256, n, "token") for n in range(1, 17)} == {"block"}
-        assert {plans.choose_plan(d, 4, "token") for d in (1, 64, 256)} == {"block"}
-        for sizes in ((256, 17, "token"), (257, 4, "token"), (64, 4, "segment")):
+        assert {plans.choose_plan(64, n, 2, rows, "token") for n in range(2, 17)} == {"block"}
+        assert {plans.choose_plan(d, 4, 2, rows, "token") for d in (1, 33, 64)} == {"block"}
+        for sizes in ((64, 17, 2, rows, "token"), (65, 4, 2, rows, "token")):
             assert plans.choose_plan(*sizes) == "grouped"
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.version, "hip", "6.4")
-        assert {plans.choose_plan(64, n, "token") for n in range(1, 17)} == {"grouped"}
+        assert plans.choose_plan(64, 4, 2, rows, "segment") == "grouped"
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.version, "hip", "6.4")
+            assert plans.choose_plan(64, 4, 2, rows, "token") == "grouped"
+    assert plans.choose_plan(64, 4, 1, 1, "token") == "block"
+    monkeypatch.setenv("SEGMOE_PLAN", "auto")
+    assert plans.choose_plan(64, 4, 2, few, "token") == "grouped"
+    assert plans.choose_plan(64, 4, 1, many, "token") == "grouped"
     monkeypatch.setenv("SEGMOE_PLAN", "grouped")
-    assert plans.choose_plan(64, 4, "token") == "grouped"
+    assert plans.choose_plan(64, 4, 2, many, "token") == "grouped"
 
 
 @pytest.mark.parametrize("top_k", [1, 2])

@@ -223,7 +223,7 @@ def test_launches_are_caught_without_running(facts):
     assert forward == ["block_fwd_kernel", "sum"]
     assert "expert_ffn_dw_kernel" in backward
     assert backward[0] == "block_prepare_kernel"
-    assert facts["x_bytes"] == 1_000_020 * 256 * 2
+    assert facts["x_bytes"] == 1_000_020 * 64 * 2
     # One row of 8 counts for each run of segments.
     assert facts["sum"]["written"] == 8 * 4
     assert facts["sum"]["read"] % (8 * 4) == 0

@@ -62,11 +62,11 @@ def test_the_number_of_rows_is_in_no_question_but_by_its_bucket():
         return tuned.question(function, *args, **kwargs)
 
     sizes = (64, 128, 4, 1, 5)
-    few, more, many = (
+    few, many = (
         asked(tiles.block_fwd_tile, *sizes, count, torch.bfloat16, **FUSED)
-        for count in (1, 1_000, 100_000)
+        for count in (1, 100_000)
     )
-    assert few == more != many
+    assert few == many
     assert "num_segments" not in few
     wide = {"gated": False, "activated": True, "dropout": False}
     buckets = [

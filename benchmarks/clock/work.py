@@ -140,29 +140,28 @@ def route_fwd(launch: KernelLaunch, shape: Shape) -> Work:
 
 @_kernel
 def block_fwd(launch: KernelLaunch, shape: Shape) -> Work:
-    segments, groups = launch["segments_per_block"], launch["expert_groups"]
+    segments = launch["segments_per_block"]
     block_m, block_f = launch["BLOCK_M"], launch["BLOCK_F"]
     tiles = expected_tiles(segments, shape.top_k / shape.num_experts, shape.segment_size, block_m)
-    turns = cdiv(shape.num_experts, groups)
-    count = cdiv(shape.segments, segments) * groups
+    count = cdiv(shape.segments, segments)
     blocks = cdiv(segments, launch["BLOCK_S"])
     trips = {
         "start": blocks,
         "d0": cdiv(shape.d_model, launch["BLOCK_K"]),
         "p": shape.segment_size,
         "k": shape.top_k,
-        "turn": turns,
+        "expert": shape.num_experts,
         "row0": tiles,
         "f0": cdiv(shape.d_ff, block_f),
     }
     rows = _row(launch, shape)
     router = shape.num_experts * shape.segment_size * shape.d_model * _itemsize(launch)
-    weights = _expert(launch, shape) * turns * (1 if block_f >= shape.d_ff else tiles)
-    l2 = groups * rows + count * (blocks * router + weights) + (3 * shape.top_k - 1) * rows
+    weights = _expert(launch, shape) * shape.num_experts * (1 if block_f >= shape.d_ff else tiles)
+    l2 = count * (blocks * router + weights) + 3 * shape.top_k * rows
     # The experts read the rows again, from L2 where the rows of all programs that run fit it.
-    running = min(count, 2 * H200.num_sms) / groups
+    running = min(count, 4 * H200.num_sms)
     again = running * segments * shape.segment_size * shape.d_model * _itemsize(launch)
-    rereads = frozenset({"turn", "row0", "f0"} if again < H200.l2_bytes else ())
+    rereads = frozenset({"expert", "row0", "f0"} if again < H200.l2_bytes else ())
     hbm = (2 if rereads else 3) * rows + _router_bytes(shape)
     return Work((Programs(count, trips),), hbm, l2, rereads)
 

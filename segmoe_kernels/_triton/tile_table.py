@@ -37,6 +37,10 @@ class TileConfig(NamedTuple):
         """Say how to launch it: keywords of a kernel's launch."""
         return launch_options(self.num_warps, self.num_stages, self.max_registers)
 
+    def programs_at_once(self) -> int:
+        """How many fit the registers of a multiprocessor, at 256 a thread without a limit."""
+        return max(1, 2048 // (self.num_warps * (self.max_registers or 256)))
+
 
 def launch_options(num_warps: int, num_stages: int, max_registers: int) -> dict[str, int]:
     """Keywords of a kernel's launch; `TileConfig` says what they are."""
@@ -100,52 +104,21 @@ Tile = tuple[int, int, int, int] | tuple[int, int, int, int, int]
 
 # The fused kernels: (operation, kind of dtype, architecture or "any") -> padded width -> tiles of
 # plain experts, plain ones with extras, gated ones, gated ones with extras. Extras are biases, a
-# padding mask and dropout, which take registers. None: no tile of that size fits. Narrower rows
-# take the tiles of the narrowest that is listed.
-FUSED_TILES: dict[tuple[str, str, str], dict[int, tuple[Tile | None, ...]]] = {
-    ("block_fwd 128", "16-bit", "sm_90"): {
-        64: ((128, 128, 8, 2), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2)),
-        128: ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
-        256: ((128, 32, 8, 1), (128, 16, 8, 1), (128, 32, 8, 1), None),
+# padding mask and dropout, which take registers. Narrower rows take the tiles of the narrowest that
+# is listed.
+FUSED_TILES: dict[tuple[str, str, str], dict[int, tuple[Tile, ...]]] = {
+    ("block_fwd", "16-bit", "sm_90"): {
+        64: ((64, 128, 4, 2, 128), (64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2)),
     },
-    ("block_fwd 64", "16-bit", "sm_90"): {
-        64: ((64, 128, 4, 2), (64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2)),
-        128: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
-        256: ((64, 32, 4, 1), (64, 16, 4, 1), (64, 16, 4, 1), None),
-    },
-    ("block_fwd 32", "16-bit", "sm_90"): {
-        64: ((32, 128, 4, 2), (32, 128, 4, 2), (32, 128, 4, 2), (32, 64, 4, 2)),
-        128: (None, None, None, None),
-        256: (None, None, None, (32, 32, 8, 1)),
-    },
-    ("block_fwd 128", "16-bit", "sm_80"): {
-        64: ((128, 64, 8, 2), (128, 64, 8, 2, 168), (128, 64, 8, 2), (128, 64, 8, 2)),
-        128: ((128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
-        256: (None, None, None, None),
-    },
-    ("block_fwd 64", "16-bit", "sm_80"): {
+    ("block_fwd", "16-bit", "sm_80"): {
         64: ((64, 64, 8, 2), (64, 64, 8, 2, 168), (64, 64, 4, 1), (64, 64, 4, 2)),
-        128: ((64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
-        256: ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), None),
     },
-    ("block_fwd 32", "16-bit", "sm_80"): {
-        64: ((32, 64, 4, 1, 255), (32, 64, 4, 1, 255), (32, 64, 4, 1, 255), (32, 64, 4, 1, 255)),
-        128: (None, None, None, None),
-        256: (None, None, None, (32, 32, 8, 2, 255)),
-    },
-    ("block_fwd 32", "fp32", "any"): {
+    ("block_fwd", "fp32", "any"): {
         64: ((32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1, 168), (32, 16, 8, 1, 128)),
-        128: ((32, 16, 8, 1), (32, 16, 8, 1, 168), None, (32, 16, 16, 1, 128)),
-        256: ((32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 16, 1), (32, 16, 16, 1)),
-    },
-    ("block_fwd 16", "fp32", "any"): {
-        64: (None, None, None, None),
-        128: (None, None, (16, 16, 8, 1, 255), None),
-        256: (None, None, None, None),
     },
     ("expert_ffn_fwd", "16-bit", "sm_90"): {
-        64: ((128, 128, 8, 2), (128, 128, 8, 2), (128, 128, 8, 2), (128, 128, 8, 2)),
-        128: ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
+        64: ((128, 128, 8, 2, 128), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        128: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
         256: ((128, 32, 8, 1), (128, 32, 8, 1), (128, 32, 8, 1), (128, 16, 8, 1)),
     },
     ("expert_ffn_fwd", "16-bit", "sm_80"): {
@@ -169,8 +142,8 @@ FUSED_TILES: dict[tuple[str, str, str], dict[int, tuple[Tile | None, ...]]] = {
         256: ((16, 16, 8, 1, 168), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     },
     ("expert_ffn_dx", "16-bit", "sm_90"): {
-        64: ((128, 64, 8, 1), (128, 64, 8, 1), (128, 64, 8, 1), (128, 32, 8, 1)),
-        128: ((128, 64, 8, 1), (128, 64, 8, 1), (128, 32, 8, 1), (128, 32, 8, 1)),
+        64: ((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
+        128: ((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
         256: ((64, 32, 4, 1), (64, 16, 4, 1), (64, 16, 4, 1), (64, 16, 4, 1)),
     },
     ("expert_ffn_dx", "16-bit", "sm_80"): {
@@ -194,8 +167,8 @@ FUSED_TILES: dict[tuple[str, str, str], dict[int, tuple[Tile | None, ...]]] = {
         256: ((16, 16, 8, 1), (16, 16, 8, 1, 128), (16, 16, 8, 1), (16, 16, 8, 1, 168)),
     },
     ("expert_ffn_dw", "16-bit", "sm_90"): {
-        64: ((64, 64, 4, 1), (128, 64, 8, 1), (128, 32, 8, 1), (128, 32, 8, 1)),
-        128: ((64, 64, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (64, 16, 8, 1)),
+        64: ((64, 64, 4, 1), (64, 64, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
+        128: ((64, 64, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (64, 16, 4, 1)),
         256: ((64, 32, 8, 1), (64, 32, 8, 1), (64, 16, 8, 1), (64, 16, 8, 1)),
     },
     ("expert_ffn_dw", "16-bit", "sm_80"): {

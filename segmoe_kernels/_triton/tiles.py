@@ -18,7 +18,6 @@ from segmoe_kernels._triton.tile_table import (
     GEMM_TILES,
     SMALLEST,
     TILES_OF,
-    Tile,
     TileConfig,
     architecture,
     kind_of,
@@ -61,42 +60,28 @@ def route_bwd_tile(d_model: int, num_experts: int, dtype: torch.dtype) -> TileCo
     return TileConfig(32, power(d_model, 16, most), 0, warps, 2)
 
 
-# A row of at most this many columns stays on chip through the whole FFN.
+# A row of at most this many columns stays on chip through the whole FFN, or through plan "block".
 MAX_FUSED_WIDTH = 256
+MAX_BLOCK_WIDTH = 64
 
 # Multiprocessors of the largest GPU at hand (H100, H200); a constant, so that sums don't depend on
 # the device.
 _NUM_SMS = 132
 
 
-def _find(
-    operation: str, width: int, d_ff: int, dtype: torch.dtype, *, gated: bool, extras: bool
-) -> TileConfig | None:
-    """Look up the table for rows of a padded width."""
-    kind = kind_of(dtype)
-    tile: Tile | None = None
-    if kind == "fp64":
-        tile = SMALLEST
-    else:
-        family = TILES_OF[architecture()]
-        widths = FUSED_TILES.get((operation, kind, family)) or FUSED_TILES.get(
-            (operation, kind, "any")
-        )
-        if widths is not None:
-            tile = widths[max(width, min(widths))][2 * gated + extras]
-    if tile is None:
-        return None
-    block_m, chunk, *others = tile
-    return TileConfig(block_m, power(d_ff, 16, chunk), width, *others)
-
-
 def _fused_tile(
     operation: str, d_model: int, d_ff: int, dtype: torch.dtype, *, gated: bool, extras: bool
 ) -> TileConfig:
-    width = power(d_model, 16, MAX_FUSED_WIDTH)
-    tile = _find(operation, width, d_ff, dtype, gated=gated, extras=extras)
-    assert tile is not None, operation
-    return tile
+    """Look up the table for rows of a padded width."""
+    width, kind = power(d_model, 16, MAX_FUSED_WIDTH), kind_of(dtype)
+    tile = SMALLEST
+    if kind != "fp64":
+        family = TILES_OF[architecture()]
+        key = (operation, kind, family)
+        widths = FUSED_TILES[key if key in FUSED_TILES else (operation, kind, "any")]
+        tile = widths[max(width, min(widths))][2 * gated + extras]
+    block_m, chunk, *others = tile
+    return TileConfig(block_m, power(d_ff, 16, chunk), width, *others)
 
 
 @replaceable(*FUSED)
@@ -128,7 +113,6 @@ class BlockTile(NamedTuple):
 
     Attributes:
         segments: consecutive segments of one program.
-        groups: programs over the same segments, each with its share of the experts.
         block_m: rows (steps) at a time.
         block_f: hidden columns at a time.
         block_d: padded width.
@@ -138,7 +122,6 @@ class BlockTile(NamedTuple):
     """
 
     segments: int
-    groups: int
     block_m: int
     block_f: int
     block_d: int
@@ -149,10 +132,6 @@ class BlockTile(NamedTuple):
     def options(self) -> dict[str, int]:
         """Say how to launch it: keywords of a kernel's launch."""
         return launch_options(self.num_warps, self.num_stages, self.max_registers)
-
-
-# Rows at a time in plan "block", largest first.
-BLOCK_ROWS = (128, 64, 32, 16)
 
 
 @replaceable("block_m", "block_f", "num_warps", "num_stages")
@@ -171,45 +150,21 @@ def block_fwd_tile(
     """Enough segments that each expert fills its tiles, few enough that the programs fill a GPU.
 
     Rows of one program and expert come in tiles, the last of them partly empty: with twice block_m
-    rows a quarter of the work is wasted at worst. Few segments are spread over more programs by
-    splitting the experts into groups; with several choices, whose outputs are added in place, they
-    can't be. All this changes a row by rounding alone, so the row count may decide.
+    rows a quarter of the work is wasted at worst.
     """
-    width = power(d_model, 16, MAX_FUSED_WIDTH)
-    # Adding to y takes registers where the rows are wide.
-    extras = extras or (top_k > 1 and width > 128)
-    tiles = {}
-    for rows in BLOCK_ROWS:
-        tile = _find(f"block_fwd {rows}", width, d_ff, dtype, gated=gated, extras=extras)
-        if tile is not None and tile.block_m == rows:
-            tiles[rows] = tile
-    most = max(tiles)
-
-    def rows_per_expert(segments: int) -> int:
-        return segments * top_k * segment_size // num_experts
-
-    # Every tile reads its expert's weights: wide ones need many rows to make up for it. More
-    # segments where more are left for each program.
-    worthwhile = min(32 if width <= 64 else 64, most)
-    least = triton.cdiv(2 * worthwhile * num_experts, top_k * segment_size)
-    # Two programs fit a multiprocessor.
-    segments = max(least, min(num_segments // (2 * _NUM_SMS), triton.cdiv(4096, segment_size)))
-    segments = int(triton.cdiv(segments, 32) * 32)
-    block_m = most
-    while block_m > min(tiles) and 2 * block_m > rows_per_expert(segments):
-        block_m //= 2
-    blocks = triton.cdiv(num_segments, segments)
-    groups = 1
-    if top_k == 1:
-        # Every group routes anew: 32 * D FLOPs a row, an eighth of the experts' at most.
-        groups = max(1, min(num_experts, 4, d_ff // 64, 2 * _NUM_SMS // max(1, blocks)))
-    return BlockTile(segments, int(groups), *tiles[block_m])
+    tile = _fused_tile("block_fwd", d_model, d_ff, dtype, gated=gated, extras=extras)
+    # Every tile reads its expert's weights. More segments where more are left for each program.
+    least = triton.cdiv(2 * tile.block_m * num_experts, top_k * segment_size)
+    # Four programs fit a multiprocessor.
+    wave = triton.cdiv(num_segments, 4 * _NUM_SMS)
+    segments = max(least, min(wave, triton.cdiv(4096, segment_size)))
+    return BlockTile(int(triton.cdiv(segments, 32) * 32), *tile)
 
 
-def block_router_tile(d_model: int, segments: int, dtype: torch.dtype) -> tuple[int, int]:
+def block_router_tile(d_model: int, dtype: torch.dtype) -> tuple[int, int]:
     """Segments and columns of x at a time in the routing phase of plan "block"."""
-    wide = dtype in {torch.float32, torch.float64}
-    return 64 if segments % 64 == 0 and not wide else 32, power(d_model, 16, 16 if wide else 64)
+    # Of 64 segments the logits' addresses take twice the registers, for the whole program.
+    return 32, power(d_model, 16, 64 if dtype.itemsize == 2 else 16)
 
 
 def _gemm_tile(
@@ -285,11 +240,11 @@ def grouped_gemm_dw_tile(n: int, k: int, dtype: torch.dtype, *, bias: bool) -> T
     return TileConfig(64, power(n, 16, 128), power(k, 16, 256 if wide else 128), 8, 3)
 
 
-def num_row_splits(num_rows: int, block_m: int, column_programs: int) -> int:
+def num_row_splits(num_rows: int, tile: TileConfig, column_programs: int) -> int:
     """Into how many runs of rows a weight gradient is split.
 
-    Enough to fill a GPU together with the programs over columns, but at least 16 tiles and 512 rows
-    each, since the splits that share an expert write and read its gradient in float32.
+    As many as fill a GPU in one wave together with the programs over columns, but at least 16 tiles
+    and 512 rows each, since the splits that share an expert write and read its gradient in float32.
     """
-    wanted = triton.cdiv(_NUM_SMS, column_programs)
-    return int(max(1, min(wanted, num_rows // max(16 * block_m, 512))))
+    wanted = _NUM_SMS * tile.programs_at_once() // column_programs
+    return int(max(1, min(wanted, num_rows // max(16 * tile.block_m, 512))))

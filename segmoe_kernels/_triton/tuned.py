@@ -76,13 +76,9 @@ def question(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     """
     words = []
     for name, value in _signature(function).bind(*args, **kwargs).arguments.items():
-        if name == "num_segments":
-            # The bucket is what the table itself says, whatever a file makes of it.
-            shipped = inspect.unwrap(function)(*args, **kwargs)
-            words.append(f"rows_at_a_time={shipped.block_m}")
-        elif name == "rows_per_expert":
+        if name == "rows_per_expert":
             words.append(f"{name}={power(value, 16, 128)}")
-        else:
+        elif name != "num_segments":
             words.append(f"{name}={str(value).removeprefix('torch.')}")
     return f"{function.__name__}({', '.join(words)})"
 

@@ -62,14 +62,14 @@ def _block_fwd(*args: Any) -> tuple[Tensor, ...]:
         gated=gate is not None,
         extras=any(tensor is not None for tensor in extras),
     )
-    block_s, block_k = block_router_tile(d_model, tile.segments, x.dtype)
+    block_s, block_k = block_router_tile(d_model, x.dtype)
     blocks = triton.cdiv(num_segments, tile.segments)
-    block_counts = topk_ids.new_empty(blocks, tile.groups, num_experts)
+    block_counts = topk_ids.new_empty(blocks, num_experts)
     list_size = blocks * tile.segments * top_k
     # An entry of a list holds a slot and a flag in 32 bits; kernels count rows in 32 bits too.
     check.check_programs("block", max(2, segment_size) * (list_size + tile.block_m))
     lists = topk_ids.new_empty(num_experts + (padding_mask is not None), list_size)
-    block_fwd_kernel[(blocks, tile.groups)](
+    block_fwd_kernel[(blocks,)](
         x,
         router_weight,
         router_start,
@@ -96,7 +96,6 @@ def _block_fwd(*args: Any) -> tuple[Tensor, ...]:
         length,
         num_experts,
         batch,
-        tile.groups,
         x.stride(0),
         x.stride(1),
         router_weight.stride(0),
@@ -124,7 +123,7 @@ def _block_fwd(*args: Any) -> tuple[Tensor, ...]:
         BLOCK_D=tile.block_d,
         **tile.options(),
     )
-    torch.sum(block_counts[:, 0], 0, dtype=torch.int32, out=expert_counts)
+    torch.sum(block_counts, 0, dtype=torch.int32, out=expert_counts)
     return outputs
 
 

@@ -29,7 +29,6 @@ def _route_and_list(
     segments_per_sequence,
     length,
     num_experts,
-    expert_groups,
     stride_x_b,
     stride_x_t,
     stride_w_e,
@@ -48,14 +47,11 @@ def _route_and_list(
     """Route the program's segments and list the slots of each expert, in order.
 
     Returns ``(counts, unrouted)``: (EXPERTS,) int32 slots of each expert, and the number of
-    segments without one, which make up list E. Where experts are split into groups, each segment's
-    results are stored by the group that owns its expert, so every element has one writer.
+    segments without one, which make up list E.
     """
     pid = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1)
     experts = tl.arange(0, EXPERTS)
     mask_e = experts < num_experts
-    owned = mask_e & (experts % expert_groups == group)
     base = pid * segments_per_block * TOP_K
     end = tl.minimum((pid + 1) * segments_per_block, num_segments)
     counts = tl.zeros((EXPERTS,), dtype=tl.int32)
@@ -74,17 +70,12 @@ def _route_and_list(
         )  # fmt: skip
         selected = rank < TOP_K
         listed = selected & routed[:, None]
-        # With one choice a segment belongs to one group; with more there is one group only.
-        stored = mask_s
-        if TOP_K == 1:
-            stored = tl.sum((listed & owned[None, :]).to(tl.int32), 1) > 0
-            stored = mask_s & tl.where(routed, stored, group == 0)
         offs = segment[:, None] * num_experts + experts[None, :]
-        mask_se = stored[:, None] & mask_e[None, :]
+        mask_se = mask_s[:, None] & mask_e[None, :]
         tl.store(logits_ptr + offs, logits, mask=mask_se)
         tl.store(probs_ptr + offs, probs, mask=mask_se)
         slot = segment[:, None] * TOP_K + rank
-        mask_chosen = stored[:, None] & selected
+        mask_chosen = mask_s[:, None] & selected
         tl.store(topk_weights_ptr + slot, weights, mask=mask_chosen)
         ids = tl.where(routed[:, None], experts[None, :], -1)
         tl.store(topk_ids_ptr + slot, ids, mask=mask_chosen)
@@ -97,7 +88,7 @@ def _route_and_list(
             lowest = tl.min(tl.where(listed, experts[None, :], EXPERTS), 1)
             entry = entry * 2 + (experts[None, :] == lowest[:, None]).to(tl.int32)
         rows = experts.to(tl.int64)[None, :] * list_size + base + place
-        tl.store(lists_ptr + rows, entry, mask=listed & owned[None, :])
+        tl.store(lists_ptr + rows, entry, mask=listed & mask_e[None, :])
         counts += tl.sum(mine, 0)
         if padding_mask_ptr is not None:
             absent = (mask_s & (routed == 0)).to(tl.int32)
@@ -106,7 +97,7 @@ def _route_and_list(
             entry = (segment * TOP_K).to(tl.int32)
             if TOP_K > 1:
                 entry = entry * 2 + 1
-            tl.store(lists_ptr + rows, entry, mask=(absent > 0) & (group == 0))
+            tl.store(lists_ptr + rows, entry, mask=absent > 0)
             unrouted += tl.sum(absent, 0)
     return counts, unrouted
 
@@ -130,7 +121,7 @@ def block_fwd_kernel(
     probs_ptr,  # (S, E), every row is written
     topk_weights_ptr,  # (S, TOP_K), every row is written
     topk_ids_ptr,  # (S, TOP_K) int32, every row is written
-    block_counts_ptr,  # (blocks, expert_groups, E) int32, every row is written
+    block_counts_ptr,  # (blocks, E) int32, every row is written
     lists_ptr,  # (E + 1, list_size) int32, workspace: what is read is written
     list_size,
     num_segments,
@@ -139,7 +130,6 @@ def block_fwd_kernel(
     length,
     num_experts,
     num_sequences,
-    expert_groups,
     stride_x_b,
     stride_x_t,
     stride_w_e,
@@ -171,24 +161,22 @@ def block_fwd_kernel(
 ) -> None:
     """Route a run of segments, then run the experts over their rows; x comes from DRAM once.
 
-    Grid: ``(blocks, expert_groups)``. Program (b, g) routes segments
-    ``[b * segments_per_block, ...)``, BLOCK_S at a time, and runs experts g, g + expert_groups, ...
-    over its own lists, BLOCK_M rows at a time. With TOP_K > 1 there is one group, and the experts
-    of a segment add to its rows one after the other, in the order of their indices. Sums in ACC;
-    the hidden layer and each addition to y are rounded to the weights' dtype.
+    Grid: ``(blocks,)``. Program b routes segments ``[b * segments_per_block, ...)``, BLOCK_S at a
+    time, and runs the experts over its own lists, BLOCK_M rows at a time; they add to the rows of a
+    segment one after the other, in the order of their indices. Sums in ACC; the hidden layer and
+    each addition to y are rounded to the weights' dtype.
     """
     pid = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1)
     experts = tl.arange(0, EXPERTS)
     counts, unrouted = _route_and_list(
         x_ptr, router_weight_ptr, router_start_ptr, padding_mask_ptr, router_seed_ptr, logits_ptr,
         probs_ptr, topk_weights_ptr, topk_ids_ptr, lists_ptr, list_size, num_segments,
-        segments_per_block, segments_per_sequence, length, num_experts, expert_groups, stride_x_b,
-        stride_x_t, stride_w_e, temperature, router_dropout, D, SEGMENT_SIZE, TOP_K, POOLING,
-        RENORMALIZE, ROUTER_ACC, EXPERTS, BLOCK_S, BLOCK_K,
+        segments_per_block, segments_per_sequence, length, num_experts, stride_x_b, stride_x_t,
+        stride_w_e, temperature, router_dropout, D, SEGMENT_SIZE, TOP_K, POOLING, RENORMALIZE,
+        ROUTER_ACC, EXPERTS, BLOCK_S, BLOCK_K,
     )  # fmt: skip
     # Read back one by one: they need not stay in registers.
-    counts_ptr = block_counts_ptr + (pid * expert_groups + group) * num_experts
+    counts_ptr = block_counts_ptr + pid * num_experts
     tl.store(counts_ptr + experts, counts, mask=experts < num_experts)
     # The lists and weights that other threads stored are read from here on.
     tl.debug_barrier()
@@ -196,14 +184,12 @@ def block_fwd_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     offs_f = tl.arange(0, BLOCK_F)
     base = lists_ptr + pid * segments_per_block * TOP_K
-    turns = (num_experts + expert_groups - 1) // expert_groups
     # What doesn't change in a loop is computed anew where it's used, here and in the other loops
     # marked so: hoisted, the descriptors of wgmma's operands alone fill all registers.
-    for turn in tl.range(0, turns, disable_licm=True):
-        expert = turn * expert_groups + group
-        num_rows = tl.load(counts_ptr + expert, mask=expert < num_experts, other=0) * SEGMENT_SIZE
+    for expert in tl.range(0, num_experts, disable_licm=True):
+        num_rows = tl.load(counts_ptr + expert) * SEGMENT_SIZE
         if num_rows > 0:
-            e = expert.to(tl.int64)
+            e = pid * 0 + expert
             if BLOCK_F >= F:
                 # The hidden layer is one chunk: its weights stay on chip for all rows.
                 up = load_tile(up_ptr, e, offs_f, offs_d, F, D, stride_up_e, stride_up_f)
@@ -271,7 +257,7 @@ def block_fwd_kernel(
             tl.debug_barrier()
     if padding_mask_ptr is not None:
         # Segments without an expert: every step is masked, hence 0.
-        num_rows = tl.where(group == 0, unrouted * SEGMENT_SIZE, 0)
+        num_rows = unrouted * SEGMENT_SIZE
         list_ptr = base + (pid * 0 + num_experts) * list_size
         for row0 in range(0, num_rows, BLOCK_M):
             rows = row0 + tl.arange(0, BLOCK_M)

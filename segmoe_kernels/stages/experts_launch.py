@@ -225,7 +225,7 @@ def launch_dw(call: Call, dy: Tensor, dweights: FFNWeights) -> None:
     up, down, gate, up_bias, gate_bias, _ = call.weights
     tile = expert_ffn_dw_tile(call.width, call.d_ff, call.dtype, **call.fused_in)
     columns = triton.cdiv(call.d_ff, tile.block_n)
-    splits = num_row_splits(call.num_rows, tile.block_m, columns)
+    splits = num_row_splits(call.num_rows, tile, columns)
     # In the order in which a slot of partial sums holds them.
     dup, ddown, dgate, dup_bias, dgate_bias, ddown_bias = dweights
     parts = (dup, ddown, dgate, dup_bias, ddown_bias, dgate_bias)

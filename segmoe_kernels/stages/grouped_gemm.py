@@ -67,7 +67,7 @@ def weight_gradient(
     num_experts = expert_offsets.shape[0] - 1
     tile = grouped_gemm_dw_tile(n, k, a.dtype, bias=bias is not None)
     columns = triton.cdiv(n, tile.block_n) * triton.cdiv(k, tile.block_k)
-    splits = num_row_splits(num_rows, tile.block_m, columns)
+    splits = num_row_splits(num_rows, tile, columns)
     partials = new_partials([weight, bias], splits, num_experts, accumulator_dtype(a.dtype))
     check.check_programs("grouped_gemm", splits * columns)
     grouped_gemm_dw_kernel[(splits * columns,)](

@@ -33,7 +33,9 @@ def routed_experts(
         ``(expert_out, routed, expert_counts)``: the weighted outputs, (top_k, B, T, D), or
         (1, B, T, D) where the plan has summed them; RouterOutput; (E,) int32.
     """
-    if choose_plan(x.shape[-1], router_weight.shape[0], expert_scope) == "block":
+    batch, length, d_model = x.shape
+    num_experts = router_weight.shape[0]
+    if choose_plan(d_model, num_experts, top_k, batch * length, expert_scope) == "block":
         return block_experts(
             x,
             router_weight,
@@ -61,7 +63,7 @@ def routed_experts(
         router_start=router_start,
         padding_mask=padding_mask,
     )
-    permutation = permute(routed.topk_ids, router_weight.shape[0], routed.block_counts)
+    permutation = permute(routed.topk_ids, num_experts, routed.block_counts)
     expert_out = expert_ffn(
         tokens.to(experts.up_proj.dtype),
         # Whole segments have one row, hence one weight, for each slot.
