@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from segmoe_kernels._triton.launch import define_operator, refuse_double_backward, step_flags
+MAX_WEIGHTS_FUSED = 128
 from segmoe_kernels.routing import FFNWeights, Permutation
 from segmoe_kernels.stages.experts_launch import (
     Call,
@@ -25,6 +26,7 @@ from segmoe_kernels.stages.experts_launch import (
     launch_dw,
     launch_dx,
     rows_contiguous,
+    weight_gradients,
 )
 
 
@@ -143,9 +145,18 @@ def _expert_ffn_bwd(
         found = [None if w is None else next(given) for w in weights]
         dweights = FFNWeights(*found)  # type: ignore[arg-type]  # up and down are never None
     if call.fused:
-        if need_dx or need_drow_weights:
-            launch_dx(call, dy, dx if need_dx else None, drow_weights)
-        if dweights is not None:
+        kept: list[Tensor | None] = [None, None, None]
+        if dweights is not None and call.width > MAX_WEIGHTS_FUSED:
+            shape = (call.num_rows, call.d_ff)
+            kept = [
+                None if w is None else call.x.new_empty(shape, dtype=call.dtype)
+                for w in (down_proj, up_proj, gate_proj)
+            ]
+        if need_dx or need_drow_weights or kept[0] is not None:
+            launch_dx(call, dy, dx if need_dx else None, drow_weights, kept)
+        if kept[0] is not None:
+            weight_gradients(call, dy, dweights, *kept)
+        elif dweights is not None:
             launch_dw(call, dy, dweights)
     else:
         shares = drow_weights.new_empty(column_tiles(call), *drow_weights.shape)

@@ -1,5 +1,6 @@
 """Launches of `experts`: one call's tensors, and the kernels that run on them, fused or not."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -180,8 +181,17 @@ def forward_two_products(
     )
 
 
-def launch_dx(call: Call, dy: Tensor, dx: Tensor | None, drow_weights: Tensor) -> None:
-    """Gradients of x, for each choice, and of the routing weights, one share for each step."""
+def launch_dx(
+    call: Call,
+    dy: Tensor,
+    dx: Tensor | None,
+    drow_weights: Tensor,
+    kept: Sequence[Tensor | None] = (None, None, None),
+) -> None:
+    """Gradients of x, for each choice, and of the routing weights, one share for each step.
+
+    kept is what `weight_gradients` multiplies: the hidden layer and the gradients of up and gate.
+    """
     up, down, gate, up_bias, gate_bias, down_bias = call.weights
     tile = expert_ffn_dx_tile(call.width, call.d_ff, call.dtype, **call.fused_in)
     grid = gemm_grid(call.num_rows, call.num_experts, 1, tile)
@@ -197,6 +207,7 @@ def launch_dx(call: Call, dy: Tensor, dx: Tensor | None, drow_weights: Tensor) -
         down_bias,
         dx,
         drow_weights,
+        *kept,
         call.sorted_to_slot,
         call.expert_offsets,
         call.padding_mask,
@@ -328,8 +339,14 @@ def backward_two_products(
             scatter=True,
             sequences=call.sequences,
         )
-    if dweights is None:
-        return
+    if dweights is not None:
+        weight_gradients(call, dy, dweights, hidden, dpre, dgate)
+
+
+def weight_gradients(
+    call: Call, dy: Tensor, dweights: FFNWeights, hidden: Tensor, dpre: Tensor, dgate: Tensor | None
+) -> None:
+    """Weight gradients as products: hidden holds the routing weights, as dpre and dgate do."""
     offsets, rows = call.expert_offsets, call.num_rows
     for d, weight, bias in (
         (dpre, dweights.up_proj, dweights.up_proj_bias),
