@@ -214,6 +214,10 @@ def expert_ffn_dx_kernel(
         dweight += tl.sum(tl.fma(dhidden, hidden, 0.0), 1)
         dpre = (dpre * weights[:, None]).to(x.dtype)
         dgate = (dgate * weights[:, None]).to(x.dtype)
+        if dx_ptr is not None:
+            dx = tl.dot(dpre, up, dx, input_precision=PRECISION, out_dtype=ACC)
+            if gate_ptr is not None:
+                dx = tl.dot(dgate, gate, dx, input_precision=PRECISION, out_dtype=ACC)
         if hidden_ptr is not None:
             kept = row_offs[:, None] + offs_f[None, :]
             mask = mask_m[:, None] & (offs_f < F)[None, :]
@@ -221,10 +225,6 @@ def expert_ffn_dx_kernel(
             tl.store(dpre_ptr + kept, dpre, mask=mask)
             if gate_ptr is not None:
                 tl.store(dgate_ptr + kept, dgate, mask=mask)
-        if dx_ptr is not None:
-            dx = tl.dot(dpre, up, dx, input_precision=PRECISION, out_dtype=ACC)
-            if gate_ptr is not None:
-                dx = tl.dot(dgate, gate, dx, input_precision=PRECISION, out_dtype=ACC)
     tl.store(drow_weights_ptr + row_ids, dweight, mask=mask_m)
     if dx_ptr is not None:
         store_steps(dx_ptr, dx, place, offs_d, D)
