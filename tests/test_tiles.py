@@ -46,9 +46,15 @@ def block_arch(request, monkeypatch):
     return request.param
 
 
+def most_columns(operation):
+    if operation.startswith("expert_ffn_dw"):
+        return tiles.MAX_FUSED_DW_WIDTH
+    return tiles.MAX_FUSED_WIDTH
+
+
 def test_every_entry_of_the_tables_is_sound():
     for key, widths in tile_table.FUSED_TILES.items():
-        assert set(widths) == {64, 128, 256}, key
+        assert set(widths) == {w for w in (64, 128, 256) if w <= most_columns(key[0])}, key
         for entries in widths.values():
             assert len(entries) == 4, key
             for entry in entries:
@@ -72,7 +78,8 @@ def test_fused_tiles_are_sound_where_plan_block_does_not_run(name, monkeypatch):
 
 
 def assert_fused_tiles_are_sound(name):
-    for d_model, d_ff, dtype, variant in itertools.product(WIDTHS, (1, 48, 512), DTYPES, VARIANTS):
+    widths = [width for width in WIDTHS if width <= most_columns(name)]
+    for d_model, d_ff, dtype, variant in itertools.product(widths, (1, 48, 512), DTYPES, VARIANTS):
         tile = getattr(tiles, name)(d_model, d_ff, dtype, **variant)
         assert_sound(tile)
         assert tile.block_k >= d_model

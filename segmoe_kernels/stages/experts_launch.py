@@ -1,6 +1,5 @@
 """Launches of `experts`: one call's tensors, and the kernels that run on them, fused or not."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -186,11 +185,11 @@ def launch_dx(
     dy: Tensor,
     dx: Tensor | None,
     drow_weights: Tensor,
-    kept: Sequence[Tensor | None] = (None, None, None),
+    kept: tuple[Tensor, Tensor, Tensor | None] | None,
 ) -> None:
-    """Gradients of x, for each choice, and of the routing weights, one share for each step.
+    """Gradients of x, for each choice, of the routing weights, one share for each step, and kept.
 
-    kept is what `weight_gradients` multiplies: the hidden layer and the gradients of up and gate.
+    kept is from `new_kept`, for `weight_gradients`, or None.
     """
     up, down, gate, up_bias, gate_bias, down_bias = call.weights
     tile = expert_ffn_dx_tile(call.width, call.d_ff, call.dtype, **call.fused_in)
@@ -207,7 +206,7 @@ def launch_dx(
         down_bias,
         dx,
         drow_weights,
-        *kept,
+        *(kept or (None, None, None)),
         call.sorted_to_slot,
         call.expert_offsets,
         call.padding_mask,
@@ -275,6 +274,12 @@ def launch_dw(call: Call, dy: Tensor, dweights: FFNWeights) -> None:
         **tile.options(),
     )
     reduce_partials(partials, parts, call.expert_offsets, splits, call.rows_per_slot, tile.block_m)
+
+
+def new_kept(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Room for the hidden layer and the gradients of what the activation saw, (M, F) each."""
+    hidden, dpre = (call.x.new_empty(call.num_rows, call.d_ff, dtype=call.dtype) for _ in range(2))
+    return hidden, dpre, torch.empty_like(dpre) if call.gated else None
 
 
 def backward_two_products(
