@@ -15,7 +15,6 @@ from stage_runs import (
     run_stage,
     strided_views,
 )
-
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from segmoe_kernels.functional import expert_ffn, permute
@@ -284,7 +283,7 @@ class Operators(TorchDispatchMode):
         super().__init__()
         self.names = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ARG002
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.append(str(func))
         return func(*args, **kwargs or {})
 
