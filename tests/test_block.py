@@ -294,10 +294,10 @@ def test_block_draws_the_dropout_of_the_grouped_plan(top_k, device, monkeypatch)
         torch.testing.assert_close(block[name], value, rtol=1e-11, atol=1e-11, msg=name)
 
 
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_block_runs_under_autocast(top_k, device):
-    layer = make_layer(device, torch.float32, top_k=top_k, d_model=24, d_ff=48)
-    x, dy, _ = make_inputs(3, 41, 24, device=device)
+@pytest.mark.parametrize(("top_k", "d_model"), [(1, 24), (2, 24), (1, 136)])
+def test_block_runs_under_autocast(top_k, d_model, device):
+    layer = make_layer(device, torch.float32, top_k=top_k, d_model=d_model, d_ff=48)
+    x, dy, _ = make_inputs(3, 41, d_model, device=device)
 
     def run(backend):
         with torch.autocast(device.type, dtype=torch.bfloat16):

@@ -15,6 +15,7 @@ from stage_runs import (
     run_stage,
     strided_views,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from segmoe_kernels.functional import expert_ffn, permute
 from segmoe_kernels.routing import FFNWeights
@@ -22,8 +23,8 @@ from segmoe_kernels.routing import FFNWeights
 pytest.importorskip("triton")
 
 P = 3
-# Wider rows than the fused kernels take.
-WIDE = 260
+# Rows whose weight gradients are products, and wider ones than the fused kernels take.
+MIDDLE, WIDE = 132, 260
 SCOPES = ["token", "segment"]
 SUBJECTS = ["x", "topk_weights", "up_proj", "down_proj", "gate_proj"]
 
@@ -131,13 +132,14 @@ def test_expert_ffn_equals_reference_in_float64(
         assert not out["dtopk_weights"][ids < 0].any()
 
 
+@pytest.mark.parametrize("width", [MIDDLE, WIDE])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-def test_expert_ffn_of_wide_rows_equals_reference(gated, device):
-    """Two products instead of one kernel; float32, whose tiles are larger, for speed."""
+def test_expert_ffn_of_wide_rows_equals_reference(gated, width, device):
+    """Products instead of one kernel; float32, whose tiles are larger, for speed."""
     ids = make_ids(6, 2, 3, device)
     mask = make_mask(2, 8, ids, device)
     tensors = make_tensors(
-        2, 8, WIDE, 9, 3, gated=gated, biased=True, dtype=torch.float32, device=device
+        2, 8, width, 9, 3, gated=gated, biased=True, dtype=torch.float32, device=device
     )
     out = check_accuracy(make_stage(ids, 3, mask=mask, activation="silu"), tensors)
     assert not out["out"][:, ~mask].any()
@@ -162,6 +164,7 @@ def test_expert_ffn_of_short_and_cut_sequences_equals_reference(length, scope, d
         (65, 17, 31, {}),
         (129, 33, 65, {"biased": True}),
         (66, 64, 128, {"biased": True}),
+        (30, MIDDLE, 33, {"gated": True}),
         (33, 9, 7, {"scope": "segment", "gated": True, "biased": True}),
     ],
     ids=str,
@@ -255,6 +258,36 @@ def test_expert_ffn_computes_only_wanted_gradients(scope, device):
     check_wanted_gradients(stage, tensors, subsets)
 
 
+@pytest.mark.parametrize("wanted", [{"x"}, {"topk_weights"}, {"up_proj"}], ids=str)
+def test_expert_ffn_of_products_for_weights_computes_only_wanted_gradients(wanted, device):
+    tensors = make_tensors(1, 4, MIDDLE, 3, 2, gated=True, dtype=torch.float32, device=device)
+    stage = make_stage(make_ids(2, 2, 2, device), 2, activation="silu")
+    check_wanted_gradients(stage, tensors, [wanted])
+
+
+def test_expert_ffn_fills_no_zeros_for_the_gradient_of_its_kept_layer(device):
+    tensors = make_tensors(1, 6, WIDE, 3, 2, gated=True, dtype=torch.float32, device=device)
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    out = make_stage(make_ids(2, 2, 2, device), 2)(**leaves, backend="triton")["out"]
+    dy = torch.ones_like(out)
+    with Operators() as operators:
+        out.backward(dy)
+    assert any("expert_ffn_bwd" in name for name in operators.names)
+    assert not [name for name in operators.names if "zero" in name]
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **kwargs or {})
+
+
 @pytest.mark.parametrize("scope", SCOPES)
 def test_expert_ffn_computes_only_wanted_gradients_of_biases(scope, device):
     options = {"scope": scope, "gated": True, "biased": True, "dtype": torch.float32}
@@ -314,7 +347,9 @@ def test_expert_ffn_never_reads_masked_steps(scope, device):
 
 
 @pytest.mark.parametrize(
-    ("scope", "d_model"), [("token", 4), ("token", WIDE), ("segment", 4)], ids=str
+    ("scope", "d_model"),
+    [("token", 4), ("token", MIDDLE), ("token", WIDE), ("segment", 4)],
+    ids=str,
 )
 def test_expert_ffn_keeps_nan_in_its_rows(scope, d_model, device):
     tensors = make_tensors(2, 9, d_model, 5, 3, scope=scope, dtype=torch.float32, device=device)
@@ -341,7 +376,9 @@ def test_expert_ffn_keeps_nan_in_its_rows(scope, d_model, device):
 
 
 @pytest.mark.parametrize(
-    ("scope", "d_model"), [("token", 6), ("token", WIDE), ("segment", 4)], ids=str
+    ("scope", "d_model"),
+    [("token", 6), ("token", MIDDLE), ("token", WIDE), ("segment", 4)],
+    ids=str,
 )
 def test_expert_ffn_dropout_equals_its_formula(scope, d_model, device):
     """With the identity for both matrices the result shows the mask; gradients must follow it."""
@@ -361,7 +398,7 @@ def test_expert_ffn_dropout_equals_its_formula(scope, d_model, device):
     draws = kept.numel()
     assert abs(kept.float().mean().item() - 0.6) < 5 * (0.24 / draws) ** 0.5
     rows = kept.reshape(-1, d_model)
-    assert rows.unique(dim=0).shape[0] > (50 if d_model == WIDE else 10)
+    assert rows.unique(dim=0).shape[0] > (50 if d_model > 100 else 10)
 
     def formula(x, topk_weights, *, backend, up_proj, down_proj):  # noqa: ARG001
         spread = topk_weights.t().repeat_interleave(P, 1)[:, None, :, None]
@@ -394,7 +431,7 @@ def test_expert_ffn_dropout_follows_the_seed(device):
 
 @pytest.mark.parametrize(
     ("scope", "d_model", "hidden"),
-    [("token", 8, 0), ("token", WIDE, 1), ("segment", 8, 1)],
+    [("token", 8, 0), ("token", MIDDLE, 0), ("token", WIDE, 1), ("segment", 8, 1)],
     ids=str,
 )
 def test_expert_ffn_saves_no_hidden_layer_of_narrow_rows(scope, d_model, hidden, device):
@@ -428,7 +465,9 @@ def test_expert_ffn_refuses_second_derivatives(scope, device):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
-    ("scope", "d_model"), [("token", 5), ("token", WIDE), ("segment", 5)], ids=str
+    ("scope", "d_model"),
+    [("token", 5), ("token", MIDDLE), ("token", WIDE), ("segment", 5)],
+    ids=str,
 )
 def test_expert_ffn_touches_its_tensors_alone(scope, d_model):
     """Every address of every load and store, those whose values nobody uses too."""

@@ -46,9 +46,16 @@ def block_arch(request, monkeypatch):
     return request.param
 
 
+def most_columns(operation):
+    if operation.startswith("expert_ffn_dw"):
+        return tiles.MAX_FUSED_DW_WIDTH
+    return tiles.MAX_FUSED_WIDTH
+
+
 def test_every_entry_of_the_tables_is_sound():
     for key, widths in tile_table.FUSED_TILES.items():
-        assert set(widths) == ({64} if key[0] == "block_fwd" else {64, 128, 256}), key
+        most = 64 if key[0] == "block_fwd" else most_columns(key[0])
+        assert set(widths) == {width for width in (64, 128, 256) if width <= most}, key
         for entries in widths.values():
             assert len(entries) == 4, key
             for entry in entries:
@@ -61,7 +68,8 @@ def test_every_entry_of_the_tables_is_sound():
 
 @pytest.mark.parametrize("name", FUSED)
 def test_fused_tiles_are_sound_for_every_width_and_dtype(name, arch):  # noqa: ARG001
-    for d_model, d_ff, dtype, variant in itertools.product(WIDTHS, (1, 48, 512), DTYPES, VARIANTS):
+    widths = [width for width in WIDTHS if width <= most_columns(name)]
+    for d_model, d_ff, dtype, variant in itertools.product(widths, (1, 48, 512), DTYPES, VARIANTS):
         tile = getattr(tiles, name)(d_model, d_ff, dtype, **variant)
         assert_sound(tile)
         assert tile.block_k >= d_model

@@ -213,6 +213,8 @@ def expert_ffn_dx(launch: KernelLaunch, shape: Shape) -> Work:
     tiles = _row_tiles(launch, shape)
     rows, k = _row(launch, shape), shape.top_k
     moved = (3 if launch.given("dx_ptr") else 2) * k * rows
+    kept = sum(launch.given(name) for name in ("hidden_ptr", "dpre_ptr", "dgate_ptr"))
+    moved += kept * k * shape.steps * shape.d_ff * _itemsize(launch)
     trips = {"f0": cdiv(shape.d_ff, launch["BLOCK_F"])}
     l2 = moved + tiles * _expert(launch, shape)
     return Work((Programs(round(tiles), trips),), moved, l2)

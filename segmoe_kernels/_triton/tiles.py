@@ -64,6 +64,10 @@ def route_bwd_tile(d_model: int, num_experts: int, dtype: torch.dtype) -> TileCo
 MAX_FUSED_WIDTH = 256
 MAX_BLOCK_WIDTH = 64
 
+# Beyond this many an expert's sums leave a program no tile of hidden columns that is worth
+# computing the hidden layer for: backward writes it once, and weight gradients are products.
+MAX_FUSED_DW_WIDTH = 128
+
 # Multiprocessors of the largest GPU at hand (H100, H200); a constant, so that sums don't depend on
 # the device.
 _NUM_SMS = 132

@@ -4,7 +4,8 @@ Data flow: ``x (top_k, B, T, D), topk_weights (S, top_k) -> out (top_k, B, T, D)
 gathered through ``sorted_to_slot`` and written where they came from. Two ways:
 
 * fused, for rows of at most `MAX_FUSED_WIDTH` columns: one kernel forward, and backward one for
-  x and the routing weights and one for the weights; the hidden layer is recomputed;
+  x and the routing weights; the hidden layer is recomputed. Weight gradients: one more kernel, or
+  beyond `MAX_FUSED_DW_WIDTH` columns products of what the kernel for x has written;
 * two grouped products, for wider rows: the hidden layer before its activation is kept.
 """
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from segmoe_kernels._triton.launch import define_operator, refuse_double_backward, step_flags
+from segmoe_kernels._triton.tiles import MAX_FUSED_DW_WIDTH
 from segmoe_kernels.routing import FFNWeights, Permutation
 from segmoe_kernels.stages.experts_launch import (
     Call,
@@ -24,7 +26,9 @@ from segmoe_kernels.stages.experts_launch import (
     forward_two_products,
     launch_dw,
     launch_dx,
+    new_kept,
     rows_contiguous,
+    weight_gradients,
 )
 
 
@@ -143,9 +147,13 @@ def _expert_ffn_bwd(
         found = [None if w is None else next(given) for w in weights]
         dweights = FFNWeights(*found)  # type: ignore[arg-type]  # up and down are never None
     if call.fused:
-        if need_dx or need_drow_weights:
-            launch_dx(call, dy, dx if need_dx else None, drow_weights)
-        if dweights is not None:
+        products = dweights is not None and call.width > MAX_FUSED_DW_WIDTH
+        kept = new_kept(call) if products else None
+        if need_dx or need_drow_weights or kept is not None:
+            launch_dx(call, dy, dx if need_dx else None, drow_weights, kept)
+        if dweights is not None and kept is not None:
+            weight_gradients(call, dy, dweights, *kept)
+        elif dweights is not None:
             launch_dw(call, dy, dweights)
     else:
         shares = drow_weights.new_empty(column_tiles(call), *drow_weights.shape)
@@ -222,14 +230,18 @@ class _ExpertFFN(torch.autograd.Function):
         x, row_weights, *tensors, ctx.options = inputs
         _, pre, gate_pre = output
         ctx.mark_non_differentiable(pre, gate_pre)
+        # As zeros those of the kept layers would be as large as they are.
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, row_weights, *tensors, pre, gate_pre)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 13
         *tensors, pre, gate_pre = ctx.saved_tensors
         need = ctx.needs_input_grad
         options = (*ctx.options[:-1], *need[:2], any(need[4:10]))
-        dx, drow_weights, *dw = differentiate_experts(*tensors, grads[0], pre, gate_pre, options)
+        dx, drow_weights, *dw = differentiate_experts(*tensors, dy, pre, gate_pre, options)
         given = iter(dw)
         dweights = [None if w is None or not dw else next(given) for w in tensors[4:10]]
         return (

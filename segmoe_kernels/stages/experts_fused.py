@@ -112,6 +112,9 @@ def expert_ffn_dx_kernel(
     down_bias_ptr,  # (E, D) or None
     dx_ptr,  # (top_k, B, T, D) contiguous or None, every row is written
     drow_weights_ptr,  # (R, P) by slot, every element is written
+    hidden_ptr,  # (R * P, F) sorted, or None: the hidden layer times the routing weight
+    dpre_ptr,  # (R * P, F) sorted, or None: gradients of what the activation saw
+    dgate_ptr,  # (R * P, F) sorted, or None
     sorted_to_slot_ptr,  # (R,) int32
     expert_offsets_ptr,  # (E + 1,) int32
     padding_mask_ptr,  # (B, T) bool or None
@@ -177,6 +180,7 @@ def expert_ffn_dx_kernel(
     row_ids = slot * SEGMENT_SIZE + rows % SEGMENT_SIZE
     place = place_steps(padding_mask_ptr, choice, sequence, step, mask_m, num_sequences, length)
 
+    row_offs = rows.to(tl.int64) * F
     dx = tl.zeros((BLOCK_M, BLOCK_D), dtype=ACC)
     dweight = tl.zeros((BLOCK_M,), dtype=ACC)
     f_end = tl.where(expert < num_experts, F, 0)
@@ -208,12 +212,19 @@ def expert_ffn_dx_kernel(
         )  # fmt: skip
         # Rounded before the sum: fused with it, the lanes of a row would have different bits.
         dweight += tl.sum(tl.fma(dhidden, hidden, 0.0), 1)
+        dpre = (dpre * weights[:, None]).to(x.dtype)
+        dgate = (dgate * weights[:, None]).to(x.dtype)
         if dx_ptr is not None:
-            dpre = (dpre * weights[:, None]).to(x.dtype)
             dx = tl.dot(dpre, up, dx, input_precision=PRECISION, out_dtype=ACC)
             if gate_ptr is not None:
-                dgate = (dgate * weights[:, None]).to(x.dtype)
                 dx = tl.dot(dgate, gate, dx, input_precision=PRECISION, out_dtype=ACC)
+        if hidden_ptr is not None:
+            kept = row_offs[:, None] + offs_f[None, :]
+            mask = mask_m[:, None] & (offs_f < F)[None, :]
+            tl.store(hidden_ptr + kept, (hidden * weights[:, None]).to(x.dtype), mask=mask)
+            tl.store(dpre_ptr + kept, dpre, mask=mask)
+            if gate_ptr is not None:
+                tl.store(dgate_ptr + kept, dgate, mask=mask)
     tl.store(drow_weights_ptr + row_ids, dweight, mask=mask_m)
     if dx_ptr is not None:
         store_steps(dx_ptr, dx, place, offs_d, D)

@@ -180,8 +180,17 @@ def forward_two_products(
     )
 
 
-def launch_dx(call: Call, dy: Tensor, dx: Tensor | None, drow_weights: Tensor) -> None:
-    """Gradients of x, for each choice, and of the routing weights, one share for each step."""
+def launch_dx(
+    call: Call,
+    dy: Tensor,
+    dx: Tensor | None,
+    drow_weights: Tensor,
+    kept: tuple[Tensor, Tensor, Tensor | None] | None,
+) -> None:
+    """Gradients of x, for each choice, of the routing weights, one share for each step, and kept.
+
+    kept is from `new_kept`, for `weight_gradients`, or None.
+    """
     up, down, gate, up_bias, gate_bias, down_bias = call.weights
     tile = expert_ffn_dx_tile(call.width, call.d_ff, call.dtype, **call.fused_in)
     grid = gemm_grid(call.num_rows, call.num_experts, 1, tile)
@@ -197,6 +206,7 @@ def launch_dx(call: Call, dy: Tensor, dx: Tensor | None, drow_weights: Tensor) -
         down_bias,
         dx,
         drow_weights,
+        *(kept or (None, None, None)),
         call.sorted_to_slot,
         call.expert_offsets,
         call.padding_mask,
@@ -266,6 +276,12 @@ def launch_dw(call: Call, dy: Tensor, dweights: FFNWeights) -> None:
     reduce_partials(partials, parts, call.expert_offsets, splits, call.rows_per_slot, tile.block_m)
 
 
+def new_kept(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Room for the hidden layer and the gradients of what the activation saw, (M, F) each."""
+    hidden, dpre = (call.x.new_empty(call.num_rows, call.d_ff, dtype=call.dtype) for _ in range(2))
+    return hidden, dpre, torch.empty_like(dpre) if call.gated else None
+
+
 def backward_two_products(
     call: Call,
     dy: Tensor,
@@ -328,8 +344,14 @@ def backward_two_products(
             scatter=True,
             sequences=call.sequences,
         )
-    if dweights is None:
-        return
+    if dweights is not None:
+        weight_gradients(call, dy, dweights, hidden, dpre, dgate)
+
+
+def weight_gradients(
+    call: Call, dy: Tensor, dweights: FFNWeights, hidden: Tensor, dpre: Tensor, dgate: Tensor | None
+) -> None:
+    """Weight gradients as products: hidden holds the routing weights, as dpre and dgate do."""
     offsets, rows = call.expert_offsets, call.num_rows
     for d, weight, bias in (
         (dpre, dweights.up_proj, dweights.up_proj_bias),

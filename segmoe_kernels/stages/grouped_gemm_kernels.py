@@ -427,7 +427,7 @@ def grouped_gemm_dw_kernel(
                 b = _load_operand(
                     b_ptr, padding_mask_ptr, rows, choice, sequence, step, mask_m, offs_k, K,
                     length, stride_b_k, stride_b_b, stride_b_t, D, CONCAT, GATHER_B,
-                )  # fmt: skip
+                ).to(a.dtype)  # fmt: skip
                 dw = tl.dot(tl.trans(a), b, dw, input_precision=PRECISION, out_dtype=ACC)
                 if HAS_BIAS:
                     a = a.to(ACC)
