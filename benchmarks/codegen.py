@@ -4,8 +4,8 @@
                                  [--only TEXT,TEXT] [--brief]
 
 The launchers themselves are run, on CPU tensors, with their launches caught and compiled instead:
-so what is checked is what a GPU would be given. Exit status 1 if a kernel spills (`SPILL_LIMIT`) or takes
-more shared memory than the architecture has.
+so what is checked is what a GPU would be given. Exit status 1 if a kernel spills (`SPILL_LIMIT`) or
+takes more shared memory than the architecture has.
 
 A row: ``kernel, case, arch, dtype, tile, registers, spill_bytes, shared_bytes, wgmma, mma,
 uses_dot, instructions, float_atomics, narrow``; sizes in bytes; spills and instructions are counted
@@ -46,8 +46,8 @@ SHARED_LIMIT = {
     "sm_120": 101376,
     "gfx942": 65536,
 }
-# Bytes that a kernel may store and load of spilled registers: two of them, once each. More programs on
-# a multiprocessor are worth that.
+# Bytes that a kernel may store and load of spilled registers: two of them, once each. More programs
+# on a multiprocessor are worth that.
 SPILL_LIMIT = 16
 NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTER_NAMES = {

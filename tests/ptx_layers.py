@@ -194,9 +194,8 @@ def kernel_digests():
     for path in sorted((ROOT / "segmoe_kernels").glob("*/*.py")):
         text = path.read_text(encoding="utf-8")
         for node in ast.parse(text).body:
-            if isinstance(node, ast.FunctionDef) and "triton.jit" in map(
-                ast.unparse, node.decorator_list
-            ):
+            decorators = {ast.unparse(d) for d in getattr(node, "decorator_list", ())}
+            if isinstance(node, ast.FunctionDef) and decorators & {"kernel", "triton.jit"}:
                 source = ast.get_source_segment(text, node)
                 words = tokenize.generate_tokens(io.StringIO(source).readline)
                 skipped = {tokenize.COMMENT, tokenize.NL}

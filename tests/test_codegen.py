@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -68,3 +69,44 @@ def test_every_width_and_plan_is_compiled(rows):
     kernels = {row["kernel"] for row in rows}
     assert {"block_fwd_kernel", "expert_ffn_fwd_kernel", "shared_activate_kernel"} <= kernels
     assert {row["dtype"] for row in rows} >= {"bf16", "fp32"}
+
+
+BATCHES = """
+import os
+import torch
+from benchmarks import codegen
+from segmoe_kernels import SegMoE
+
+for plan, d_model, options in (
+    ("block", 64, {"top_k": 2, "bias": True}),
+    ("grouped", 64, {"shared_expert": "token", "dropout": 0.1, "pooling": "mean"}),
+    ("grouped", 128, {"gated": True, "causal": True, "shared_expert": None}),
+):
+    os.environ["SEGMOE_PLAN"] = plan
+    layer = SegMoE(
+        d_model, 128, 4, segment_size=3, backend="triton", dtype=torch.bfloat16, **options
+    )
+    for batch, length in ((2, 31), (1, 1), (3, 48), (7, 64), (16, 96)):
+        keys = set()
+        x = torch.zeros(batch, length, d_model, dtype=torch.bfloat16, requires_grad=True)
+        mask = torch.ones(batch, length, dtype=torch.bool)
+        with codegen.pretend_triton_runs("sm_90"):
+            with codegen.caught_launches(lambda launch: keys.add(launch.key())):
+                y = layer(x, mask)
+                y.backward(torch.zeros_like(y))
+        print(len(keys), hash(frozenset(keys)))
+"""
+
+
+def test_no_batch_compiles_a_kernel_anew():
+    """Lengths of 1 and of multiples of 16, and any number of sequences."""
+    done = subprocess.run(
+        [sys.executable, "-c", BATCHES], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == 15
+    for layer in (lines[:5], lines[5:10], lines[10:]):
+        assert int(layer[0].split()[0]) >= 8
+        assert set(layer) == {layer[0]}

@@ -16,7 +16,8 @@ def compiled_functions():
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef) and any(
-                ast.unparse(decorator) == "triton.jit" for decorator in node.decorator_list
+                ast.unparse(decorator) in {"kernel", "triton.jit"}
+                for decorator in node.decorator_list
             ):
                 yield path.relative_to(PACKAGE).as_posix(), node.name
 

@@ -16,6 +16,29 @@ from segmoe_kernels.flops import register_flops
 # What 32 bits hold.
 MAX_OFFSET = 2**31 - 1
 
+# Numbers that change with the batch, by the names that kernels give them. Triton would compile a
+# kernel anew where one of them is 1, or where 16 comes to divide it.
+OF_THE_BATCH = (
+    "length",
+    "num_blocks",
+    "num_rows",
+    "num_runs",
+    "num_segments",
+    "num_sequences",
+    "num_slots",
+    "num_splits",
+    "num_steps",
+    "blocks_per_split",
+    "gates_per_sequence",
+    "list_size",
+    "num_gates",
+    "num_partials",
+    "segments_per_block",
+    "segments_per_sequence",
+    "shared_rows",
+)
+kernel = functools.partial(triton.jit, do_not_specialize=OF_THE_BATCH)
+
 _LIBRARY = torch.library.Library("segmoe_kernels", "FRAGMENT")
 
 

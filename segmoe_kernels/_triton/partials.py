@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from segmoe_kernels._triton.launch import accumulator, padded
+from segmoe_kernels._triton.launch import accumulator, kernel, padded
 from segmoe_kernels._triton.sequences import expert_tiles, split_starts
 
 
@@ -137,7 +137,7 @@ def store_gradients(
                 store_sum(slot_ptr + F + D, offs_f, dgate_bias, mask_f)
 
 
-@triton.jit
+@kernel
 def reduce_partials_kernel(
     partials_ptr,  # (splits + E - 1, n0 + ... + n5)
     out0_ptr,  # (E, n0), here and in the others what no split alone has written

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from segmoe_kernels._triton.ffn import ffn_rows, hidden_rows, load_bias, load_tile
+from segmoe_kernels._triton.launch import kernel
 from segmoe_kernels._triton.router import choose_experts, router_weights, score_segments
 from segmoe_kernels._triton.sequences import load_rows, place_steps, store_steps
 
@@ -102,7 +103,7 @@ def _route_and_list(
     return counts, unrouted
 
 
-@triton.jit
+@kernel
 def block_fwd_kernel(
     x_ptr,  # (B, T, D)
     router_weight_ptr,  # (E, W)
@@ -290,7 +291,7 @@ def _find_listed(
     return slot, adds, segment // segments_per_sequence, step
 
 
-@triton.jit
+@kernel
 def block_prepare_kernel(
     logits_ptr,  # (S, E)
     topk_ids_ptr,  # (S, TOP_K) int32

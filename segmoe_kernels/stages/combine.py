@@ -16,13 +16,14 @@ from segmoe_kernels import validation as check
 from segmoe_kernels._triton.launch import (
     accumulator,
     define_operator,
+    kernel,
     padded,
     refuse_double_backward,
     step_flags,
 )
 
 
-@triton.jit
+@kernel
 def _combine_fwd_kernel(
     expert_out_ptr,  # (top_k, B, T, D)
     shared_ptr,  # (B, J * P, D) contiguous or None
@@ -73,7 +74,7 @@ def _combine_fwd_kernel(
     tl.store(y_ptr + rows[:, None] * D + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def _combine_bwd_kernel(
     dy_ptr,  # (B, T, D)
     shared_ptr,  # (B, J * P, D) contiguous

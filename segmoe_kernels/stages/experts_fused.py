@@ -6,10 +6,10 @@ and of the routing weights, one for the weight gradients, which are split over r
 sums and added up in a fixed order by `grouped_gemm`.
 """
 
-import triton
 import triton.language as tl
 
 from segmoe_kernels._triton.ffn import ffn_rows, hidden_with_grads, load_bias, load_tile
+from segmoe_kernels._triton.launch import kernel
 from segmoe_kernels._triton.partials import store_gradients
 from segmoe_kernels._triton.sequences import (
     find_group,
@@ -21,7 +21,7 @@ from segmoe_kernels._triton.sequences import (
 )
 
 
-@triton.jit
+@kernel
 def expert_ffn_fwd_kernel(
     x_ptr,  # (top_k, B, T, D)
     topk_weights_ptr,  # (S, top_k)
@@ -99,7 +99,7 @@ def expert_ffn_fwd_kernel(
     store_steps(out_ptr, out * weights[:, None], place, offs_d, D)
 
 
-@triton.jit
+@kernel
 def expert_ffn_dx_kernel(
     x_ptr,  # (top_k, B, T, D)
     dy_ptr,  # (top_k, B, T, D)
@@ -230,7 +230,7 @@ def expert_ffn_dx_kernel(
         store_steps(dx_ptr, dx, place, offs_d, D)
 
 
-@triton.jit
+@kernel
 def expert_ffn_dw_kernel(
     x_ptr,  # (top_k, B, T, D)
     dy_ptr,  # (top_k, B, T, D)

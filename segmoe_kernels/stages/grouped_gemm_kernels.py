@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from segmoe_kernels._triton.activations import activate, activate_with_grad, dropout_scale
+from segmoe_kernels._triton.launch import kernel
 from segmoe_kernels._triton.partials import store_sum
 from segmoe_kernels._triton.sequences import (
     find_group,
@@ -85,7 +86,7 @@ def _swizzled_tile(COLUMN_TILES: tl.constexpr, GROUP_M: tl.constexpr):
     return first + inside % height, inside // height
 
 
-@triton.jit
+@kernel
 def grouped_gemm_kernel(
     a_ptr,  # (M, K) sorted, or (top_k, B, T, D) gathered
     a2_ptr,  # shape of a, or None: a second product is added, a2 @ b2
@@ -223,7 +224,7 @@ def grouped_gemm_kernel(
         tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask_mn)
 
 
-@triton.jit
+@kernel
 def grouped_gemm_dhidden_kernel(
     dy_ptr,  # (top_k, B, T, D)
     down_ptr,  # (E, K, N): K the row's width, N = F
@@ -338,7 +339,7 @@ def grouped_gemm_dhidden_kernel(
     tl.store(out, dweight, mask=mask_m)
 
 
-@triton.jit
+@kernel
 def grouped_gemm_dw_kernel(
     a_ptr,  # (M, N) sorted, or (top_k, B, T, D) gathered
     b_ptr,  # (M, K) sorted, or (top_k, B, T, D) gathered

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from segmoe_kernels._triton.launch import define_operator, padded
+from segmoe_kernels._triton.launch import define_operator, kernel, padded
 from segmoe_kernels.routing import Permutation
 
 # Slots that one program places; `route` counts its blocks in the same number of segments.
@@ -27,7 +27,7 @@ def _group_of(ids, num_experts):
     return tl.where((ids < 0) | (ids > num_experts), num_experts, ids)
 
 
-@triton.jit
+@kernel
 def _permute_count_kernel(
     topk_ids_ptr,  # (R,) int32
     block_counts_ptr,  # (blocks, E + 1) int32, every row is written
@@ -55,7 +55,7 @@ def _permute_count_kernel(
     tl.store(out, counts, mask=groups <= num_experts)
 
 
-@triton.jit
+@kernel
 def _permute_scan_kernel(
     block_counts_ptr,  # (blocks, E + 1) int32
     block_starts_ptr,  # (blocks, E + 1) int32, every row is written
@@ -80,7 +80,7 @@ def _permute_scan_kernel(
     tl.store(sums_ptr + run * (num_experts + 1) + groups, tl.sum(counts, 0), mask=mask_g)
 
 
-@triton.jit
+@kernel
 def _permute_place_kernel(
     topk_ids_ptr,  # (R,) int32
     sums_ptr,  # (runs, E + 1) int32, of BLOCKS_IN_RUN histograms each

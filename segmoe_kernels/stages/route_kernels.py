@@ -6,6 +6,7 @@ Launched by `route`.
 import triton
 import triton.language as tl
 
+from segmoe_kernels._triton.launch import kernel
 from segmoe_kernels._triton.router import (
     choose_experts,
     differentiate_choice,
@@ -16,7 +17,7 @@ from segmoe_kernels._triton.router import (
 )
 
 
-@triton.jit
+@kernel
 def route_fwd_kernel(
     x_ptr,  # (B, T, D)
     router_weight_ptr,  # (E, W)
@@ -91,7 +92,7 @@ def route_fwd_kernel(
     tl.store(row + num_experts, unrouted)
 
 
-@triton.jit
+@kernel
 def dlogits_kernel(
     logits_ptr,  # (S, E)
     topk_ids_ptr,  # (S, TOP_K) int32
@@ -154,7 +155,7 @@ def dlogits_kernel(
     tl.store(dlogits_ptr + offs, dlogits, mask=mask_se)
 
 
-@triton.jit
+@kernel
 def route_bwd_kernel(
     x_ptr,  # (B, T, D)
     router_weight_ptr,  # (E, W)
@@ -311,7 +312,7 @@ def _store_dx(
     tl.store(ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def sum_splits_kernel(
     partials_ptr,  # (splits, size)
     out_ptr,  # (size,), every element is written

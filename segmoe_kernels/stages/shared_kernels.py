@@ -3,13 +3,13 @@
 A row is a whole segment, ``P * D`` columns. M is the number of segments, W = P * D, H = P * F.
 """
 
-import triton
 import triton.language as tl
 
 from segmoe_kernels._triton.activations import activate, activate_with_grad, dropout_scale
+from segmoe_kernels._triton.launch import kernel
 
 
-@triton.jit
+@kernel
 def shared_rows_kernel(
     x_ptr,  # (B, T, D)
     vector_ptr,  # (W,) or None
@@ -59,7 +59,7 @@ def shared_rows_kernel(
         tl.store(along_ptr + rows, along, mask=mask_m)
 
 
-@triton.jit
+@kernel
 def shared_activate_kernel(
     pre_ptr,  # (M, H)
     gate_pre_ptr,  # (M, H) or None
@@ -104,7 +104,7 @@ def shared_activate_kernel(
     tl.store(hidden_ptr + offs, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def shared_activate_bwd_kernel(
     dhidden_ptr,  # (M, H): before the opened gate
     pre_ptr,  # (M, H)
@@ -180,7 +180,7 @@ def shared_activate_bwd_kernel(
     tl.store(dlogits_ptr + rows, dopened * opened * (1.0 - opened), mask=mask_m)
 
 
-@triton.jit
+@kernel
 def shared_dx_kernel(
     drows_ptr,  # (M, W) contiguous
     dlogits_ptr,  # (M,) in ACC
@@ -224,7 +224,7 @@ def shared_dx_kernel(
     tl.store(ptrs, dx.to(dx_ptr.dtype.element_ty), mask=inside[:, None] & mask_d)
 
 
-@triton.jit
+@kernel
 def shared_reduce_kernel(
     partials_ptr,  # (num_partials, H), or (num_partials, 2 * H) with the gate's columns behind
     up_bias_ptr,  # (H,) or None, every element is written
