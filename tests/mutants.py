@@ -54,6 +54,8 @@ SHARED = ("tests/test_shared.py",)
 LAYER_STRIDES = ("tests/test_triton_layer.py", "-k", "strides or program_order")
 SHARED_DROPOUT = ("tests/test_shared.py", "tests/test_triton_layer.py", "-k", "dropout or drop")
 BLOCK_DROPOUT = ("tests/test_block.py", "tests/test_triton_layer.py", "-k", "dropout")
+MIDDLE = ("tests/test_experts.py", "-k", "132")
+ZEROS = ("tests/test_experts.py", "-k", "zeros")
 DROPOUT = ("tests/test_experts.py", "tests/test_block.py", "-k", "dropout")
 
 
@@ -1012,6 +1014,15 @@ _EXPERTS = _in(
         "dx lacks the gate's share",
     ),
     (
+        "expert_ffn_dx_kernel", "kept layer", "(hidden * weights[:, None]).to(x.dtype)",
+        "hidden.to(x.dtype)", "down's gradient is not weighted", {"tests": MIDDLE},
+    ),
+    (
+        "expert_ffn_dx_kernel", "kept columns", "row_offs[:, None] + offs_f[None, :]",
+        "row_offs[:, None] + (offs_f - f0)[None, :]", "later chunks go over the first",
+        {"tests": MIDDLE},
+    ),
+    (
         "expert_ffn_dx_kernel", "bias", "dweight += tl.sum(tl.fma(dy.to(ACC), bias",
         "tl.sum(tl.fma(dy.to(ACC), bias", "a routing weight's gradient lacks the bias",
     ),
@@ -1070,11 +1081,15 @@ _EXPERTS_HOST = [
             "dy is read with the strides of x",
         ),
         (
+            "new_kept", "gate", "torch.empty_like(dpre) if", "dpre if",
+            "the gate's gradient goes over up's", {"tests": MIDDLE},
+        ),
+        (
             "column_tiles", "one row", "triton.cdiv(call.d_ff, _dhidden_tile(call).block_n)", "1",
             "shares of later column tiles have no room", {"tests": WIDE},
         ),
         (
-            "backward_two_products", "weights of the bias", "row_weights=call.topk_weights",
+            "weight_gradients", "weights of the bias", "row_weights=call.topk_weights",
             "row_weights=None", "down's bias gradient is not weighted", {"tests": WIDE},
         ),
     ),
@@ -1089,6 +1104,11 @@ _EXPERTS_HOST = [
         (
             "_expert_ffn_bwd", "no sum of shares", "torch.sum(shares, dim=0, out=drow_weights)",
             "drow_weights.copy_(shares[0])", "the first columns' share is all", {"tests": WIDE},
+        ),
+        (
+            "_ExpertFFN.setup_context", "zeros", "set_materialize_grads(False)",
+            "set_materialize_grads(True)", "zeros as large as the kept layers are filled",
+            {"tests": ZEROS},
         ),
         (
             "expert_ffn", "seed", "torch.randint(2**62, (1,)", "torch.full((1,), 7",
