@@ -25,7 +25,7 @@ ARROWS = {
     "flops": set(),
     "functional": {"flops", "reference", "routing", "stages", "validation"},
     "grouped_ffn": {"composed_ffn", "grouped_mm", "routing"},
-    "grouped_mm": {"flops"},
+    "grouped_mm": {"flops", "validation"},
     "huggingface": {"dense_ffn", "functional", "routing", "validation"},
     "layer": {
         "called",
@@ -58,7 +58,7 @@ ARROWS = {
     "stats_plots": {"routing", "validation"},
     "stats_writers": {"validation"},
     "swap": {"adapters", "convert", "dense_ffn", "layer", "places", "probe", "validation"},
-    "testing": {"layer", "reference", "routing"},
+    "testing": {"functional", "layer", "reference", "routing"},
     "time_stamps": set(),
     "validation": {"routing"},
     "stages": {
