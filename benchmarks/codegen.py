@@ -4,7 +4,7 @@
                                  [--only TEXT,TEXT] [--brief]
 
 The launchers themselves are run, on CPU tensors, with their launches caught and compiled instead:
-so what is checked is what a GPU would be given. Exit status 1 if a kernel spills (`SPILL_LIMIT`) or takes
+so what is checked is what a GPU would be given. Exit status 1 if a kernel spills registers or takes
 more shared memory than the architecture has.
 
 A row: ``kernel, case, arch, dtype, tile, registers, spill_bytes, shared_bytes, wgmma, mma,
@@ -46,9 +46,6 @@ SHARED_LIMIT = {
     "sm_120": 101376,
     "gfx942": 65536,
 }
-# Bytes that a kernel may store and load of spilled registers: two of them, once each. More programs on
-# a multiprocessor are worth that.
-SPILL_LIMIT = 16
 NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTER_NAMES = {
     torch.float32: "*fp32",
@@ -84,7 +81,7 @@ class Row:
     def fault(self) -> str | None:
         """Say what makes this kernel unfit, or None."""
         # Float64 is for checks, not for speed.
-        if self.spill_bytes > SPILL_LIMIT and self.dtype != "fp64":
+        if self.spill_bytes and self.dtype != "fp64":
             return f"spills {self.spill_bytes} bytes"
         if self.arch.startswith("sm_") and self.registers * 32 * self.num_warps > 65536:
             return f"needs {self.registers} registers in each of {32 * self.num_warps} threads"

@@ -6,8 +6,8 @@ pytest.importorskip("triton")
 
 # What `python -m benchmarks.traffic` measures at B64-T65-D64-F128-E4-k1-P5, rounded up. Router and
 # experts read x each; backward's kernels read x and dy for themselves and pass dx of the experts
-# through memory: more bytes than in one pass, less time by a model of the clock. Two of them compute
-# the hidden layer: 1.5 of the work needed, and padding.
+# through memory: more bytes than in one pass, less time by a model of the clock. Two of them
+# compute the hidden layer: 1.5 of the work needed, and padding.
 LIMITS = {
     "forward": {"launches": 3, "distinct": 0.25, "requested": 0.75, "work": 1.10},
     "forward+backward": {"launches": 9, "distinct": 0.32, "requested": 0.95, "work": 1.60},
