@@ -4,8 +4,8 @@
                                  [--only TEXT,TEXT] [--brief]
 
 The launchers themselves are run, on CPU tensors, with their launches caught and compiled instead:
-so what is checked is what a GPU would be given. Exit status 1 if a kernel spills (`SPILL_LIMIT`) or
-takes more shared memory than the architecture has.
+so what is checked is what a GPU would be given. Exit status 1 if a kernel spills registers or takes
+more shared memory than the architecture has.
 
 A row: ``kernel, case, arch, dtype, tile, registers, spill_bytes, shared_bytes, wgmma, mma,
 uses_dot, instructions, float_atomics, narrow``; sizes in bytes; spills and instructions are counted
@@ -46,9 +46,6 @@ SHARED_LIMIT = {
     "sm_120": 101376,
     "gfx942": 65536,
 }
-# Bytes that a kernel may store and load of spilled registers: two of them, once each. More programs
-# on a multiprocessor are worth that.
-SPILL_LIMIT = 16
 NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTER_NAMES = {
     torch.float32: "*fp32",
@@ -84,7 +81,7 @@ class Row:
     def fault(self) -> str | None:
         """Say what makes this kernel unfit, or None."""
         # Float64 is for checks, not for speed.
-        if self.spill_bytes > SPILL_LIMIT and self.dtype != "fp64":
+        if self.spill_bytes and self.dtype != "fp64":
             return f"spills {self.spill_bytes} bytes"
         if self.arch.startswith("sm_") and self.registers * 32 * self.num_warps > 65536:
             return f"needs {self.registers} registers in each of {32 * self.num_warps} threads"
@@ -124,20 +121,16 @@ class Launch:
         return " ".join(f"{k}={v}" for k, v in {**blocks, **self.options}.items())
 
 
-def _describe(value: Any, parameter: Any) -> tuple[str, bool]:
-    """Return the compiler's name of an argument's type, and whether it is told that 16 divides it.
-
-    As Triton's launcher does.
-    """
-    special = not parameter.do_not_specialize
-    if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and special):
+def _describe(value: Any, *, constexpr: bool) -> tuple[str, bool]:
+    """Return the compiler's name of an argument's type, and whether 16 divides it."""
+    if constexpr or value is None or (type(value) is int and value == 1):
         return "constexpr", False
     if isinstance(value, torch.Tensor):
         return POINTER_NAMES[value.dtype], True
     if isinstance(value, bool):
         return "i1", False
     if isinstance(value, int):
-        return ("i32" if -(2**31) <= value < 2**31 else "i64"), special and value % 16 == 0
+        return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
     return "fp32", False
 
 
@@ -152,7 +145,7 @@ def catch(function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     dtype = ""
     for index, parameter in enumerate(function.params):
         value = values[parameter.name]
-        kind, divisible = _describe(value, parameter)
+        kind, divisible = _describe(value, constexpr=parameter.is_constexpr)
         signature[parameter.name] = kind
         if kind == "constexpr":
             constants[parameter.name] = value
