@@ -121,16 +121,20 @@ class Launch:
         return " ".join(f"{k}={v}" for k, v in {**blocks, **self.options}.items())
 
 
-def _describe(value: Any, *, constexpr: bool) -> tuple[str, bool]:
-    """Return the compiler's name of an argument's type, and whether 16 divides it."""
-    if constexpr or value is None or (type(value) is int and value == 1):
+def _describe(value: Any, parameter: Any) -> tuple[str, bool]:
+    """Return the compiler's name of an argument's type, and whether it is told that 16 divides it.
+
+    As Triton's launcher does.
+    """
+    special = not parameter.do_not_specialize
+    if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and special):
         return "constexpr", False
     if isinstance(value, torch.Tensor):
         return POINTER_NAMES[value.dtype], True
     if isinstance(value, bool):
         return "i1", False
     if isinstance(value, int):
-        return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
+        return ("i32" if -(2**31) <= value < 2**31 else "i64"), special and value % 16 == 0
     return "fp32", False
 
 
@@ -145,7 +149,7 @@ def catch(function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     dtype = ""
     for index, parameter in enumerate(function.params):
         value = values[parameter.name]
-        kind, divisible = _describe(value, constexpr=parameter.is_constexpr)
+        kind, divisible = _describe(value, parameter)
         signature[parameter.name] = kind
         if kind == "constexpr":
             constants[parameter.name] = value

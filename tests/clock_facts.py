@@ -19,8 +19,9 @@ def main():
     (block,) = million.kernels("block_fwd")
     facts["x_bytes"] = block.tensors["x_ptr"]
     tiles = {"expert_ffn_dw_tile": {"block_n": 128}}
-    wide = capture_layer(million.shape, tiles=tiles)
-    facts["dw_grids"] = [c.kernels("expert_ffn_dw")[0].grid for c in (million, wide)]
+    narrow = parse_workload("128-8-2-5-1e6").shape
+    both = (capture_layer(narrow), capture_layer(narrow, tiles=tiles))
+    facts["dw_grids"] = [c.kernels("expert_ffn_dw")[0].grid for c in both]
     grouped = capture_layer(
         parse_workload("64-4-1-5-1e6").shape, variables={"SEGMOE_PLAN": "grouped"}
     )

@@ -314,10 +314,11 @@ def _product(
 def grouped_gemm_dw(launch: KernelLaunch, shape: Shape) -> Work:
     n, k, splits, experts = launch["N"], launch["K"], launch["num_splits"], shape.num_experts
     row_tiles, column_tiles = cdiv(n, launch["BLOCK_N"]), cdiv(k, launch["BLOCK_K"])
-    spanned = (experts + splits - 1) / splits
+    whole = launch["WHOLE"]
+    spanned = 1 if whole else (experts + splits - 1) / splits
     tiles = math.ceil(_row_tiles(launch, shape) / splits)
     rows, size = shape.steps * shape.top_k, _itemsize(launch)
-    sums = (splits + experts if splits > 1 else experts) * n * k * 4
+    sums = experts * n * k * size if whole else (splits + experts) * n * k * 4
     count = splits * row_tiles * column_tiles
     trips = {"expert": spanned, "tile": tiles / spanned}
     l2 = rows * size * (n * column_tiles + k * row_tiles) + sums

@@ -232,6 +232,9 @@ def grouped_gemm_dhidden_tile(
 GEMM_GROUP_M = 8
 GEMM_DW_GROUP_M = 4
 
+# With so many programs, four waves, a weight gradient's splits are whole experts.
+GEMM_DW_WHOLE = 4 * _NUM_SMS
+
 
 @replaceable(*PRODUCT)
 def grouped_gemm_dw_tile(n: int, k: int, dtype: torch.dtype, *, bias: bool) -> TileConfig:

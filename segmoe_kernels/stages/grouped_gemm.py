@@ -26,6 +26,7 @@ from segmoe_kernels._triton.partials import new_partials, reduce_partials
 from segmoe_kernels._triton.tile_table import TileConfig
 from segmoe_kernels._triton.tiles import (
     GEMM_DW_GROUP_M,
+    GEMM_DW_WHOLE,
     GEMM_GROUP_M,
     grouped_gemm_dw_tile,
     grouped_gemm_tile,
@@ -68,7 +69,13 @@ def weight_gradient(
     tile = grouped_gemm_dw_tile(n, k, a.dtype, bias=bias is not None)
     columns = triton.cdiv(n, tile.block_n) * triton.cdiv(k, tile.block_k)
     splits = num_row_splits(num_rows, tile, columns)
-    partials = new_partials([weight, bias], splits, num_experts, accumulator_dtype(a.dtype))
+    # Many experts fill a GPU alone: one each, and nothing is left to add up.
+    whole = splits == 1 or num_experts * columns >= GEMM_DW_WHOLE
+    if whole:
+        splits = num_experts
+    partials = new_partials(
+        [weight, bias], 1 if whole else splits, num_experts, accumulator_dtype(a.dtype)
+    )
     check.check_programs("grouped_gemm", splits * columns)
     grouped_gemm_dw_kernel[(splits * columns,)](
         a,
@@ -90,6 +97,7 @@ def weight_gradient(
         N=n,
         K=k,
         HAS_BIAS=bias is not None,
+        WHOLE=whole,
         GATHER_A=gather[0],
         GATHER_B=gather[1],
         GROUPS=padded(num_experts),
@@ -101,8 +109,9 @@ def weight_gradient(
         GROUP_M=GEMM_DW_GROUP_M,
         **tile.options(),
     )
-    rows_per_slot = where["constants"]["ROWS_PER_SLOT"]
-    reduce_partials(partials, [weight, bias], expert_offsets, splits, rows_per_slot, tile.block_m)
+    if not whole:
+        rows = where["constants"]["ROWS_PER_SLOT"]
+        reduce_partials(partials, [weight, bias], expert_offsets, splits, rows, tile.block_m)
 
 
 # Rows that live in a sorted matrix only.

@@ -371,6 +371,7 @@ def grouped_gemm_dw_kernel(
     GATHER_A: tl.constexpr,
     GATHER_B: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    WHOLE: tl.constexpr,  # one expert for each split
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -383,7 +384,7 @@ def grouped_gemm_dw_kernel(
 
     Grid: ``(splits * cdiv(N, BLOCK_N) * cdiv(K, BLOCK_K),)``. Split i owns tiles
     ``[i * tiles // splits, ...)`` of the rows; its sum for expert e goes to slot ``i + e``, or
-    where it belongs if it is the whole.
+    where it belongs if it is the whole. With WHOLE split e owns the tiles of expert e.
     """
     # The programs of a split lie next to each other: they read the same rows.
     n_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -396,16 +397,21 @@ def grouped_gemm_dw_kernel(
     k_tile = inside % (GROUP_M * k_tiles) // height
     offs_n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = k_tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    first, last, first_expert, end_expert, before = find_split(
-        split, num_splits, expert_offsets_ptr, num_experts, ROWS_PER_SLOT, BLOCK_M, GROUPS
-    )
+    if WHOLE:
+        first_expert, end_expert = split, split + 1
+        first, last, before = split * 0, split * 0 + 2147483647, split * 0
+    else:
+        first, last, first_expert, end_expert, before = find_split(
+            split, num_splits, expert_offsets_ptr, num_experts, ROWS_PER_SLOT, BLOCK_M, GROUPS
+        )
     for expert in tl.range(first_expert, end_expert, disable_licm=True):
         lo = tl.load(expert_offsets_ptr + expert) * ROWS_PER_SLOT
         hi = tl.load(expert_offsets_ptr + expert + 1) * ROWS_PER_SLOT
         tiles = (hi - lo + BLOCK_M - 1) // BLOCK_M
         start = tl.maximum(first, before)
         stop = tl.minimum(last, before + tiles)
-        if start < stop:
+        # The gradient of an expert without rows is 0.
+        if WHOLE or start < stop:
             dw = tl.zeros((BLOCK_N, BLOCK_K), dtype=ACC)
             dbias = tl.zeros((BLOCK_N,), dtype=ACC)
             # As in `grouped_gemm_dhidden_kernel`: the bias reads a in registers.
