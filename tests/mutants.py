@@ -1225,6 +1225,10 @@ _GEMM = _in(
         "grouped_gemm_dw_kernel", "bias's weight", "a = tl.fma(a, weights.to(ACC)[:, None], 0.0)",
         "a = a + 0.0", "the bias gradient is not weighted", {"tests": WIDE},
     ),
+    (
+        "grouped_gemm_dw_kernel", "expert without rows", "if WHOLE or start < stop:",
+        "if start < stop:", "its gradient is not written",
+    ),
     ("grouped_gemm_dw_kernel", "slot", "(split + expert)", "split", "experts share a slot"),
     (
         "grouped_gemm_dw_kernel", "bias in a slot", "store_sum(out + N * K,", "store_sum(out,",
@@ -1246,6 +1250,10 @@ _GEMM_HOST = _in(
     (
         "weight_gradient", "no reduction", "reduce_partials(partials,",
         "(lambda *_: None)(partials,", "shares are not added up",
+    ),
+    (
+        "weight_gradient", "splits of whole experts", "        splits = num_experts", "        pass",
+        "later experts have no program",
     ),
     ("_row_strides", "dense", "(0, 0, x.stride(0))", "(0, 0, x.shape[1])", "takes rows for dense"),
     (

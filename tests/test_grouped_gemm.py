@@ -214,3 +214,17 @@ def test_grouped_gemm_weight_gradient_of_any_number_of_splits(counts, splits, mo
     monkeypatch.setattr(module, "num_row_splits", lambda *_: splits)
     tensors = make_tensors(counts, 19, 18, beyond=3, device=device)
     check_exactness(make_stage(counts, None, device), tensors)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_grouped_gemm_of_many_experts_leaves_nothing_to_add_up(whole, device, monkeypatch):
+    module = importlib.import_module("segmoe_kernels.stages.grouped_gemm")
+    monkeypatch.setattr(module, "num_row_splits", lambda *_: 3)
+    # Programs of four experts and one tile of their matrices.
+    monkeypatch.setattr(module, "GEMM_DW_WHOLE", 4 if whole else 5)
+    sums, add_up = [], module.reduce_partials
+    monkeypatch.setattr(module, "reduce_partials", lambda *args: (sums.append(1), add_up(*args)))
+    counts = [20, 0, 37, 3]
+    tensors = make_tensors(counts, 5, 6, beyond=2, device=device)
+    check_exactness(make_stage(counts, None, device), tensors)
+    assert len(sums) == (not whole)
