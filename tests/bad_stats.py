@@ -33,6 +33,12 @@ def load_state(change):
     return call
 
 
+def count_replicas():
+    layer = SegMoE(4, 6, 3)
+    with collect_routing_stats(layer):
+        layer._replicate_for_data_parallel()(draw(2, 5, 4))
+
+
 def collect_without_graph():
     layer = SegMoE(4, 6, 3)
     with collect_routings(layer):
@@ -77,6 +83,12 @@ HISTORIES = [
     ("models", [ENTRY, OTHER], ValueError, ["of one model", "[1, 0] layers"]),
 ]
 ROWS = [
+    (
+        "collect_replicas",
+        count_replicas,
+        RuntimeError,
+        ["collect_routing_stats", "torch.nn.DataParallel calls copies"],
+    ),
     ("stats_model", collect(model=[LAYER]), TypeError, ["model", "torch.nn.Module", "got list"]),
     (
         "stats_no_layer",

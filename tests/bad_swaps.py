@@ -54,6 +54,10 @@ class Decoder(iTransformer):
     is_causal = True
 
 
+class FullyShardedDataParallel(iTransformer):
+    """The name of a wrapper that has listed the model's parameters."""
+
+
 class Cached(iTransformer):
     """A model with a key-value cache."""
 
@@ -199,6 +203,12 @@ ROWS = [
         lambda: replace_ffn(Decoder(), segment_sizes=3, num_experts=2),
         ValueError,
         ["causal", "for the decoder around 'ff'", "None for Decoder"],
+    ),
+    (
+        "swap_wrapped",
+        swap(model=FullyShardedDataParallel()),
+        ValueError,
+        ["model", "be swapped before it is wrapped", "FullyShardedDataParallel at ''"],
     ),
     ("swap_example_type", swap(example_inputs=3), TypeError, ["example_inputs", "a tuple", "int"]),
     (

@@ -30,10 +30,10 @@ CHECKED = ["validation", "layer", "functional", "losses", "convert", "testing"]
 CHECKED += ["adapters", "dialects", "huggingface", "parallel", "places", "probe", "swap"]
 CHECKED += ["advise", "series", "stats", "stats_plots", "stats_writers"]
 # Messages about the machine; tested in test_functional.py, test_huggingface.py, parallel_jobs.py,
-# test_stats*.py, test_advise.py, test_series.py.
+# test_stats*.py, test_advise.py, test_series.py, test_triton_layer.py.
 ELSEWHERE = {"resolve_backend", "register_experts", "check_group", "__reduce__"}
 ELSEWHERE |= {"_check_equal", "_figure", "_summary_writer", "plot_advice", "unzip", "_append"}
-ELSEWHERE |= {"_check_place"}
+ELSEWHERE |= {"_check_place", "run_layer"}
 
 
 @pytest.mark.parametrize(
