@@ -246,14 +246,14 @@ def test_what_lies_beside_a_segment_changes_none_of_its_bits(plan, dtype, device
 def test_block_gives_a_segment_the_same_numbers_in_any_batch(device, monkeypatch):
     """The same bits, however many segments a program has."""
     layer = make_layer(device, torch.float16, top_k=2)
-    x = make_inputs(30, 21, 8, dtype=torch.float16, device=device).x
+    x = make_inputs(60, 21, 8, dtype=torch.float16, device=device).x
     with torch.no_grad():
         few, more = layer(x[:3]), layer(x[:9])
         # As if a GPU were full of the rows at hand: longer runs of segments.
         monkeypatch.setattr(tiles, "_NUM_SMS", 1)
         many = layer(x)
     options = {"dtype": torch.float16, "gated": False, "extras": False}
-    segments = [tiles.block_fwd_tile(8, 20, 4, 2, 3, 7 * n, **options).segments for n in (9, 30)]
+    segments = [tiles.block_fwd_tile(8, 20, 4, 2, 3, 7 * n, **options).segments for n in (9, 60)]
     assert segments[0] < segments[1]
     assert torch.equal(more[:3], few)
     assert torch.equal(many[:3], few)
