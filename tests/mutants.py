@@ -1252,7 +1252,7 @@ _GEMM_HOST = _in(
         "(lambda *_: None)(partials,", "shares are not added up",
     ),
     (
-        "weight_gradient", "splits of whole experts", "        splits = num_experts", "        pass",
+        "weight_gradient", "splits of whole experts", "splits = num_experts", "splits = 1",
         "later experts have no program",
     ),
     ("_row_strides", "dense", "(0, 0, x.stride(0))", "(0, 0, x.shape[1])", "takes rows for dense"),
