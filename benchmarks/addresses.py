@@ -49,9 +49,10 @@ SEGMENT_SIZE, TOP_K, D_MODEL, D_FF = 5, 3, 120, 200
 # segment, slots of a segment, segments of a tile.
 COUNTING = {SEGMENT_SIZE, TOP_K, SEGMENT_SIZE * TOP_K}
 COUNTING |= {rows // SEGMENT_SIZE for rows in (16, 32, 64, 128, 256)}
-# Arguments that count steps; their product with a count of sequences is a count of steps.
+# Arguments that count steps or segments; a count of sequences, programs or splits times one of them
+# is such a count, too.
 LENGTHS = re.compile(
-    "%(length|segments_per_sequence|segments_per_block|list_size|expert_groups|num_sequences)$"
+    "%(length|segments_per_sequence|segments_per_block|list_size|num_sequences|blocks_per_split)$"
 )
 # Arguments that are distances in memory.
 DISTANCE = re.compile(r"stride_|_size$")

@@ -274,7 +274,7 @@ def route_bwd_kernel(
                     )  # fmt: skip
     if dweight_ptr is not None:
         width = D * SEGMENT_SIZE if POOLING == "concat" else D
-        row = (split * num_experts + experts).to(tl.int64)
+        row = split.to(tl.int64) * num_experts + experts
         offs = row[:, None] * width + position * D + offs_d[None, :]
         tl.store(dweight_ptr + offs, dweight, mask=mask_w)
 
