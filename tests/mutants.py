@@ -657,7 +657,7 @@ _ROUTE = _in(
         "tl.maximum(count, SEGMENT_SIZE)", "the mean's gradient is divided by padding too",
     ),
     (
-        "route_bwd_kernel", "split", "(split * num_experts + experts)", "experts",
+        "route_bwd_kernel", "split", "split.to(tl.int64) * num_experts + experts", "experts",
         "splits overwrite each other",
     ),
     (
