@@ -127,7 +127,7 @@ LAYERS = {
     "bf16 D=33 F=65 grouped": {"d_model": 33, "d_ff": 65, **GROUPED, **ALONE},
     "bf16 gated": {"gated": True, **SHORT},
     "bf16 biased grouped": {"bias": True, **GROUPED, **SHORT},
-    "bf16 D=128": {"d_model": 128, **SHORT},
+    "bf16 D=128": {"d_model": 128, "num_experts": 2, "shape": (1, 150), **ALONE},
     "bf16 D=256": {"d_model": 256, **ALONE},
     "bf16 D=512 many options": {"d_model": 512, "d_ff": 128, **MANY, **ALONE},
     "bf16 D=512 gated": {
