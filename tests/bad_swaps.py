@@ -62,6 +62,7 @@ class Engine(nn.Module):
     """What trains a model and is a module itself, as DeepSpeed's is."""
 
     def scale(self, loss):
+        """Multiply."""
         return 7 * loss
 
 
