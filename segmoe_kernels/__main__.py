@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -38,6 +39,12 @@ CHECKS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("projected scope", {"expert_scope": "projected", "bias": True}),
     ("float16", {"dtype": torch.float16}),
     ("bfloat16", {"dtype": torch.bfloat16}),
+)
+# Other kernels, which wider rows and more steps take; the variable has the plan of many steps.
+MORE_KERNELS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("SEGMOE_PLAN=block", {"top_k": 2, "bias": True}),
+    ("rows of 160 columns", {"d_model": 160, "bias": True}),
+    ("rows of 288 columns", {"d_model": 288, "bias": True}),
 )
 
 
@@ -88,9 +95,10 @@ def _explain_backend(device: torch.device) -> str:
 def _check(options: dict[str, Any], device: torch.device) -> None:
     """Compare forward and all gradients of a small layer with float64."""
     torch.manual_seed(0)
-    layer = SegMoE(16, 32, 4, segment_size=3, device=device, **options)
+    sizes = {"d_model": 16, "d_ff": 32, "num_experts": 4, "segment_size": 3}
+    layer = SegMoE(**{**sizes, **options}, device=device)
     dtype = options.get("dtype", torch.float32)
-    inputs = make_inputs(3, 10, 16, dtype=dtype, device=device, masked=0.2)
+    inputs = make_inputs(3, 10, layer.d_model, dtype=dtype, device=device, masked=0.2)
     ids = route_ids(layer, *inputs)
     actual = run_layer(layer, *inputs)
     eager = run_layer(layer, *inputs, backend="reference", topk_ids=ids)
@@ -115,9 +123,12 @@ def doctor() -> int:
         _print_row("cannot run", error)
         return 1
     failed = False
-    for name, options in CHECKS:
+    kernels = resolve_backend("auto", torch.empty(0, device=device)) == "triton"
+    for name, options in (*CHECKS, *(MORE_KERNELS if kernels else ())):
+        variable, _, value = name.partition("=")
         try:
-            _check(options, device)
+            with mock.patch.dict(os.environ, {variable: value} if value else {}):
+                _check(options, device)
         except Exception as error:  # whatever goes wrong is the diagnosis
             if isinstance(error, RuntimeError) and str(error).startswith(REFUSAL):
                 _print_row(f"check, {name}", f"refused: {str(error).removeprefix(REFUSAL)}")

@@ -71,8 +71,8 @@ def convert_state_dict(
         TypeError: if a dialect is not a string, or a value not a tensor.
         ValueError: for an unknown dialect, no mixture of the source's kind or one in a module of
             another name, an expert or a projection that is missing, matrices that don't fit each
-            other, or what the target can't say (biases, a shared expert in Mixtral, a router that
-            sees several steps).
+            other, mixtures that the target would put in one place, or what it can't say (biases,
+            a shared expert in Mixtral, a router that sees several steps).
     """
     _check(state_dict, {"source": source, "target": target})
     here, there = DIALECTS[source], DIALECTS[target]
@@ -91,7 +91,10 @@ def convert_state_dict(
     for place, inside in mixtures.items():
         moved = _move(place, there)
         written = _write(_read(inside, here, place), there, place)
-        result |= {moved + key: tensor for key, tensor in written.items()}
+        written = {moved + key: tensor for key, tensor in written.items()}
+        if taken := sorted(written.keys() & result.keys()):
+            _fail("state_dict", f"have nothing else where {target!r} puts {place!r}", taken[:4])
+        result |= written
     return result
 
 

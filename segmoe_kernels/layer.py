@@ -243,6 +243,8 @@ class SegMoE(nn.Module):
     @property
     def loss_scaler(self) -> Any:
         """What scales the task's loss: an object with ``scale(loss)``, a number, or None."""
+        if "loss_scaler" in self._modules:  # PyTorch puts a module past the setter
+            check_scaler("SegMoE", "loss_scaler", self._modules["loss_scaler"])
         return self._loss_scaler
 
     @loss_scaler.setter
@@ -484,7 +486,8 @@ def set_loss_scaler(model: nn.Module, scaler: Any) -> None:
         scaler: a positive number, an object with ``scale(loss)`` that multiplies, or None.
 
     Raises:
-        TypeError: if model is not a module, or scaler neither a number nor has ``scale``.
+        TypeError: if model is not a module, or scaler neither a number nor has ``scale``, or is a
+            module itself, as DeepSpeed's engine is.
         ValueError: if the number is not positive and finite, or model has no layer.
     """
     check.check_module("set_loss_scaler", "model", model)

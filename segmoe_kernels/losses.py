@@ -125,6 +125,9 @@ def check_scaler(function: str, argument: str, scaler: Any) -> Any:
     if not callable(getattr(scaler, "scale", None)):
         rule = "be a number, None, or have scale(loss), as torch.amp.GradScaler has"
         check.fail_type(function, argument, rule, type(scaler).__name__)
+    if isinstance(scaler, torch.nn.Module):
+        rule = "be no module, which would become a part of the layer (wrap its scale in an object)"
+        check.fail_type(function, argument, rule, type(scaler).__name__)
     try:
         _SCALERS[id(scaler)] = scaler
     except TypeError:

@@ -1,10 +1,12 @@
 """Where a model's FFNs are, and what types, flags and configurations tell of the model around."""
 
+import inspect
 import re
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -224,12 +226,15 @@ def obstacle(named: dict[str, nn.Module], place: str, dense: DenseFFN) -> str | 
 
 
 def _leads_to(value: Any, module: nn.Module, depth: int = 3) -> bool:
-    """Whether a value is a module, a method of it, or has one inside."""
+    """Whether a value is a module, a method of it, or has one inside, as closures may."""
     if isinstance(value, partial):
         value = [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, FunctionType):
+        around = inspect.getclosurevars(value).nonlocals.values()
+        value = [*around, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
     if isinstance(value, dict):
         value = list(value.values())
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | set | frozenset | deque):
         return depth > 0 and any(_leads_to(part, module, depth - 1) for part in value)
     return value is module or (isinstance(value, MethodType) and value.__self__ is module)
 

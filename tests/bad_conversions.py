@@ -118,6 +118,16 @@ ROWS = [
         ["target", "a name for every weight", "none for shared_"],
     ),
     (
+        "convert_one_place",
+        convert(
+            source="segmoe",
+            target="mixtral",
+            state_dict={f"l.{n}.{key}": w for n in "ab" for key, w in gated().items()},
+        ),
+        ValueError,
+        ["have nothing else where 'mixtral' puts 'l.b.'", "l.block_sparse_moe.experts.0.w1"],
+    ),
+    (
         "convert_plain",
         convert(
             source="segmoe",

@@ -58,6 +58,14 @@ class FullyShardedDataParallel(iTransformer):
     """The name of a wrapper that has listed the model's parameters."""
 
 
+class Engine(nn.Module):
+    """What trains a model and is a module itself, as DeepSpeed's is."""
+
+    def scale(self, loss):
+        """Multiply."""
+        return 7 * loss
+
+
 class Cached(iTransformer):
     """A model with a key-value cache."""
 
@@ -379,4 +387,5 @@ ROWS = [
     ),
     ("scaler_zero", scale(scaler=0.0), ValueError, ["scaler", "positive, got 0"]),
     ("scaler_flag", scale(scaler=True), TypeError, ["scaler", "True (bool)"]),
+    ("scaler_module", scale(scaler=Engine()), TypeError, ["scaler", "be no module", "got Engine"]),
 ]

@@ -251,3 +251,14 @@ def test_a_shared_expert_of_segments_goes_into_no_model_of_tokens():
     layer = SegMoE(D, HIDDEN, E, segment_size=5, pooling="mean", gated=True)
     with pytest.raises(ValueError, match="a shared expert of width 80 over experts of width 16"):
         convert_state_dict(layer.state_dict(), "segmoe", "qwen2_moe")
+
+
+@pytest.mark.parametrize("second", [True, False], ids=["mixture", "other"])
+def test_what_would_come_to_lie_in_one_place_is_refused(second):
+    state, _ = random_mixture("mixtral", "l.ffn.")
+    if second:
+        state |= {key.replace("ffn", "other"): tensor for key, tensor in state.items()}
+    else:
+        state["l.block_sparse_moe.gate.weight"] = torch.zeros(2)
+    with pytest.raises(ValueError, match=r"have nothing else where 'mixtral' puts 'l\."):
+        convert_state_dict(state, "segmoe", "mixtral")

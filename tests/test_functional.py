@@ -1,5 +1,6 @@
 """The stages as functions: their contracts, one by one and in order."""
 
+import itertools
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import STATES, make_layer
+from stage_runs import check_exactness
 
 from segmoe_kernels import FFNWeights, SegMoE, functional, reference
 from segmoe_kernels.composed_ffn import ACTIVATION_FUNCTIONS
@@ -257,3 +259,18 @@ def test_reference_seg_moe_equals_the_layer():
     )
     assert torch.equal(y, layer(x))
     assert routing.topk_ids.shape == (2 * 3 * 3, 1)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_experts_may_have_any_of_the_biases(splits, gated, monkeypatch, device):
+    """Each has its own place among the kernels' partial sums, whatever others there are."""
+    launch = pytest.importorskip("segmoe_kernels.stages.experts_launch")
+    from test_experts import make_ids, make_stage, make_tensors
+
+    monkeypatch.setattr(launch, "num_row_splits", lambda *_: splits)
+    tensors = make_tensors(2, 30, 3, 4, 2, top_k=1, gated=gated, biased=True, device=device)
+    stage = make_stage(make_ids(20, 1, 2, device), 2, activation="silu")
+    biases = [name for name in tensors if name.endswith("bias")]
+    for absent in (set(s) for n in (1, 2) for s in itertools.combinations(biases, n)):
+        check_exactness(stage, {n: t for n, t in tensors.items() if n not in absent})

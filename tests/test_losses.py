@@ -349,3 +349,17 @@ def test_a_loss_scaler_is_a_number_of_any_kind():
         set_loss_scaler(nn.Sequential(layer), number)
         assert layer.loss_scaler == number
         assert type(layer.loss_scaler) is float
+
+
+def test_a_loss_scaler_is_no_module_that_the_layer_would_swallow():
+    class Engine(nn.Module):
+        def scale(self, loss):
+            return 7 * loss
+
+    layer = SegMoE(4, 6, 3, aux_loss_weight=0.1)
+    with pytest.raises(TypeError, match=r"scaler to be no module.*got Engine"):
+        set_loss_scaler(layer, Engine())
+    assert "loss_scaler" not in dict(layer.named_modules())
+    layer.loss_scaler = Engine()  # past the setter
+    with pytest.raises(TypeError, match=r"loss_scaler to be no module.*got Engine"):
+        layer(torch.randn(1, 2, 4))

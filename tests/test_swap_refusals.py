@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections import deque
 from functools import partial
 
 import pytest
@@ -208,6 +209,10 @@ PLACES = {
     "dict": lambda m: {"a": m},
     "itself": lambda m: m,
     "nested": lambda m: [(0, m)],
+    "set": lambda m: {m},
+    "deque": lambda m: deque([m]),
+    "closure": lambda m: lambda x: x + m(x),
+    "default": lambda m: [lambda x, ff=m: ff(x)],
     "method": lambda m: m.forward,
     "partial": lambda m: partial(torch.utils.checkpoint.checkpoint, m, use_reentrant=False),
 }

@@ -266,7 +266,7 @@ def launch_dw(call: Call, dy: Tensor, dweights: FFNWeights) -> None:
         exact(call.dropout, call.dtype),
         **call.fused_constants,
         **call.numerics,
-        HAS_BIAS=dweights.up_proj_bias is not None,
+        HAS_BIAS=any(bias is not None for bias in dweights[3:]),
         GROUPS=padded(call.num_experts),
         BLOCK_M=tile.block_m,
         BLOCK_F=tile.block_n,
