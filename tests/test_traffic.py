@@ -15,7 +15,9 @@ LIMITS = {
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("passes", LIMITS)
+@pytest.mark.parametrize(
+    "passes", ["forward", pytest.param("forward+backward", marks=pytest.mark.slow)]
+)
 def test_traffic_stays_below_its_limits(passes):
     from benchmarks.shapes import TRAFFIC_SHAPES
     from benchmarks.traffic import measure, row

@@ -96,8 +96,14 @@ def make_layer(dtype=torch.float32, device="cpu", **options):
     return layer.eval()
 
 
-@pytest.mark.parametrize("masked", [0.0, 0.35], ids=["full", "masked"])
-@pytest.mark.parametrize(("plan", "options"), planned(OPTIONS), indirect=["plan"])
+def masked_or_slow():
+    """Every layer with padding; without it, which every other test is, under ``slow``."""
+    for masked, name, marks in ((0.35, "masked", []), (0.0, "full", pytest.mark.slow)):
+        for param in planned(OPTIONS):
+            yield pytest.param(*param.values, masked, id=f"{param.id}-{name}", marks=marks)
+
+
+@pytest.mark.parametrize(("plan", "options", "masked"), masked_or_slow(), indirect=["plan"])
 @pytest.mark.usefixtures("plan")
 def test_layer_equals_reference_in_float64(options, masked, device):
     layer = make_layer(torch.float64, device, **options)
