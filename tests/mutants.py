@@ -264,11 +264,11 @@ _PARTIALS = _in(
         "parts of a share overlap", {"nth": 0},
     ),
     (
-        "store_gradients", "bias of down", "slot_ptr += F\n", "slot_ptr += D\n",
+        "store_gradients", "bias of down", "slot_ptr + F, offs_d", "slot_ptr + D, offs_d",
         "parts of a share overlap",
     ),
     (
-        "store_gradients", "bias of the gate", "slot_ptr += D", "slot_ptr += 0",
+        "store_gradients", "bias of the gate", "slot_ptr + F + D, offs_f", "slot_ptr + F, offs_f",
         "parts of a share overlap", {"tests": SUMS},
     ),
     (

@@ -90,9 +90,9 @@ def store_gradients(
     dup_ptr,  # (E, F, D)
     ddown_ptr,  # (E, D, F)
     dgate_ptr,  # (E, F, D) or None
-    dup_bias_ptr,  # (E, F) or None
-    ddown_bias_ptr,  # (E, D) or None
-    dgate_bias_ptr,  # (E, F) or None
+    dup_bias_ptr,  # (E, F) or None, as the next two
+    ddown_bias_ptr,  # (E, D)
+    dgate_bias_ptr,  # (E, F)
     dup,
     ddown,
     dgate,
@@ -109,6 +109,7 @@ def store_gradients(
     mask_down_bias,
     D: tl.constexpr,
     F: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):
     """Store the gradients of one expert's weights where they belong, or as a split's share."""
     if whole:
@@ -116,12 +117,11 @@ def store_gradients(
         store_sum(ddown_ptr + e * F * D, offs_df, ddown, mask_df)
         if dgate_ptr is not None:
             store_sum(dgate_ptr + e * F * D, offs_fd, dgate, mask_fd)
-        if dup_bias_ptr is not None:
+        if HAS_BIAS:
             store_sum(dup_bias_ptr + e * F, offs_f, dup_bias, mask_f)
-        if ddown_bias_ptr is not None:
             store_sum(ddown_bias_ptr + e * D, offs_d, ddown_bias, mask_down_bias)
-        if dgate_bias_ptr is not None:
-            store_sum(dgate_bias_ptr + e * F, offs_f, dgate_bias, mask_f)
+            if dgate_ptr is not None:
+                store_sum(dgate_bias_ptr + e * F, offs_f, dgate_bias, mask_f)
     else:
         store_sum(slot_ptr, offs_fd, dup, mask_fd)
         slot_ptr += F * D
@@ -130,14 +130,11 @@ def store_gradients(
         if dgate_ptr is not None:
             store_sum(slot_ptr, offs_fd, dgate, mask_fd)
             slot_ptr += F * D
-        if dup_bias_ptr is not None:
+        if HAS_BIAS:
             store_sum(slot_ptr, offs_f, dup_bias, mask_f)
-            slot_ptr += F
-        if ddown_bias_ptr is not None:
-            store_sum(slot_ptr, offs_d, ddown_bias, mask_down_bias)
-            slot_ptr += D
-        if dgate_bias_ptr is not None:
-            store_sum(slot_ptr, offs_f, dgate_bias, mask_f)
+            store_sum(slot_ptr + F, offs_d, ddown_bias, mask_down_bias)
+            if dgate_ptr is not None:
+                store_sum(slot_ptr + F + D, offs_f, dgate_bias, mask_f)
 
 
 @kernel

@@ -376,6 +376,6 @@ def expert_ffn_dw_kernel(
             store_gradients(
                 whole, e, out, dup_ptr, ddown_ptr, dgate_ptr, dup_bias_ptr, ddown_bias_ptr,
                 dgate_bias_ptr, dup, ddown, dgate, dup_bias, ddown_bias, dgate_bias, offs_fd,
-                offs_df, offs_f, offs_d, mask_df, mask_df, mask_f, first_chunk, D, F,
+                offs_df, offs_f, offs_d, mask_df, mask_df, mask_f, first_chunk, D, F, HAS_BIAS,
             )  # fmt: skip
         before += tiles

@@ -236,6 +236,12 @@ def launch_dw(call: Call, dy: Tensor, dweights: FFNWeights) -> None:
     tile = expert_ffn_dw_tile(call.width, call.d_ff, call.dtype, **call.fused_in)
     columns = triton.cdiv(call.d_ff, tile.block_n)
     splits = num_row_splits(call.num_rows, tile, columns)
+    biased = any(bias is not None for bias in dweights[3:])
+    if biased:  # the kernel writes the gradients of all biases or of none
+        matrices = dweights[:3]
+        room = [None if w is None else w.new_empty(w.shape[:2]) for w in (up, gate, down)]
+        found = [r if b is None else b for b, r in zip(dweights[3:], room, strict=True)]
+        dweights = FFNWeights(*matrices, *found)
     # In the order in which a slot of partial sums holds them.
     dup, ddown, dgate, dup_bias, dgate_bias, ddown_bias = dweights
     parts = (dup, ddown, dgate, dup_bias, ddown_bias, dgate_bias)
@@ -266,7 +272,7 @@ def launch_dw(call: Call, dy: Tensor, dweights: FFNWeights) -> None:
         exact(call.dropout, call.dtype),
         **call.fused_constants,
         **call.numerics,
-        HAS_BIAS=any(bias is not None for bias in dweights[3:]),
+        HAS_BIAS=biased,
         GROUPS=padded(call.num_experts),
         BLOCK_M=tile.block_m,
         BLOCK_F=tile.block_n,
