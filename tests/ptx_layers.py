@@ -259,7 +259,7 @@ def run_stages():
 
     from segmoe_kernels import functional
 
-    ids = torch.randint(-1, 4, (513 * 32, 1), dtype=torch.int32)
+    ids = torch.randint(-1, 4, (1025 * 32, 1), dtype=torch.int32)
     found = functional.permute(ids, 4, backend="triton")
     exact = functional.permute(ids, 4, backend="reference")
     parts = torch.randn(2, 3, 41, 40, requires_grad=True)
