@@ -36,7 +36,11 @@ LAYERS["bf16 grouped long"] = {
 FAULTS = {
     "oob_read": ("load_steps", "mask=real[:, None] & (offs_d", "mask=(offs_d"),
     "oob_write": ("route_fwd_kernel", "probs, mask=mask_se", "probs, mask=mask_e[None, :]"),
-    "race": ("route_fwd_kernel", "block_counts_ptr + pid * (num_experts + 1)", "block_counts_ptr"),
+    "race": (
+        "route_fwd_kernel",
+        "block_counts_ptr + pid.to(tl.int64) * (num_experts + 1)",
+        "block_counts_ptr",
+    ),
 }
 
 
