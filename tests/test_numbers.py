@@ -29,7 +29,9 @@ def check_close(layer, inputs, tolerance=1e-11):
 
 
 @pytest.mark.parametrize(("plan", "scope"), SCOPES, indirect=["plan"])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize(
+    "value", [torch.nan, torch.inf, pytest.param(-torch.inf, marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.usefixtures("plan", "rows_alike")
 def test_what_is_not_finite_stays_in_its_segment_and_is_not_hidden(scope, value, dtype, device):

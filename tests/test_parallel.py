@@ -53,7 +53,7 @@ def jobs(world):
     return found
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_compute_what_one_process_does(world):
     results = run(world, jobs(world))
     (sent,) = (r for r, (name, _) in zip(results, jobs(world), strict=True) if name == "bytes_sent")

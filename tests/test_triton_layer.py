@@ -133,7 +133,9 @@ def test_told_choices_are_refused_where_the_kernels_make_their_own(device):
         run_layer(layer, *inputs, topk_ids=ids)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16]
+)
 @pytest.mark.parametrize(
     ("plan", "options"),
     planned(

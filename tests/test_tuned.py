@@ -152,7 +152,7 @@ def run(layer, inputs):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("plan", ["block", "grouped"])
-@pytest.mark.parametrize("options", [{}, {"gated": True, "top_k": 2}, {"dropout": 0.3}], ids=str)
+@pytest.mark.parametrize("options", [{"gated": True, "top_k": 2}, {"dropout": 0.3}], ids=str)
 def test_results_do_not_depend_on_the_tiles(plan, options, device, tile_file, monkeypatch):
     monkeypatch.setenv("SEGMOE_PLAN", plan)
     torch.manual_seed(0)
