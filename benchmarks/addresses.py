@@ -211,7 +211,9 @@ def narrow_addresses(ttir: str) -> list[str]:
 
 
 def _layer_case(**options: Any) -> Callable[[], None]:
-    sizes = {"d_model": D_MODEL, "d_ff": D_FF, "num_experts": 6, "segment_size": SEGMENT_SIZE}
+    # Plan "block" takes rows of up to 64 columns.
+    d_model = D_MODEL - 64 if options.get("plan") == "block" else D_MODEL
+    sizes = {"d_model": d_model, "d_ff": D_FF, "num_experts": 6, "segment_size": SEGMENT_SIZE}
     return lambda: run_layer(torch.bfloat16, {**sizes, "segments": 40, **options})
 
 
