@@ -158,7 +158,12 @@ def test_layer_is_as_accurate_as_eager(options, dtype, device):
 
 @pytest.mark.parametrize(
     ("plan", "width"),
-    [("block", 64), ("grouped", 64), ("grouped", 130), ("grouped", 300)],
+    [
+        ("block", 64),
+        ("grouped", 130),
+        pytest.param("grouped", 64, marks=pytest.mark.slow),
+        pytest.param("grouped", 300, marks=pytest.mark.slow),
+    ],
     indirect=["plan"],
 )
 @pytest.mark.usefixtures("plan")
@@ -247,12 +252,12 @@ def test_layer_passes_gradcheck(scope, gated, device):
     assert torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True)
 
 
-@pytest.mark.parametrize("order", ["reverse", "shuffled 1", "shuffled 2"])
+@pytest.mark.parametrize("order", ["reverse", pytest.param("shuffled 1", marks=pytest.mark.slow)])
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("plan")
 def test_layer_does_not_depend_on_program_order(order, program_order):
     options = {"gated": True, "activation": "silu", "bias": True, "segment_size": 2}
-    for scope, shared in itertools.product(["token", "segment"], ["segment", None]):
+    for scope, shared in (("token", "segment"), ("segment", None)):
         layer = make_layer(expert_scope=scope, shared_expert=shared, **options)
         inputs = make_inputs(3, 90, 8, masked=0.2)
         expected = run_layer(layer, *inputs)
