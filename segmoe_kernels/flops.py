@@ -2,14 +2,16 @@
 
 The products of the layer's definition, a multiply-add as two: what a layer needs, as if every step
 were real and routed. What kernels compute anew in backward, and the padding of their tiles, is not
-counted (`benchmarks.traffic` counts these). A counter knows the kernels' operators if it is made
-after their first use.
+counted (`benchmarks.traffic` counts these).
 """
 
 import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from torch._C import _len_torch_dispatch_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 __all__ = ["install_flops", "register_flops"]
 
@@ -124,13 +126,22 @@ def register_flops(packet: Any, name: str) -> None:
 
 
 _PENDING: list[tuple[Any, str]] = []
+_INSTALLED: list[Any] = []
 
 
 def install_flops() -> None:
     """Tell PyTorch's counter, once somebody has imported it: that takes triton and much else."""
-    if _PENDING and "torch.utils.flop_counter" in sys.modules:
-        from torch.utils.flop_counter import register_flop_formula
+    modes = _get_current_dispatch_mode_stack() if _len_torch_dispatch_stack() else []
+    if not (_PENDING or modes) or "torch.utils.flop_counter" not in sys.modules:
+        return
+    from torch.utils import flop_counter
 
-        while _PENDING:
-            packet, name = _PENDING.pop()
-            register_flop_formula(packet)(FORMULAS[name])
+    while _PENDING:
+        packet, name = _PENDING.pop()
+        flop_counter.register_flop_formula(packet)(FORMULAS[name])
+        _INSTALLED.append(packet)
+    # Counters copy the formulas when they are made, which may have been before.
+    counters = [m.counter for m in modes if isinstance(m, flop_counter._FlopCounterMode)]
+    for counter in counters:
+        for packet in _INSTALLED:
+            counter.flop_registry.setdefault(packet, flop_counter.flop_registry[packet])

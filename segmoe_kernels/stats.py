@@ -234,8 +234,8 @@ class RoutingCollector(AbstractContextManager["RoutingCollector"]):
         """End a step, which may be several calls of the model.
 
         Returns:
-            Every ``every``-th time the statistics since the last one, also in ``step_history``;
-            else None, and nothing waits.
+            Every ``every``-th time the statistics since the last one, or since `end_epoch` if that
+            was later, also in ``step_history``; else None, and nothing waits.
         """
         self._step += 1
         if self._step % self._every:

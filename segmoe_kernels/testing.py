@@ -12,6 +12,7 @@ A kernel is judged by the error that plain PyTorch makes in the same dtype, both
 import contextlib
 import copy
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 from unittest import mock
@@ -237,8 +238,11 @@ class Accuracy:
 
     @property
     def passes(self) -> bool:
-        """Whether both errors are within their limits; False for NaN."""
-        return self.rms <= self.rms_limit and self.max <= self.max_limit
+        """Whether both errors are within their limits; False for NaN and Inf, plain PyTorch's too.
+
+        An infinite error of plain PyTorch would let any result pass.
+        """
+        return self.rms <= self.rms_limit < math.inf and self.max <= self.max_limit < math.inf
 
     def __str__(self) -> str:
         return (

@@ -51,18 +51,18 @@ def irregularities(columns: Mapping[str, Sequence[Any]], lines: Sequence[int]) -
     for column in columns.values():
         if all(isinstance(part, np.ndarray) for part in column):
             numbers = np.concatenate(column)
-            days = _seconds([f"{number:.0f}" for number in numbers])
-            found = days if np.isfinite(days).all() else numbers
-            dated = found is days
+            found = _seconds([f"{number:.15g}" for number in numbers])
+            days = bool(np.isfinite(found).all())
+            found = found if days else numbers
         else:
             cells = [str(cell).strip() for part in column for cell in part]
             clocks = [_TIME.fullmatch(cell) for cell in cells]
             if all(clocks):
                 clock = np.array([_of_day(found) for found in clocks if found])
                 continue
-            found = _seconds(cells)
+            found, days = _seconds(cells), True
         if stamps is None:
-            stamps = found
+            stamps, dated = found, days
     if stamps is None:
         names = ", ".join(map(repr, columns))
         return [f"Time stamps were not checked: {names} has no date."] if columns else []

@@ -7,7 +7,13 @@ import torch
 from test_triton_layer import make_layer, planned_scopes
 
 from segmoe_kernels import SegMoE
-from segmoe_kernels.testing import make_inputs, route_ids, run_layer
+from segmoe_kernels.testing import (
+    assert_as_accurate,
+    compare,
+    make_inputs,
+    route_ids,
+    run_layer,
+)
 
 pytest.importorskip("triton")
 
@@ -182,3 +188,13 @@ def test_more_than_2_to_the_31_elements(device):
     (dx_small,) = torch.autograd.grad(y_small, small, upstream)
     assert torch.equal(y[-8:], y_small)
     assert torch.equal(dx[-8:], dx_small)
+
+
+def test_inf_is_never_accurate():
+    exact = torch.ones(3, dtype=torch.float64)
+    fine, inf = torch.ones(3), torch.tensor([1.0, torch.inf, 1.0])
+    assert compare(fine, fine, exact).passes
+    for actual, eager in ((inf, inf), (inf, fine), (fine, inf)):
+        assert not compare(actual, eager, exact).passes
+        with pytest.raises(AssertionError, match="less accurate than plain PyTorch"):
+            assert_as_accurate(actual, eager, exact)

@@ -263,6 +263,12 @@ def test_stamps_of_numbers_and_of_two_columns_are_checked(tmp_path):
     assert table.notes == (
         "1 gaps in the time stamps, the longest of 7200 before row 5; the usual step is 3600.",
     )
+    # Of two columns that are stamps the first is checked, in its own unit.
+    both = [f"{hour},{i}" for hour, i in zip(HOURS[:3] + HOURS[5:6], numbers, strict=True)]
+    table = read_table(write(tmp_path, dated([1.5] * 4, both, "date,epoch,a")))
+    assert "the longest of 3:00:00 before row 5" in table.notes[0]
+    halves = [1000 + i / 2 for i in range(6)]  # no years
+    assert read_table(write(tmp_path, dated([1.5] * 6, halves, "time,a"))).notes == ()
     table = read_table(write(tmp_path, dated([1.5] * 3, ["20200131", "20200201", "20200203"])))
     assert "1 gaps in the time stamps, the longest of 2 days" in table.notes[0]
     clocks = [f"{day},{hour:02}:30:00" for day in DAYS[:2] for hour in range(24)]
