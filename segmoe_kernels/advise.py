@@ -222,11 +222,7 @@ def advise(
     for argument, value in (("patch", patch), ("num_layers", num_layers), ("max_size", max_size)):
         check.check_integer("advise", argument, value, 1)
     check.check_integer("advise", "look_back", look_back, 8)
-    values = _checked_values("advise", values)
-    needed = 4 * patch * (max_size + 1)
-    if len(values) < needed:
-        rule = f"have at least {needed} steps: 4 segments of {max_size + 1} patches"
-        check.fail_value("advise", "values", rule, len(values))
+    values = _checked_values("advise", values, patch, max_size)
     constant = int(constant_channels(values).sum())
     values = standardise(values)
     max_lag = min(look_back, len(values) // 3)
@@ -253,7 +249,7 @@ def advise(
     return Advice(schedule, best, scores, periods, memory, reasons)
 
 
-def _checked_values(function: str, values: Any) -> Array:
+def _checked_values(function: str, values: Any, patch: int, max_size: int) -> Array:
     """As float64; NumPy would drop imaginary parts, and take text and dates for numbers."""
     if not isinstance(values, np.ndarray) or values.ndim != 2 or values.size == 0:
         got = getattr(values, "shape", type(values).__name__)
@@ -263,6 +259,10 @@ def _checked_values(function: str, values: Any) -> Array:
     numbers: Array = values.astype(np.float64)
     if not np.isfinite(numbers).all():
         check.fail_value(function, "values", "be finite", "NaN or infinity")
+    needed = 4 * patch * (max_size + 1)
+    if len(numbers) < needed:
+        rule = f"have at least {needed} steps: 4 segments of {max_size + 1} patches"
+        check.fail_value(function, "values", rule, len(numbers))
     return numbers
 
 
@@ -331,15 +331,15 @@ def plot_advice(values: Array, advice: Advice, *, patch: int = 1, look_back: int
 
     Raises:
         TypeError: for an argument of the wrong type, and values that are not of real numbers.
-        ValueError: if values is no array of shape (N, C) or not finite, or a size is below its
-            least.
+        ValueError: if values is no array of shape (N, C), not finite or too short for the advice,
+            or a size is below its least.
         ImportError: without matplotlib.
     """
-    values = _checked_values("plot_advice", values)
     if not isinstance(advice, Advice):
         check.fail_type("plot_advice", "advice", "be an Advice", type(advice).__name__)
     check.check_integer("plot_advice", "patch", patch, 1)
     check.check_integer("plot_advice", "look_back", look_back, 8)
+    values = _checked_values("plot_advice", values, patch, len(advice.scores))
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

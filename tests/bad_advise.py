@@ -44,6 +44,7 @@ ROWS = [
     ("picture_complex", draw(values=SERIES * 1j), TypeError, ["plot_advice", "values", "real"]),
     ("picture_nan", draw(values=SERIES * np.nan), ValueError, ["plot_advice", "values", "finite"]),
     ("picture_advice", draw(advice=[4, 4]), TypeError, ["advice", "be an Advice", "list"]),
+    ("picture_short", draw(values=SERIES[:7]), ValueError, ["plot_advice", "values", "8 steps"]),
     ("picture_patch", draw(patch=0), ValueError, ["plot_advice", "patch", "at least 1"]),
     ("picture_look_back", draw(look_back=0.5), TypeError, ["look_back", "be an int"]),
     ("table_path", caller(read_table)(path=3), TypeError, ["path", "be a path", "got int"]),
