@@ -58,7 +58,7 @@ DTYPES = ("bfloat16", "float32")
 SHAPE = (3, 41)
 DEFAULTS = {"d_model": 40, "d_ff": 72, "num_experts": 4, "top_k": 1, "segment_size": 3}
 # More than one program of `permute` counts alone.
-SLOTS = 513 * 32
+SLOTS = 1025 * 32
 
 
 def say(text: str) -> None:
