@@ -15,6 +15,7 @@ from stage_runs import (
     strided_views,
 )
 
+from segmoe_kernels import validation
 from segmoe_kernels.functional import route
 
 pytest.importorskip("triton")
@@ -201,6 +202,19 @@ def test_route_adds_up_the_splits_of_a_weight_gradient(pooling, device):
     """Enough segments for more splits than are added at once, each of several blocks."""
     tensors = make_tensors(2, 2150, 2, 3, segment_size=1, pooling=pooling, device=device)
     check_exactness(make_stage(segment_size=1, pooling=pooling), tensors)
+
+
+def test_route_backward_counts_the_steps_of_its_last_split(device, monkeypatch):
+    """133 blocks of 32 make 34 splits of 4: what forward may count, backward may not."""
+    x = draw(1, 133 * 32, 2, device=device).requires_grad_()
+    weight = draw(3, 2, device=device)
+    monkeypatch.setattr(validation, "MAX_PROGRAMS", 133 * 32)
+    out = route(x, weight, segment_size=1, top_k=1, backend="triton")
+    with pytest.raises(ValueError, match=f"route: expected x to need at most {133 * 32} programs"):
+        out.router_logits.sum().backward()
+    monkeypatch.setattr(validation, "MAX_PROGRAMS", 136 * 32)
+    out.router_logits.sum().backward()
+    assert x.grad.isfinite().all()
 
 
 def test_route_reads_any_strides(device):

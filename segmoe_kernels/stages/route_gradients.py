@@ -4,6 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
+from segmoe_kernels import validation as check
 from segmoe_kernels._triton.launch import accumulator, exact, padded
 from segmoe_kernels._triton.tiles import route_bwd_tile
 from segmoe_kernels.stages.route_kernels import dlogits_kernel, route_bwd_kernel, sum_splits_kernel
@@ -93,6 +94,8 @@ def input_gradients(
     splits = max(1, min(triton.cdiv(blocks, 4), 1024 // (positions * columns)))
     blocks_per_split = triton.cdiv(blocks, splits)
     splits = triton.cdiv(blocks, blocks_per_split)
+    # The kernel counts steps in 32 bits, those behind the last block of the last split included.
+    check.check_programs("route", splits * blocks_per_split * tile.block_m * segment_size)
     partials = None
     if dweight is not None:
         partials = dlogits.new_empty(splits, *router_weight.shape)
