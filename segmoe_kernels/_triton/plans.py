@@ -28,10 +28,10 @@ def choose_plan(
     Modelled us of a bfloat16 forward, P = 5 (``benchmarks/NOTES.md``):
 
     =============================  ========  ====================================================
-    k >= 2, at least 300,000 rows  block     3e5 rows: 152 for 188, 1e6: 428 for 619 (E = 8, k = 2)
-    k >= 2, fewer rows             grouped   1e5 rows: 69 for 111, 1e4: 19 for 96 (E = 8, k = 2)
-    k = 1                          grouped   1e5 rows: 39 for 62, 1e4: 13 for 53 (E = 4); 1e6: 318
-                                             for 232, but backward 700 for 791
+    k >= 2, at least 300,000 rows  block     3e5 rows: 162 for 180, 1e6: 429 for 579 (E = 8, k = 2)
+    k >= 2, fewer rows             grouped   1e5 rows: 65 for 111, 1e4: 19 for 96 (E = 8, k = 2)
+    k = 1                          grouped   1e5 rows: 35 for 62, 1e4: 13 for 53 (E = 4); 1e6: 278
+                                             for 232, but backward 630 for 677
     =============================  ========  ====================================================
 
     An exported program, which serves any number of rows, has "grouped".
