@@ -211,9 +211,7 @@ def narrow_addresses(ttir: str) -> list[str]:
 
 
 def _layer_case(**options: Any) -> Callable[[], None]:
-    # Plan "block" takes rows of up to 64 columns.
-    d_model = D_MODEL - 64 if options.get("plan") == "block" else D_MODEL
-    sizes = {"d_model": d_model, "d_ff": D_FF, "num_experts": 6, "segment_size": SEGMENT_SIZE}
+    sizes = {"d_model": D_MODEL, "d_ff": D_FF, "num_experts": 6, "segment_size": SEGMENT_SIZE}
     return lambda: run_layer(torch.bfloat16, {**sizes, "segments": 40, **options})
 
 
@@ -224,19 +222,15 @@ def cases() -> dict[str, Callable[[], None]]:
     """Name -> what is run: every kernel, with all that adds addresses to it."""
     found = {}
     for top_k in (1, TOP_K):
-        for plan in ("block", "grouped"):
-            name = f"{plan} top_k={top_k}"
-            found[name] = _layer_case(plan=plan, top_k=top_k, shared_expert=None)
-            found[f"{name} gated extras"] = _layer_case(
-                plan=plan, top_k=top_k, shared_expert=None, gated=True, **EXTRAS
-            )
+        found[f"top_k={top_k}"] = _layer_case(top_k=top_k, shared_expert=None)
+        found[f"top_k={top_k} gated extras"] = _layer_case(
+            top_k=top_k, shared_expert=None, gated=True, **EXTRAS
+        )
     found["wide"] = _layer_case(d_model=600, d_ff=1000, shared_expert=None, gated=True, **EXTRAS)
     found["segment"] = _layer_case(expert_scope="segment", shared_expert=None, gated=True, **EXTRAS)
     for pooling in ("mean", "max", "first", "last"):
-        found[pooling] = _layer_case(
-            pooling=pooling, masked=True, shared_expert=None, top_k=TOP_K, plan="block"
-        )
-    found["causal"] = _layer_case(causal=True, shared_expert="token", plan="grouped")
+        found[pooling] = _layer_case(pooling=pooling, masked=True, shared_expert=None, top_k=TOP_K)
+    found["causal"] = _layer_case(causal=True, shared_expert="token")
     found["shared"] = _layer_case(gated=True, **EXTRAS)
     return found
 

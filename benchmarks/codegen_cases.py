@@ -1,14 +1,11 @@
 """What `codegen` compiles: layers, products and shared experts of the sizes that people build."""
 
-import os
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 
 from segmoe_kernels import FFNWeights, SegMoE, functional, stages
-from segmoe_kernels._triton.tiles import MAX_BLOCK_WIDTH
 
 
 def run_layer(dtype: torch.dtype, options: dict[str, Any]) -> None:
@@ -17,18 +14,16 @@ def run_layer(dtype: torch.dtype, options: dict[str, Any]) -> None:
     Args:
         dtype: of the layer.
         options: of the layer, and ``masked``: with a padding mask, ``segments``: their number in
-            each of two sequences, and ``plan``, the value of SEGMOE_PLAN.
+            each of two sequences.
     """
     settings = {"d_model": 64, "num_experts": 4, "segment_size": 5, **options}
     settings.setdefault("d_ff", 2 * settings["d_model"])
     masked, segments = settings.pop("masked", False), settings.pop("segments", 3)
-    variables = {"SEGMOE_PLAN": settings.pop("plan")} if "plan" in settings else {}
-    with mock.patch.dict(os.environ, variables):
-        layer = SegMoE(**settings, backend="triton", dtype=dtype)
-        x = torch.zeros(2, segments * layer.segment_size - 1, layer.d_model, dtype=dtype)
-        mask = torch.ones(x.shape[:2], dtype=torch.bool) if masked else None
-        y = layer(x.requires_grad_(), mask)
-        y.backward(torch.zeros_like(y))
+    layer = SegMoE(**settings, backend="triton", dtype=dtype)
+    x = torch.zeros(2, segments * layer.segment_size - 1, layer.d_model, dtype=dtype)
+    mask = torch.ones(x.shape[:2], dtype=torch.bool) if masked else None
+    y = layer(x.requires_grad_(), mask)
+    y.backward(torch.zeros_like(y))
 
 
 def _layer_case(dtype: torch.dtype, **options: Any) -> Callable[[], None]:
@@ -132,9 +127,7 @@ def _float64_cases() -> dict[str, Callable[[], None]]:
     }
     found = {}
     for name, options in layers.items():
-        for plan in ("block", "grouped"):
-            settings = {**sizes, "plan": plan, "masked": True, **options}
-            found[f"float64 {name} {plan}"] = _layer_case(dtype, **settings)
+        found[f"float64 {name}"] = _layer_case(dtype, **{**sizes, "masked": True, **options})
     options = {"d_model": 16, "segment_size": 3, "masked": True}
     found["float64 mask shared"] = _shared_case(dtype, **options, extras=False)
     found["float64 extras shared"] = _shared_case(dtype, **options)
@@ -143,12 +136,10 @@ def _float64_cases() -> dict[str, Callable[[], None]]:
 
 
 def brief_cases() -> list[str]:
-    """Names of the cases that a test compiles: the kernels of each plan at each width."""
-    names = ["float32 D=64 plain block", "float32 D=256 gated grouped"]
-    names += ["bfloat16 D=64 plain block", "bfloat16 D=64 gated block top_k=2"]
+    """Names of the cases that a test compiles: the kernels of each width."""
+    names = ["float32 D=64 plain", "float32 D=256 gated"]
     for d_model in (64, 128, 256):
-        names.append(f"bfloat16 D={d_model} plain grouped")
-        names.append(f"bfloat16 D={d_model} gated grouped top_k=2")
+        names += [f"bfloat16 D={d_model} plain", f"bfloat16 D={d_model} gated top_k=2"]
     names += ["bfloat16 D=512 gated S=40", "bfloat16 shared D=64 P=3"]
     return [*names, *_float64_cases()]
 
@@ -165,10 +156,9 @@ def cases() -> dict[str, Callable[[], None]]:
         for d_model in (64, 128, 256):
             for variant, options in VARIANTS.items():
                 routed = {"d_model": d_model, "shared_expert": None, **options}
-                for plan in ("block", "grouped") if d_model <= MAX_BLOCK_WIDTH else ("grouped",):
-                    label = f"{name} D={d_model} {variant} {plan}"
-                    found[label] = _layer_case(dtype, **routed, plan=plan)
-                    found[f"{label} top_k=2"] = _layer_case(dtype, **routed, plan=plan, top_k=2)
+                label = f"{name} D={d_model} {variant}"
+                found[label] = _layer_case(dtype, **routed)
+                found[f"{label} top_k=2"] = _layer_case(dtype, **routed, top_k=2)
             found[f"{name} D={d_model} shared"] = _layer_case(dtype, d_model=d_model)
         wide = {"d_model": 128, "expert_scope": "segment", "shared_expert": None}
         found[f"{name} segment scope"] = _layer_case(dtype, **wide)
@@ -183,12 +173,12 @@ def cases() -> dict[str, Callable[[], None]]:
         sizes = {"d_model": 64, "segment_size": 3, "masked": True}
         found[f"{name} shared mask D=64 P=3"] = _shared_case(dtype, **sizes)
     bf16 = torch.bfloat16
-    found["bfloat16 D=16"] = _layer_case(bf16, d_model=16, plan="block")
+    found["bfloat16 D=16"] = _layer_case(bf16, d_model=16)
     found["bfloat16 dropout mask"] = _layer_case(
         bf16, d_model=128, dropout=0.2, router_dropout=0.1, masked=True, segment_size=3
     )
     for pooling in ("mean", "max", "first", "last"):
-        found[f"bfloat16 {pooling}"] = _layer_case(bf16, pooling=pooling, masked=True, plan="block")
+        found[f"bfloat16 {pooling}"] = _layer_case(bf16, pooling=pooling, masked=True)
     found["bfloat16 causal"] = _layer_case(bf16, causal=True, shared_expert="token")
     found["bfloat16 E=512"] = _layer_case(bf16, num_experts=512, top_k=2)
     found["bfloat16 D=2048"] = _layer_case(bf16, d_model=2048, segment_size=1, num_experts=8)

@@ -10,7 +10,6 @@ Steps, in order:
 * ``layer``: the headline shapes beside every peer, routed part and whole layer, uniform and skewed
   routing, eager and CUDA graph -> layer.json
 * ``compiled``: the same for the peers under ``torch.compile``
-* ``plans``: the two plans of the kernels against each other -> layer.json
 * ``tune``: the search for tiles -> tune.json
 * ``profiles``: kernels' shares, and hardware counters -> profiles.json
 * ``stages``, ``memory``: stages.json, memory.json
@@ -91,14 +90,6 @@ STEPS = (
         (f"layer {_TINY} {_FAST_PEERS} --routing uniform,skewed",),
     ),
     Step("compiled", (f"layer --shapes headline {_COMPILED} --deadline {{deadline}}",), ()),
-    Step(
-        "plans",
-        (
-            "layer --shapes headline --parts routed --plan block,grouped --providers segmoe "
-            "--deadline {deadline}",
-        ),
-        (f"layer {_ONE} --parts routed --plan block,grouped --providers segmoe",),
-    ),
     Step("tune", ("tune --shapes headline --deadline {deadline}",), ()),
     Step(
         "profiles",

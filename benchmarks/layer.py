@@ -1,6 +1,6 @@
 """Time of the layer beside its peers, on a GPU or a CPU.
 
-    python -m benchmarks.layer [--shapes headline] [--parts routed,whole] [--plan auto,block]
+    python -m benchmarks.layer [--shapes headline] [--parts routed,whole]
                                [--routing uniform,skewed] [--dtype bfloat16] [--deadline SECONDS]
 
 Each provider (`peers`) has to pass the `gate` before it is timed; `timing` says how. "routed" is

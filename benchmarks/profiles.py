@@ -1,6 +1,6 @@
 """Where the time of one call goes: each kernel's share, and hardware counters where there are any.
 
-    python -m benchmarks.profiles [--shapes headline] [--parts routed] [--plan auto]
+    python -m benchmarks.profiles [--shapes headline] [--parts routed]
     python -m benchmarks.profiles --counters [--shapes d128-e4-k1-p5-100k]
 
 Without ``--counters``, PyTorch's profiler adds up each kernel (on a CPU, each operator) over some

@@ -115,7 +115,7 @@ def layer_table(results: Results, rows: list[Row]) -> str:
             ratio = f"{times:.2f} ({best['provider']})"
         if ours is not None and (least := results.bound_ms(ours)) is not None:
             bound = f"{100 * least / ours['time_median_ms']:.0f} %"
-        label = configuration.removesuffix("/plan-auto").replace("/", " ")
+        label = configuration.replace("/", " ")
         lines.append([label, *(_ms(found.get(name)) for name in names), ratio, bound])
     return render.table(head, lines)
 
@@ -126,7 +126,7 @@ def stage_table(rows: list[Row]) -> str:
     lines = []
     for (configuration,), members in _groups(rows, "configuration").items():
         found = _by_provider(members)
-        label = configuration.removesuffix("/plan-auto").replace("/", " ")
+        label = configuration.replace("/", " ")
         lines.append([label, *(_ms(found.get(name)) for name in names)])
     return render.table(["stage (ms)", *names], lines)
 
@@ -137,7 +137,7 @@ def memory_table(rows: list[Row]) -> str:
     lines = []
     for (configuration,), members in _groups(rows, "configuration").items():
         ours = _by_provider(members).get(OURS)
-        label = configuration.removesuffix("/plan-auto").replace("/", " ")
+        label = configuration.replace("/", " ")
         for row in members:
             share = ""
             if ours is not None and ours["saved_mib"]:
@@ -201,12 +201,8 @@ def _machine(results: Results) -> str:
 
 
 def readme_block(results: Results) -> str:
-    """The short table: CUDA graph where there is one, uniform routing, the default plan."""
-    rows = [
-        row
-        for row in speed_ups(results.timed("layer"))
-        if row["routing"] == "uniform" and row["plan"] == "auto"
-    ]
+    """The short table: CUDA graph where there is one, uniform routing."""
+    rows = [row for row in speed_ups(results.timed("layer")) if row["routing"] == "uniform"]
     modes = {row["mode"] for row in rows}
     mode = "graph" if "graph" in modes else "eager"
     lines = [
@@ -270,7 +266,7 @@ def _plots(results: Results, folder: Path) -> list[Path]:
 
 def _draw_rows(results: Results, plt: Any) -> Any:
     """Time against rows for layers that were measured at two sizes at least."""
-    rows = [r for r in results.timed("layer") if r["routing"] == "uniform" and r["plan"] == "auto"]
+    rows = [r for r in results.timed("layer") if r["routing"] == "uniform"]
     family = ("d_model", "d_ff", "num_experts", "top_k", "segment_size", "dtype", "part", "mode")
     panels = {
         key: members
@@ -310,7 +306,7 @@ def _draw_rows(results: Results, plt: Any) -> Any:
 
 
 def _draw_speed_ups(results: Results, plt: Any) -> Any:
-    rows = [row for row in speed_ups(results.timed("layer")) if row["plan"] == "auto"]
+    rows = speed_ups(results.timed("layer"))
     if not rows:
         return None
     labels = [
@@ -337,7 +333,7 @@ def _draw_speed_ups(results: Results, plt: Any) -> Any:
 def _draw_roofline(results: Results, plt: Any) -> Any:
     """Needed FLOPs over floor bytes against needed FLOPs a second, with the measured ceilings."""
     rates = {row["configuration"]: row for row in results.rows.get("ceilings", [])}
-    rows = [row for row in results.timed("layer") if row["plan"] == "auto"]
+    rows = results.timed("layer")
     dtypes = sorted({row["dtype"] for row in rows if f"gemm-{row['dtype']}" in rates})
     if not dtypes or "copy" not in rates:
         return None

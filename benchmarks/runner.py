@@ -3,7 +3,7 @@
 One process for each configuration, so that none inherits another's memory, compiled code or
 autotuning; rows are written after each, so that a run that is stopped keeps what it had and the
 next one goes on from there. A configuration is a workload, a part of the layer, a routing, a dtype
-and a plan; its providers, passes and modes are measured in the one process, in turns.
+and a device; its providers, passes and modes are measured in the one process, in turns.
 """
 
 import argparse
@@ -28,9 +28,8 @@ from benchmarks.common import device_name, environment
 from benchmarks.shapes import Workload, find_workloads
 from benchmarks.store import ROOT, Store, code_version, results_folder
 
-__all__ = ["PLANS", "Configuration", "Emit", "Options", "Suite", "plan_set", "run_suite"]
+__all__ = ["Configuration", "Emit", "Options", "Suite", "run_suite"]
 
-PLANS = ("auto", "block", "grouped")
 PASSES = ("forward", "forward+backward")
 MODES = ("eager", "graph")
 # A configuration that can't even start in this time is left for the next run.
@@ -48,13 +47,12 @@ class Configuration:
     part: str
     routing: str
     dtype: str
-    plan: str
     device: str
 
     @property
     def key(self) -> str:
         """Names it in rows."""
-        words = (self.workload, self.part, self.routing, self.dtype, f"plan-{self.plan}")
+        words = (self.workload, self.part, self.routing, self.dtype)
         return "/".join(words)
 
     def find_workload(self) -> Workload:
@@ -163,7 +161,6 @@ def _parser(suite: Suite, description: str) -> argparse.ArgumentParser:
     choices("--passes", suite.passes, suite.passes, ", ".join(suite.passes))
     choices("--modes", suite.modes, None, ", ".join(suite.modes))
     choices("--providers", suite.providers, suite.providers, ", ".join(suite.providers))
-    choices("--plan", PLANS, ("auto",), f"sets SEGMOE_PLAN: {', '.join(PLANS)}")
     parser.add_argument("--budget", type=float, default=1.0, metavar="SECONDS", dest="budget_s")
     parser.add_argument("--rounds", type=int, default=10, help="least timed calls (default: 10)")
     parser.add_argument("--tf32", action="store_true", help="float32 products in TF32")
@@ -207,11 +204,11 @@ class _Run:
         """All that the arguments ask for."""
         args = self.args
         product = itertools.product(
-            find_workloads(args.shapes), args.parts, args.routing, args.dtype, args.plan
+            find_workloads(args.shapes), args.parts, args.routing, args.dtype
         )
         return [
-            Configuration(self.suite.name, workload.name, part, routing, dtype, plan, args.device)
-            for workload, part, routing, dtype, plan in product
+            Configuration(self.suite.name, workload.name, part, routing, dtype, args.device)
+            for workload, part, routing, dtype in product
         ]
 
     def run(self) -> int:
@@ -256,8 +253,7 @@ class _Run:
     def _measure(self, configuration: Configuration, limit_s: float) -> list[dict[str, Any]]:
         if self.args.in_process:
             rows: list[dict[str, Any]] = []
-            with plan_set(configuration.plan):
-                _measure_all(self.suite, configuration, self.options, rows.append)
+            _measure_all(self.suite, configuration, self.options, rows.append)
             return rows
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "rows.json")
@@ -278,19 +274,6 @@ class _Run:
         ]
 
 
-@contextlib.contextmanager
-def plan_set(plan: str) -> Iterator[None]:
-    """Have SEGMOE_PLAN say this plan for a while."""
-    before = os.environ.get("SEGMOE_PLAN")
-    os.environ["SEGMOE_PLAN"] = plan
-    try:
-        yield
-    finally:
-        os.environ.pop("SEGMOE_PLAN")
-        if before is not None:
-            os.environ["SEGMOE_PLAN"] = before
-
-
 def _run_worker(
     suite: Suite, configuration: Configuration, options: Options, path: Path, limit_s: float
 ) -> str | None:
@@ -305,7 +288,6 @@ def _run_worker(
     process = subprocess.Popen(
         command,
         cwd=root,
-        env={**os.environ, "SEGMOE_PLAN": configuration.plan},
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",

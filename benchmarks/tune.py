@@ -1,6 +1,6 @@
 """Search for better tiles: what `_triton.tiles` should say, measured.
 
-    python -m benchmarks.tune [--shapes d128-e4-k1-p5-258k] [--deadline SECONDS] [--plan auto]
+    python -m benchmarks.tune [--shapes d128-e4-k1-p5-258k] [--deadline SECONDS]
                               [--write tiles.json]
 
 For each workload, the functions of the table that its calls ask are found, then changed one value
@@ -10,9 +10,7 @@ faster is kept and the search goes on from there. Every candidate has to pass th
 or is wrong is a row too.
 
 ``--write`` puts the winners into a file, beside those of earlier searches; SEGMOE_TILES=tiles.json
-makes the kernels take them. The shipped table is edited by hand, with the row beside it, and so is
-the rule for plan "block"'s segments, which follow the number of rows: they are tried and reported,
-never written.
+makes the kernels take them. The shipped table is edited by hand, with the row beside it.
 """
 
 import argparse
@@ -32,7 +30,6 @@ from benchmarks.common import device_name, environment
 from benchmarks.gate import Gate
 from benchmarks.layer import calls, describe
 from benchmarks.peers import Provider, route_ids
-from benchmarks.runner import PLANS, plan_set
 from benchmarks.shapes import Workload, find_workloads
 from benchmarks.store import ROOT, Store, code_version, results_folder
 from benchmarks.timing import Clock, summary, time_interleaved
@@ -43,8 +40,6 @@ __all__ = ["Asked", "asked_functions", "neighbours", "overridden", "search", "wr
 Tile = Any
 # A winner has to be this much faster: less is within the noise of the clocks.
 MARGIN = 0.98
-# Fields of an answer that depend on the number of rows: tried last, and not for a file.
-BY_ROWS = ("segments",)
 
 
 def _table() -> Any:
@@ -132,8 +127,6 @@ _RANGES = {
     "block_m": (16, 256),
     "block_n": (16, 256),
     "block_k": (16, 128),
-    "block_f": (16, 128),
-    "segments": (32, 1024),
     "num_warps": (2, 16),
     "num_stages": (1, 5),
 }
@@ -245,27 +238,27 @@ def search(
         numbers = timed(shipped)
         shipped_ms = least = numbers["time_median_ms"]
         emit({**identity, "tile": _words(shipped), "shipped": True, **numbers})
-        for fields in (_replaceable_fields()[name], BY_ROWS):
-            queue = list(neighbours(best, fields))
-            while queue and seconds_left() > 0 and (most is None or count < most):
-                tile = queue.pop(0)
-                if tile in seen:
-                    continue
-                seen.add(tile)
-                count += 1
-                row = {**identity, "tile": _words(tile), "shipped": False}
-                try:
-                    numbers = timed(tile)
-                except Exception as error:  # does not compile, or is wrong
-                    emit({**row, "failed": describe(error)})
-                    continue
-                found = numbers["time_median_ms"]
-                emit({**row, **numbers, "time_over_shipped": found / shipped_ms})
-                if found < MARGIN * least:
-                    best, least = tile, found
-                    queue = list(neighbours(best, fields))
-            if fields is not BY_ROWS and best != shipped:
-                keep(questions, {f: getattr(best, f) for f in fields})
+        fields = _replaceable_fields()[name]
+        queue = list(neighbours(best, fields))
+        while queue and seconds_left() > 0 and (most is None or count < most):
+            tile = queue.pop(0)
+            if tile in seen:
+                continue
+            seen.add(tile)
+            count += 1
+            row = {**identity, "tile": _words(tile), "shipped": False}
+            try:
+                numbers = timed(tile)
+            except Exception as error:  # does not compile, or is wrong
+                emit({**row, "failed": describe(error)})
+                continue
+            found = numbers["time_median_ms"]
+            emit({**row, **numbers, "time_over_shipped": found / shipped_ms})
+            if found < MARGIN * least:
+                best, least = tile, found
+                queue = list(neighbours(best, fields))
+        if best != shipped:
+            keep(questions, {f: getattr(best, f) for f in fields})
         print(f"{workload.name} {name}: {_words(best)} (shipped {_words(shipped)})", flush=True)
 
 
@@ -280,7 +273,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default=device_type, choices=("cuda", "cpu"))
     parser.add_argument("--shapes", default="headline", help="groups or names in shapes.py")
     parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
-    parser.add_argument("--plan", default="auto", choices=PLANS, help="sets SEGMOE_PLAN")
     parser.add_argument("--only", default="", metavar="TEXT", help="functions whose name has TEXT")
     parser.add_argument("--budget", type=float, default=0.2, metavar="SECONDS")
     parser.add_argument("--rounds", type=int, default=10, help="least timed calls (default: 10)")
@@ -313,7 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         if device.type == "cpu":
             layer.backend = "triton"  # the interpreter's times mean nothing, its results do
-        prefix = f"{workload.name}/{part}/uniform/{args.dtype}/plan-{args.plan}"
+        prefix = f"{workload.name}/{part}/uniform/{args.dtype}"
 
         def emit(row: dict[str, Any], prefix: str = prefix) -> None:
             nonlocal done
@@ -330,22 +322,21 @@ def main(arguments: list[str] | None = None) -> int:
             if args.write is not None:
                 write_tiles(args.write, architecture(), questions, fields)
 
-        with plan_set(args.plan):
-            try:
-                search(
-                    workload,
-                    layer,
-                    inputs,
-                    emit,
-                    seconds_left=left,
-                    budget_s=args.budget,
-                    only=args.only,
-                    most=args.most,
-                    rounds=args.rounds,
-                    keep=keep,
-                )
-            except RuntimeError as error:
-                print(f"skipped {workload.name}: {describe(error)}", flush=True)
+        try:
+            search(
+                workload,
+                layer,
+                inputs,
+                emit,
+                seconds_left=left,
+                budget_s=args.budget,
+                only=args.only,
+                most=args.most,
+                rounds=args.rounds,
+                keep=keep,
+            )
+        except RuntimeError as error:
+            print(f"skipped {workload.name}: {describe(error)}", flush=True)
     print(f"wrote {done} rows to {store.path}")
     if args.write is not None and args.write.exists():
         print(f"to use the winners: SEGMOE_TILES={args.write}")

@@ -60,13 +60,6 @@ def _expert_ffn_bwd(x: Shape, weights: Shape, *rest: Any, **__: Any) -> int:
     return _ffn(rows, up, gate, dx=dx, dw=dw, backward=True)
 
 
-def _block_fwd(x: Shape, weight: Shape, *rest: Any, **__: Any) -> int:
-    _, _, _, _, up, _, gate, _, _, _, size, top_k, *_ = rest
-    router = 2 * _segments(x, size) * math.prod(weight)
-    rows = math.prod(x[:-1]) * int(top_k)
-    return router + _ffn(rows, up, gate, dx=False, dw=False, backward=False)
-
-
 def _shared_combine_fwd(expert_out: Shape, x: Shape, *rest: Any, **__: Any) -> int:  # noqa: ARG001
     up, gate, size = rest[0], rest[2], rest[9]
     rows = _segments(x, size)
@@ -98,7 +91,6 @@ def _grouped_ffn_bwd(dout: Shape, x: Shape, *rest: Any, **__: Any) -> int:  # no
 
 
 FORMULAS: dict[str, Callable[..., int]] = {
-    "block_fwd": _block_fwd,
     "expert_ffn_bwd": _expert_ffn_bwd,
     "expert_ffn_fwd": _expert_ffn_fwd,
     "grouped_ffn": _grouped_ffn,

@@ -380,8 +380,7 @@ def seg_moe(
     """The whole layer: route, permute, run the experts, combine with the shared path.
 
     The projections of ``expert_scope="projected"`` run as PyTorch's own GEMMs on both backends. So
-    do the shared expert's, with kernels of ours around them on the Triton backend; the environment
-    variable SEGMOE_PLAN takes the execution plan of the routed part (block, grouped).
+    do the shared expert's, with kernels of ours around them on the Triton backend.
 
     Under ``torch.autocast`` the router stays in float32, the products run in the autocast dtype
     and the result has the dtype of x.

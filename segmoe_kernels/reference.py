@@ -227,7 +227,7 @@ def routed_experts(
 
     Returns:
         ``(expert_out, routed, expert_counts)``: the weighted outputs, (top_k, B, T, D), or
-        (1, B, T, D) where a plan has summed them; RouterOutput; (E,) int32.
+        (1, B, T, D) where they are summed; RouterOutput; (E,) int32.
     """
     routed = route(
         x,

@@ -2,7 +2,7 @@
 
 Ask for a layer, or for one launch with other tiles, in seconds::
 
-    capture = capture_layer(shape, variables={"SEGMOE_PLAN": "grouped"})
+    capture = capture_layer(shape)
     time_layer(capture).us("forward", launch_us=1.0)
     (launch,) = capture.kernels("expert_ffn_fwd")
     time_launch(launch.changed(BLOCK_M=64, num_warps=4), shape).us

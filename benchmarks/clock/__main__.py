@@ -1,13 +1,13 @@
 r"""The modelled clock of sm_90, without a GPU: nothing that it prints is measured.
 
     python -m benchmarks.clock table [--shapes 64-4-1-5-1e6,weather-small-p5] [--json FILE]
-    python -m benchmarks.clock layer --shape 64-4-1-5-1e6 [--plan grouped]
-    python -m benchmarks.clock kernel expert_ffn_dw --shape 128-8-1-5-1e6 --plan grouped \
+    python -m benchmarks.clock layer --shape 64-4-1-5-1e6 [--provider scattermoe]
+    python -m benchmarks.clock kernel expert_ffn_dw --shape 128-8-1-5-1e6 \
         --set BLOCK_M=32,64 --set num_warps=4,8 --set num_splits=33,66
     python -m benchmarks.clock checks
     python -m benchmarks.clock measured [--shapes 64-4-1-5-1e6] [--out FOLDER]
 
-``table``: forward and backward of our plans and of ScatterMoE. ``layer``: each launch of one of
+``table``: forward and backward of this package and of ScatterMoE. ``layer``: each launch of one of
 them. ``kernel``: one launch with every combination of other constants, numbers and options, the
 fastest first. ``checks``: published times beside modelled ones, and what moves with what is from
 memory. ``measured``: on a GPU of sm_90, modelled beside measured, kernel by kernel.
@@ -29,7 +29,7 @@ from benchmarks.clock import measured
 from benchmarks.clock.capture import OperatorCall
 from benchmarks.clock.chip import time_launch
 from benchmarks.clock.tables import (
-    PLANS,
+    PROVIDERS,
     TARGETS,
     capture_provider,
     check_rows,
@@ -49,9 +49,9 @@ SENSITIVE = ("64-4-1-5-1e6", "128-8-1-5-1e5")
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    table = commands.add_parser("table", help="our plans and ScatterMoE")
+    table = commands.add_parser("table", help="this package and ScatterMoE")
     table.add_argument("--shapes", default=",".join(TARGETS))
-    table.add_argument("--providers", default="auto,grouped,scattermoe")
+    table.add_argument("--providers", default=",".join(PROVIDERS))
     table.add_argument("--json", type=Path, help=f"write rows there, such as {OUT.name}")
     layer = commands.add_parser("layer", help="each launch of a layer")
     kernel = commands.add_parser("kernel", help="one launch with other tiles")
@@ -63,11 +63,10 @@ def _parser() -> argparse.ArgumentParser:
     checks.add_argument("--json", type=Path)
     beside = commands.add_parser("measured", help="modelled beside measured, on a GPU")
     beside.add_argument("--shapes", default=",".join(SENSITIVE))
-    beside.add_argument("--plans", default="auto,grouped")
     beside.add_argument("--out", help="folder of the results")
     for command in (layer, kernel):
         command.add_argument("--shape", required=True)
-        command.add_argument("--plan", default="auto", choices=[*PLANS, "scattermoe"])
+        command.add_argument("--provider", default="segmoe", choices=PROVIDERS)
     for command in (table, layer, kernel):
         command.add_argument("--dtype", choices=DTYPES, default="bf16")
         command.add_argument("--tile", action="append", default=[], metavar="FUNCTION.FIELD=VALUE")
@@ -127,9 +126,9 @@ def _line(row: dict[str, Any], label: str = "") -> str:
 def _layer(args: argparse.Namespace) -> None:
     workload = parse_workload(args.shape)
     tiles = _tiles(args.tile)
-    for row in layer_rows(workload, [args.plan], DTYPES[args.dtype], tiles=tiles):
+    for row in layer_rows(workload, [args.provider], DTYPES[args.dtype], tiles=tiles):
         if "skipped" in row:
-            print(f"skipped {args.plan}: {row['skipped']}")
+            print(f"skipped {args.provider}: {row['skipped']}")
             continue
         print(f"{row['pass']}: modelled {row['modelled_us']:.0f} us and {row['launches']} launches")
         for call in row["calls"]:
@@ -139,7 +138,7 @@ def _layer(args: argparse.Namespace) -> None:
 def _kernel(args: argparse.Namespace) -> int:
     workload = parse_workload(args.shape)
     tiles = _tiles(args.tile)
-    capture = capture_provider(workload, args.plan, DTYPES[args.dtype], tiles=tiles)
+    capture = capture_provider(workload, args.provider, DTYPES[args.dtype], tiles=tiles)
     found = capture.kernels(args.name)
     if not found:
         calls = [*capture.forward, *capture.backward]
@@ -180,7 +179,7 @@ def _checks(args: argparse.Namespace) -> int:
             flush=True,
         )
     for name in SENSITIVE:
-        found = sensitivity_rows(parse_workload(name), ["auto", "grouped", "scattermoe"])
+        found = sensitivity_rows(parse_workload(name), PROVIDERS)
         for row in found:
             if "skipped" not in row:
                 print(
@@ -199,10 +198,10 @@ def _measured(args: argparse.Namespace) -> int:
         print(f"nothing to measure: {why}")
         return 0
     store = Store(results_folder("cuda", args.out) / "clock.json")
-    for name, plan in itertools.product(args.shapes.split(","), args.plans.split(",")):
-        row = measured.measure(name, plan)
+    for name in args.shapes.split(","):
+        row = measured.measure(name)
         store.add([row])
-        print(f"{name} {plan}, us:{'modelled':>34}{'measured':>10}")
+        print(f"{name}, us:{'modelled':>34}{'measured':>10}")
         for kernel in row["kernels"]:
             print(
                 f"  {kernel['kernel']:<34}{kernel['modelled_us']:>12.1f}"

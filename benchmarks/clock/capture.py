@@ -5,7 +5,6 @@ those on many elements are not computed either: their results are empty tensors 
 """
 
 import dataclasses
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -289,7 +288,6 @@ def capture_layer(
     shape: Shape,
     *,
     dtype: torch.dtype = torch.bfloat16,
-    variables: Mapping[str, str] | None = None,
     tiles: Mapping[str, Mapping[str, int]] | None = None,
     backward: bool = True,
     **options: Any,
@@ -299,7 +297,6 @@ def capture_layer(
     Args:
         shape: of the layer and its input.
         dtype: of both.
-        variables: of the environment, such as ``{"SEGMOE_PLAN": "grouped"}``.
         tiles: function of `tiles` -> fields of its answers to change, such as
             ``{"expert_ffn_dw_tile": {"block_m": 64, "num_warps": 4}}``; what follows from a tile,
             such as the number of splits, changes with it.
@@ -307,7 +304,7 @@ def capture_layer(
         **options: of `SegMoE`; without a shared expert unless they say so.
     """
     layer = make_layer(shape, dtype, backend="triton", **options)
-    with mock.patch.dict(os.environ, variables or {}), _other_tiles(tiles or {}):
+    with _other_tiles(tiles or {}):
         return capture_calls(shape, layer, dtype, backward=backward)
 
 

@@ -1,15 +1,13 @@
 """Modelled beside measured, kernel by kernel, on a GPU of the architecture that is modelled."""
 
-import os
 from collections.abc import Iterable
 from typing import Any
-from unittest import mock
 
 import torch
 
 from benchmarks.cases import make_case
 from benchmarks.clock.chip import LayerTime, time_layer
-from benchmarks.clock.tables import PLANS, capture_provider, parse_workload
+from benchmarks.clock.tables import capture_provider, parse_workload
 from benchmarks.profiles import kernel_rows
 from benchmarks.store import code_version
 
@@ -51,28 +49,26 @@ def compare(times: LayerTime, profiled: Iterable[dict[str, Any]]) -> list[dict[s
     return sorted(rows.values(), key=lambda r: -max(r["measured_us"], r["modelled_us"]))
 
 
-def measure(name: str, plan: str) -> dict[str, Any]:
+def measure(name: str) -> dict[str, Any]:
     """Model and measure forward + backward of a routed layer in bfloat16.
 
     Args:
         name: of a shape of `shapes`, or D-E-k-P-rows.
-        plan: of `PLANS`.
 
     Returns:
         A row for clock.json, its ``kernels`` from `compare`.
     """
     workload, device = parse_workload(name), torch.device("cuda")
     dtype = torch.bfloat16
-    times = time_layer(capture_provider(workload, plan))
+    times = time_layer(capture_provider(workload, "segmoe"))
     layer, inputs = make_case(
         workload, part="routed", routing="uniform", dtype=dtype, device=device
     )
     x = inputs.x.requires_grad_()
     wanted = (x, *layer.parameters())
-    with mock.patch.dict(os.environ, PLANS[plan]):
-        profiled = kernel_rows(lambda: torch.autograd.grad(layer(x), wanted, inputs.dy), device)
+    profiled = kernel_rows(lambda: torch.autograd.grad(layer(x), wanted, inputs.dy), device)
     return {
-        "configuration": f"clock/{name}/{plan}",
+        "configuration": f"clock/{name}",
         "provider": "segmoe",
         "pass": "forward+backward",
         "mode": "eager",

@@ -18,7 +18,7 @@ from benchmarks.peers import SkippedError
 from benchmarks.shapes import Shape, Workload, find_workloads
 
 __all__ = [
-    "PLANS",
+    "PROVIDERS",
     "TARGETS",
     "capture_provider",
     "check_rows",
@@ -29,11 +29,7 @@ __all__ = [
     "sensitivity_rows",
 ]
 
-PLANS: dict[str, dict[str, str]] = {
-    "auto": {},
-    "block": {"SEGMOE_PLAN": "block"},
-    "grouped": {"SEGMOE_PLAN": "grouped"},
-}
+PROVIDERS = ("segmoe", "scattermoe")
 _SPEC = re.compile(r"(\d+)-(\d+)-(\d+)-(\d+)-([\d.e]+)")
 
 # D-E-k-P-rows of the committed table: F = 2 D, sequences of 60 steps.
@@ -70,13 +66,11 @@ def capture_provider(
     dtype: torch.dtype = torch.bfloat16,
     tiles: Mapping[str, Mapping[str, int]] | None = None,
 ) -> Capture:
-    """Catch a workload's launches with one of `PLANS`, or with "scattermoe"."""
+    """Catch a workload's launches with one of `PROVIDERS`."""
     kind: dict[str, Any] = {"activation": workload.activation, "gated": workload.gated}
     if provider == "scattermoe":
         return capture_scattermoe(workload.shape, dtype=dtype, **kind)
-    return capture_layer(
-        workload.shape, dtype=dtype, variables=PLANS[provider], tiles=tiles, **kind
-    )
+    return capture_layer(workload.shape, dtype=dtype, tiles=tiles, **kind)
 
 
 def layer_rows(
@@ -90,7 +84,7 @@ def layer_rows(
 
     Args:
         workload: shape and kind of experts.
-        providers: of `PLANS`, or "scattermoe".
+        providers: of `PROVIDERS`.
         dtype: of the layer.
         machine: where.
         tiles: as `capture_layer` takes them.

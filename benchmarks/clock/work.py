@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from benchmarks.clock.capture import KernelLaunch
-from benchmarks.clock.machine import H200
 from benchmarks.shapes import Shape
 
 __all__ = ["WORK", "Programs", "Work", "expected_tiles", "work_of"]
@@ -42,7 +41,6 @@ class Work:
         programs: in the order of the grid.
         hbm_bytes: from and to memory, if nothing of it is in L2 before.
         l2_bytes: that SMs ask of L2.
-        rereads: loops that read what the same programs read shortly before, from L2.
         swizzled: neighbouring programs read the same tiles at the same time.
         in_l1: pointer arguments whose lines a program reads over and over.
     """
@@ -50,7 +48,6 @@ class Work:
     programs: tuple[Programs, ...]
     hbm_bytes: float = 0.0
     l2_bytes: float = 0.0
-    rereads: frozenset[str] = frozenset()
     swizzled: bool = False
     in_l1: frozenset[str] = frozenset()
 
@@ -136,41 +133,6 @@ def route_fwd(launch: KernelLaunch, shape: Shape) -> Work:
     router = shape.num_experts * shape.segment_size * shape.d_model * _itemsize(launch)
     rows = _row(launch, shape)
     return Work((Programs(count, trips),), rows + _router_bytes(shape), rows + count * router)
-
-
-@_kernel
-def block_fwd(launch: KernelLaunch, shape: Shape) -> Work:
-    segments = launch["segments_per_block"]
-    block_m, block_f = launch["BLOCK_M"], launch["BLOCK_F"]
-    tiles = expected_tiles(segments, shape.top_k / shape.num_experts, shape.segment_size, block_m)
-    count = cdiv(shape.segments, segments)
-    blocks = cdiv(segments, launch["BLOCK_S"])
-    trips = {
-        "start": blocks,
-        "d0": cdiv(shape.d_model, launch["BLOCK_K"]),
-        "p": shape.segment_size,
-        "k": shape.top_k,
-        "expert": shape.num_experts,
-        "row0": tiles,
-        "f0": cdiv(shape.d_ff, block_f),
-    }
-    rows = _row(launch, shape)
-    router = shape.num_experts * shape.segment_size * shape.d_model * _itemsize(launch)
-    weights = _expert(launch, shape) * shape.num_experts * (1 if block_f >= shape.d_ff else tiles)
-    l2 = count * (blocks * router + weights) + 3 * shape.top_k * rows
-    # The experts read the rows again, from L2 where the rows of all programs that run fit it.
-    running = min(count, 4 * H200.num_sms)
-    again = running * segments * shape.segment_size * shape.d_model * _itemsize(launch)
-    rereads = frozenset({"expert", "row0", "f0"} if again < H200.l2_bytes else ())
-    hbm = (2 if rereads else 3) * rows + _router_bytes(shape)
-    return Work((Programs(count, trips),), hbm, l2, rereads)
-
-
-@_kernel
-def block_prepare(launch: KernelLaunch, shape: Shape) -> Work:
-    count = cdiv(shape.segments, launch["BLOCK_S"])
-    size = shape.segments * (4 * shape.num_experts + 8 * shape.top_k)
-    return Work((Programs(count, {"k": shape.top_k}),), size, size)
 
 
 @_kernel

@@ -210,39 +210,11 @@ def choose_experts(
         hit = experts[None, :] == chosen[:, None]
         rank = tl.where(hit, k, rank)
         key = tl.where(hit, -2.0, key)
-    return probs, _normalize(probs, rank < TOP_K, RENORMALIZE), rank
-
-
-@triton.jit
-def _normalize(probs, selected, RENORMALIZE: tl.constexpr):
-    """Return the routing weights: probs, divided by the sum of the selected ones or as they are."""
     weights = probs
     if RENORMALIZE:
-        total = tl.sum(tl.where(selected, probs, 0.0), 1)
+        total = tl.sum(tl.where(rank < TOP_K, probs, 0.0), 1)
         weights = probs / tl.where(total < 1e-6, 1e-6, total)[:, None]
-    return weights
-
-
-@triton.jit
-def router_weights(
-    logits,  # (M, EXPERTS)
-    selected,  # (M, EXPERTS) bool
-    segment,
-    num_experts,
-    temperature,
-    dropout,
-    seed_ptr,  # (1,) int64 or None
-    RENORMALIZE: tl.constexpr,
-    EXPERTS: tl.constexpr,
-):
-    """Return the routing weights, which `choose_experts` may have rounded otherwise, by 3 ulp."""
-    experts = tl.arange(0, EXPERTS)
-    temperature = read_option(temperature, logits.dtype)
-    probs = _softmax(logits / temperature, experts < num_experts)
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-        probs *= dropout_scale(seed, segment, experts, num_experts, dropout, logits.dtype)
-    return _normalize(probs, selected, RENORMALIZE)
+    return probs, weights, rank
 
 
 @triton.jit

@@ -107,15 +107,6 @@ Tile = tuple[int, int, int, int] | tuple[int, int, int, int, int]
 # padding mask and dropout, which take registers. Narrower rows take the tiles of the narrowest that
 # is listed.
 FUSED_TILES: dict[tuple[str, str, str], dict[int, tuple[Tile, ...]]] = {
-    ("block_fwd", "16-bit", "sm_90"): {
-        64: ((64, 128, 4, 2, 128), (64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2)),
-    },
-    ("block_fwd", "16-bit", "sm_80"): {
-        64: ((64, 64, 8, 2, 168), (64, 64, 8, 2, 168), (64, 64, 4, 1), (64, 64, 4, 2)),
-    },
-    ("block_fwd", "fp32", "any"): {
-        64: ((32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1, 168), (32, 16, 8, 1, 128)),
-    },
     ("expert_ffn_fwd", "16-bit", "sm_90"): {
         64: ((128, 128, 8, 2, 128), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
         128: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),

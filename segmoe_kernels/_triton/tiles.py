@@ -7,7 +7,6 @@ file: `tuned`.
 """
 
 import os
-from typing import NamedTuple
 
 import torch
 import triton
@@ -21,7 +20,6 @@ from segmoe_kernels._triton.tile_table import (
     TileConfig,
     architecture,
     kind_of,
-    launch_options,
     power,
 )
 from segmoe_kernels._triton.tuned import FUSED, PRODUCT, read_tiles, replaceable
@@ -60,9 +58,8 @@ def route_bwd_tile(d_model: int, num_experts: int, dtype: torch.dtype) -> TileCo
     return TileConfig(32, power(d_model, 16, most), 0, warps, 2)
 
 
-# A row of at most this many columns stays on chip through the whole FFN, or through plan "block".
+# A row of at most this many columns stays on chip through the whole FFN.
 MAX_FUSED_WIDTH = 256
-MAX_BLOCK_WIDTH = 64
 
 # Beyond this many an expert's sums leave a program no tile of hidden columns that is worth
 # computing the hidden layer for: backward writes it once, and weight gradients are products.
@@ -110,65 +107,6 @@ def expert_ffn_dw_tile(
 ) -> TileConfig:
     """As the forward's; block_n columns of d_ff make a program's share."""
     return _fused_tile("expert_ffn_dw", d_model, d_ff, dtype, gated=gated, extras=extras)
-
-
-class BlockTile(NamedTuple):
-    """How plan "block" cuts its work.
-
-    Attributes:
-        segments: consecutive segments of one program.
-        block_m: rows (steps) at a time.
-        block_f: hidden columns at a time.
-        block_d: padded width.
-        num_warps: warps in a program.
-        num_stages: software-pipelining depth.
-        max_registers: see `TileConfig`.
-    """
-
-    segments: int
-    block_m: int
-    block_f: int
-    block_d: int
-    num_warps: int
-    num_stages: int
-    max_registers: int = 0
-
-    def options(self) -> dict[str, int]:
-        """Say how to launch it: keywords of a kernel's launch."""
-        return launch_options(self.num_warps, self.num_stages, self.max_registers)
-
-
-@replaceable("block_m", "block_f", "num_warps", "num_stages")
-def block_fwd_tile(
-    d_model: int,
-    d_ff: int,
-    num_experts: int,
-    top_k: int,
-    segment_size: int,
-    num_segments: int,
-    dtype: torch.dtype,
-    *,
-    gated: bool,
-    extras: bool,
-) -> BlockTile:
-    """Enough segments that each expert fills its tiles, few enough that the programs fill a GPU.
-
-    Rows of one program and expert come in tiles, the last of them partly empty: with twice block_m
-    rows a quarter of the work is wasted at worst.
-    """
-    tile = _fused_tile("block_fwd", d_model, d_ff, dtype, gated=gated, extras=extras)
-    # Every tile reads its expert's weights. More segments where more are left for each program.
-    least = triton.cdiv(2 * tile.block_m * num_experts, top_k * segment_size)
-    # Four programs fit a multiprocessor.
-    wave = triton.cdiv(num_segments, 4 * _NUM_SMS)
-    segments = max(least, min(wave, triton.cdiv(4096, segment_size)))
-    return BlockTile(int(triton.cdiv(segments, 32) * 32), *tile)
-
-
-def block_router_tile(d_model: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Segments and columns of x at a time in the routing phase of plan "block"."""
-    # Of 64 segments the logits' addresses take twice the registers, for the whole program.
-    return 32, power(d_model, 16, 64 if dtype.itemsize == 2 else 16)
 
 
 def _gemm_tile(

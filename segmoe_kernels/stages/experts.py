@@ -309,7 +309,6 @@ class _ExpertFFNBackward(torch.autograd.Function):
         refuse_double_backward()
 
 
-# Plan "block" differentiates by it, too.
 differentiate_experts = _ExpertFFNBackward.apply
 
 

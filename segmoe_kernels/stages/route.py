@@ -333,7 +333,6 @@ class _RouteBackward(torch.autograd.Function):
         refuse_double_backward()
 
 
-# Plan "block" differentiates by it, too.
 differentiate_routing = _RouteBackward.apply
 
 
