@@ -6,6 +6,7 @@ Writes into ``docs/pictures`` unless told otherwise.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -36,6 +37,7 @@ from segmoe_kernels.routing import Routing
 from segmoe_kernels.validation import POOLINGS
 
 ROOT = Path(__file__).resolve().parents[1]
+PASSES = ("forward", "backward")
 
 
 def series(steps: int) -> Tensor:
@@ -190,28 +192,35 @@ def shared() -> Figure:
 
 
 def plans() -> Figure:
-    """Distinct bytes of the block plan beside the floor and ScatterMoE's, from the result file."""
-    path = ROOT / "benchmarks" / "results" / "traffic" / "float32.json"
-    rows = json.loads(path.read_text(encoding="utf-8"))
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, name in zip(axes, ("forward", "forward+backward"), strict=True):
-        chosen = [row for row in rows if row["pass"] == name]
-        places = np.arange(len(chosen))
-        for shift, key, label, colour in (
-            (-0.27, "floor_mb", "floor", GREY),
-            (0.0, "distinct_mb", "this package", COLOURS[0]),
-            (0.27, "scattermoe_mb", "ScatterMoE", COLOURS[1]),
-        ):
-            # Over ScatterMoE's, as shapes differ by a factor of 30.
-            values = [row[key] / row["scattermoe_mb"] for row in chosen]
-            axis.barh(places + shift, values, height=0.25, label=label, color=colour)
-        names = [" ".join(row["shape"].split("-")[2:]) for row in chosen]
-        axis.set_yticks(places, names, fontsize=7)
-        axis.set_title(name, fontsize=9)
-        axis.set_xlabel("bytes, over ScatterMoE's")
-    axes[0].invert_yaxis()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    """Modelled time of the stages at each width beside ScatterMoE's, from the result file."""
+    path = ROOT / "benchmarks" / "results" / "clock" / "sm_90.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    stages = {
+        "route": ("route", "dlogits", "sum_splits"),
+        "permute": ("permute",),
+        "experts": ("expert_ffn", "grouped_gemm", "reduce_partials"),
+        "combine": ("_combine",),
+    }
+    colours = dict(zip([*stages, "ScatterMoE"], [*COLOURS[:4], GREY], strict=True))
+    figure = Figure(figsize=(8, 2.6), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for axis, width in zip(axes, (64, 128, 256), strict=True):
+        name = f"{width}-8-2-5-1e6"
+        chosen = [row for row in rows if row["kind"] == "layer" and row["configuration"] == name]
+        found = {(row["provider"], row["pass"]): row for row in chosen}
+        for place, key in enumerate(itertools.product(("segmoe", "scattermoe"), PASSES)):
+            parts, left = {"ScatterMoE": ("",)} if key[0] == "scattermoe" else stages, 0.0
+            for stage, names in parts.items():
+                of_stage = [c for c in found[key]["calls"] if c["name"].startswith(names)]
+                us = sum(call["modelled_us"] for call in of_stage)
+                axis.barh(place, us, left=left, color=colours[stage], label=stage)
+                left += us
+        axis.set_yticks(range(4), 2 * PASSES, fontsize=7)
+        axis.set_title(f"D = {width}", fontsize=9)
+        axis.set_xlabel("modelled us")
+        axis.invert_yaxis()
+    handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=5)
     return figure
 
 

@@ -14,7 +14,6 @@ import math
 import os
 import sys
 from pathlib import Path
-from unittest import mock
 
 import report_code
 
@@ -30,10 +29,10 @@ RUNS = {"one step": 24, "one tile": 6, "beyond two tiles": 2, "two products": 2}
 # Rows wider than the fused kernels take.
 WIDE = {"two products": (3, 60, 264, 72)}
 OPTIONS = {
-    "block": {"plan": "block"},
-    "block top_k=2 gated": {"plan": "block", "top_k": 2, "gated": True, "activation": "silu"},
-    "grouped bias": {"plan": "grouped", "top_k": 2, "bias": True, "pooling": "mean"},
-    "segment": {"plan": "grouped", "expert_scope": "segment", "shared_expert": None},
+    "plain": {},
+    "top_k=2 gated": {"top_k": 2, "gated": True, "activation": "silu"},
+    "top_k=2 bias": {"top_k": 2, "bias": True, "pooling": "mean"},
+    "segment": {"expert_scope": "segment", "shared_expert": None},
 }
 DTYPES = ("float32", "float16", "bfloat16")
 # Largest relative RMS error, except where sums cancel and eager's is larger still.
@@ -54,7 +53,7 @@ def cases():
         for options in OPTIONS:
             for size in SIZES:
                 yield dtype, options, size
-        yield dtype, "grouped bias", "two products"
+        yield dtype, "top_k=2 bias", "two products"
 
 
 def measure(dtype, options, size, *, runs=1, device="cpu"):
@@ -80,19 +79,17 @@ def _measure_once(dtype, options, size, device, seed):
     from segmoe_kernels import SegMoE
     from segmoe_kernels.testing import compare, make_inputs, oracle, route_ids, run_layer
 
-    settings = dict(OPTIONS[options])
     batch, steps, d_model, d_ff = {**SIZES, **WIDE}[size]
     precision = getattr(torch, dtype)
     torch.manual_seed(seed)
-    with mock.patch.dict(os.environ, SEGMOE_PLAN=settings.pop("plan")):
-        layer = SegMoE(
-            d_model, d_ff, 3, segment_size=4, backend="triton", dtype=precision, device=device,
-            **settings,
-        )  # fmt: skip
-        inputs = make_inputs(batch, steps, d_model, dtype=precision, device=device, seed=seed)
-        ids = route_ids(layer, *inputs)
-        actual = run_layer(layer, *inputs)
-        eager = run_layer(layer, *inputs, backend="reference", topk_ids=ids)
+    layer = SegMoE(
+        d_model, d_ff, 3, segment_size=4, backend="triton", dtype=precision, device=device,
+        **OPTIONS[options],
+    )  # fmt: skip
+    inputs = make_inputs(batch, steps, d_model, dtype=precision, device=device, seed=seed)
+    ids = route_ids(layer, *inputs)
+    actual = run_layer(layer, *inputs)
+    eager = run_layer(layer, *inputs, backend="reference", topk_ids=ids)
     exact = oracle(layer, *inputs, topk_ids=ids)
     errors = {}
     for name, value in exact.items():

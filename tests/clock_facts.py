@@ -16,19 +16,17 @@ def main():
         [call.name for call in calls] for calls in (million.forward, million.backward)
     ]
     facts["sum"] = next(vars(c) for c in million.forward if c.name == "sum")
-    (block,) = million.kernels("block_fwd")
-    facts["x_bytes"] = block.tensors["x_ptr"]
+    (router,) = million.kernels("route_fwd")
+    facts["x_bytes"] = router.tensors["x_ptr"]
     tiles = {"expert_ffn_dw_tile": {"block_n": 128}}
     narrow = parse_workload("128-8-2-5-1e6").shape
     both = (capture_layer(narrow), capture_layer(narrow, tiles=tiles))
     facts["dw_grids"] = [c.kernels("expert_ffn_dw")[0].grid for c in both]
-    grouped = capture_layer(
-        parse_workload("64-4-1-5-1e6").shape, variables={"SEGMOE_PLAN": "grouped"}
-    )
-    facts["grouped"] = [call.name for call in grouped.forward]
-    (launch,) = grouped.kernels("sum_splits")
+    single = capture_layer(parse_workload("64-4-1-5-1e6").shape)
+    facts["single"] = [call.name for call in single.forward]
+    (launch,) = single.kernels("sum_splits")
     times = {n: launch.changed(num_splits=n) for n in (64, 202, 404)}
-    shape = grouped.shape
+    shape = single.shape
     facts["sum_splits_us"] = [chip.time_launch(call, shape).us for call in times.values()]
     kernel = launch.kernel
     facts["digests"] = [kernel.digest, launch.changed(num_warps=8).kernel.digest]

@@ -17,7 +17,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 # Before triton is imported for the first time, here and in the processes of `main`.
 if __name__ in {"__main__", "__mp_main__"}:
@@ -74,7 +73,6 @@ def examples(draw):
         "renormalize": draw(st.sampled_from((None, True, False))),
         "router_temperature": draw(st.sampled_from((1.0, 0.5, 3.0))),
         "dtype": dtype,
-        "plan": draw(st.sampled_from(("block", "grouped"))),
         "layout": draw(st.sampled_from(LAYOUTS)),
         "routing": draw(st.sampled_from(ROUTINGS)),
         "masked": draw(st.sampled_from((None, 0.3, 1.0))),
@@ -85,7 +83,7 @@ def examples(draw):
 
 
 NOT_OPTIONS = {
-    "batch", "steps", "dtype", "plan", "layout", "routing", "masked", "scale", "frozen", "seed",
+    "batch", "steps", "dtype", "layout", "routing", "masked", "scale", "frozen", "seed",
 }  # fmt: skip
 
 
@@ -140,26 +138,25 @@ def build(example, device="cpu"):
 
 def check(example, device="cpu"):
     """Require both backends to agree with float64, forward and backward."""
-    with mock.patch.dict(os.environ, SEGMOE_PLAN=example["plan"]):
-        layer, x, dy, mask = build(example, device)
-        before = x.clone()
-        actual = run_layer(layer, x, dy, mask)
-        if example["dtype"] == "float64":
-            expected = run_layer(layer, x, dy, mask, backend="reference")
-            assert actual.keys() == expected.keys()
-            for name, value in expected.items():
-                size = max(1.0, value.abs().max().item()) if value.numel() else 1.0
-                error = (actual[name] - value).abs().max().item() if value.numel() else 0.0
-                assert error <= 1e-11 * size, f"{name}: {error:.2e} of {size:.2e}"
-        else:
-            ids = route_ids(layer, x, dy, mask)
-            eager = run_layer(layer, x, dy, mask, backend="reference", topk_ids=ids)
-            exact = oracle(layer, x, dy, mask, topk_ids=ids)
-            _check_accuracy(actual, eager, exact, x, dy, example["segment_size"])
-        assert torch.equal(x, before), "x was changed"
-        if mask is not None:
-            assert not actual["y"][~mask].any()
-            assert not actual["dx"][~mask].any()
+    layer, x, dy, mask = build(example, device)
+    before = x.clone()
+    actual = run_layer(layer, x, dy, mask)
+    if example["dtype"] == "float64":
+        expected = run_layer(layer, x, dy, mask, backend="reference")
+        assert actual.keys() == expected.keys()
+        for name, value in expected.items():
+            size = max(1.0, value.abs().max().item()) if value.numel() else 1.0
+            error = (actual[name] - value).abs().max().item() if value.numel() else 0.0
+            assert error <= 1e-11 * size, f"{name}: {error:.2e} of {size:.2e}"
+    else:
+        ids = route_ids(layer, x, dy, mask)
+        eager = run_layer(layer, x, dy, mask, backend="reference", topk_ids=ids)
+        exact = oracle(layer, x, dy, mask, topk_ids=ids)
+        _check_accuracy(actual, eager, exact, x, dy, example["segment_size"])
+    assert torch.equal(x, before), "x was changed"
+    if mask is not None:
+        assert not actual["y"][~mask].any()
+        assert not actual["dx"][~mask].any()
 
 
 def _check_accuracy(actual, eager, exact, x, dy, segment_size):
@@ -210,7 +207,7 @@ def run(count, seen, part=0):
     @seed(part)
     @given(examples())
     def checked(example):
-        for name in ("dtype", "plan", "expert_scope", "routing", "layout", "pooling"):
+        for name in ("dtype", "expert_scope", "routing", "layout", "pooling"):
             seen[f"{name}: {example[name]}"] += 1
         seen["examples"] += 1
         check(example)

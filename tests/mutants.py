@@ -34,7 +34,7 @@ class Mutant(NamedTuple):
 
 
 _NAMES = (
-    "activations", "route", "permute", "experts", "grouped_gemm", "block", "combine", "shared",
+    "activations", "route", "permute", "experts", "grouped_gemm", "routed", "combine", "shared",
     "partials",
 )  # fmt: skip
 ALL_KERNEL_TESTS = (*(f"tests/test_{name}.py" for name in _NAMES), "-k", "not instructions")
@@ -47,16 +47,16 @@ EXPERTS = ("tests/test_experts.py",)
 FUSED = ("tests/test_experts.py", "-k", "unrouted or not (segment or wide or 260 or program)")
 WIDE = ("tests/test_experts.py", "-k", "segment or wide or 260")
 GEMM = ("tests/test_grouped_gemm.py",)
-BLOCK = ("tests/test_block.py",)
+ROUTED = ("tests/test_routed.py",)
 PARTIALS = ("tests/test_partials.py",)
 SUMS = ("tests/test_partials.py", "tests/test_experts.py", "-k", "sums or splits or float64")
 SHARED = ("tests/test_shared.py",)
 LAYER_STRIDES = ("tests/test_triton_layer.py", "-k", "strides or program_order")
 SHARED_DROPOUT = ("tests/test_shared.py", "tests/test_triton_layer.py", "-k", "dropout or drop")
-BLOCK_DROPOUT = ("tests/test_block.py", "tests/test_triton_layer.py", "-k", "dropout")
+ROUTED_DROPOUT = ("tests/test_routed.py", "tests/test_triton_layer.py", "-k", "dropout")
 MIDDLE = ("tests/test_experts.py", "-k", "132")
 ZEROS = ("tests/test_experts.py", "-k", "zeros")
-DROPOUT = ("tests/test_experts.py", "tests/test_block.py", "-k", "dropout")
+DROPOUT = ("tests/test_experts.py", "tests/test_routed.py", "-k", "dropout")
 
 
 def _in(file: str, tests: tuple[str, ...], *entries: tuple) -> list[Mutant]:
@@ -398,22 +398,15 @@ _ROUTER = _in(
     ),
     ("choose_experts", "padding", ", -1.0)", ", 2.0)", "columns behind the last expert are chosen"),
     (
-        "_normalize", "sum of all", "tl.sum(tl.where(selected, probs, 0.0), 1)", "tl.sum(probs, 1)",
+        "choose_experts", "sum of all", "tl.sum(tl.where(rank < TOP_K, probs, 0.0), 1)",
+        "tl.sum(probs, 1)",
         "weights are divided by what was not chosen too",
     ),
     (
-        "_normalize", "clamp", "total < 1e-6, 1e-6, total", "total < 0.0, 1e-6, total",
+        "choose_experts", "clamp", "total < 1e-6, 1e-6, total", "total < 0.0, 1e-6, total",
         "0 is divided by 0 where dropout took all",
     ),
-    ("_normalize", "no division", "if RENORMALIZE:", "if False:", "weights don't add up to 1"),
-    (
-        "router_weights", "temperature", "logits / temperature", "logits",
-        "backward has other weights than forward", {"tests": BLOCK},
-    ),
-    (
-        "router_weights", "dropout of the next segment", "segment, experts", "segment + 1, experts",
-        "backward has other weights than forward", {"tests": DROPOUT},
-    ),
+    ("choose_experts", "no division", "if RENORMALIZE:", "if False:", "weights don't add up to 1"),
     (
         "_softmax", "no shift", "tl.exp(logits - tl.max(logits, 1)[:, None])", "tl.exp(logits)",
         "large logits overflow",
@@ -613,7 +606,7 @@ _ROUTE = _in(
     ),
     (
         "dlogits_kernel", "shares", "slot * SEGMENT_SIZE + p", "slot * SEGMENT_SIZE",
-        "the first step's share is taken for all", {"tests": BLOCK},
+        "the first step's share is taken for all", {"tests": ROUTED},
     ),
     (
         "dlogits_kernel", "choice", "slot = segment * TOP_K + k", "slot = segment * TOP_K",
@@ -666,7 +659,7 @@ _ROUTE = _in(
     ),
     (
         "_store_dx", "choices", "ptrs += stride_dslots_k", "ptrs += 0",
-        "the first choice is added twice", {"tests": BLOCK},
+        "the first choice is added twice", {"tests": ROUTED},
     ),
     (
         "_store_dx", "padding", "dx = tl.where(real[:, None], dx, 0.0)", "dx += 0.0",
@@ -851,127 +844,6 @@ _COMBINE = _in(
     ("launch_combine", "grid", " * triton.cdiv(d_model, block_d)", "", "columns have no program"),
     ("_combine_bwd", "strides", "if dy.stride(-1) != 1:", "if False:", "dy is taken for dense"),
 )  # fmt: skip
-
-_BLOCK = _in(
-    "stages/block_kernels.py",
-    BLOCK,
-    (
-        "_route_and_list", "lists unrouted", "listed = selected & routed[:, None]",
-        "listed = selected & mask_s[:, None]", "unrouted segments are listed for an expert",
-    ),
-    (
-        "_route_and_list", "no carry", "counts[None, :] + tl.cumsum(mine, 0)", "tl.cumsum(mine, 0)",
-        "later segments overwrite the list",
-    ),
-    (
-        "_route_and_list", "nobody adds", "(experts[None, :] == lowest[:, None]).to(tl.int32)", "1",
-        "the last choice overwrites the others",
-    ),
-    (
-        "_route_and_list", "place of the program",
-        "experts.to(tl.int64)[None, :] * list_size + base + place",
-        "experts.to(tl.int64)[None, :] * list_size + place", "programs share a list",
-    ),
-    (
-        "_route_and_list", "negative ids", "experts[None, :], -1)", "experts[None, :], 0)",
-        "unrouted segments have an expert",
-    ),
-    (
-        "_route_and_list", "unrouted", "unrouted += tl.sum(absent, 0)", "unrouted += 0",
-        "segments without an expert are forgotten",
-    ),
-    (
-        "_route_and_list", "dropped store",
-        "tl.store(topk_weights_ptr + slot, weights, mask=mask_chosen)", "pass",
-        "weights are not written",
-    ),
-    (
-        "block_fwd_kernel", "rows", "+ expert) * SEGMENT_SIZE\n", "+ expert)\n",
-        "only a part of the rows runs",
-    ),
-    (
-        "block_fwd_kernel", "missing weight", "out = out * weights[:, None]", "out = out + 0.0",
-        "outputs are not weighted",
-    ),
-    (
-        "block_fwd_kernel", "weight twice", "out = out * weights[:, None]",
-        "out = out * weights[:, None] * weights[:, None]", "outputs are weighted twice",
-    ),
-    (
-        "block_fwd_kernel", "adds always", "(adds & (place >= 0))", "(place >= 0)",
-        "the first choice adds to what lay there",
-    ),
-    (
-        "block_fwd_kernel", "dropout of a segment", "+ rows % SEGMENT_SIZE\n", "\n",
-        "steps of a segment drop the same", {"tests": DROPOUT},
-    ),
-    (
-        "block_fwd_kernel", "unrouted", "unrouted * SEGMENT_SIZE", "0 * SEGMENT_SIZE",
-        "segments without an expert are not written",
-    ),
-    (
-        "block_fwd_kernel", "last expert", "tl.range(0, num_experts, disable_licm=True)",
-        "tl.range(0, num_experts - 1, disable_licm=True)", "the last expert has no turn",
-    ),
-    (
-        "block_fwd_kernel", "chunk's bias", "out += load_bias(down_bias_ptr",
-        "load_bias(down_bias_ptr", "one chunk has no bias",
-    ),
-    (
-        "block_fwd_kernel", "barrier behind the lists", "    tl.debug_barrier()\n", "    pass\n",
-        "threads may read lists that others have not written", {"nth": 0},
-    ),
-    (
-        "block_fwd_kernel", "barrier between experts",
-        "            tl.debug_barrier()\n    if padding", "            pass\n    if padding",
-        "threads may add to rows that others have not written",
-    ),
-    ("_find_listed", "flag", "(slot & 1) == 0", "(slot & 1) == 1", "the first choice adds"),
-    ("_find_listed", "step", "+ rows % SEGMENT_SIZE", "", "every row is a first step"),
-    (
-        "block_prepare_kernel", "unrouted", "slots - tl.sum(counts, 0)", "slots",
-        "every slot is counted as unrouted",
-    ),
-    (
-        "block_prepare_kernel", "last choice only", "selected |=", "selected =",
-        "weights are divided by the last choice",
-    ),
-    (
-        "block_prepare_kernel", "choice", "slot = segment * TOP_K + k", "slot = segment * TOP_K",
-        "the first weight is overwritten",
-    ),
-    (
-        "block_prepare_kernel", "tail", "tl.store(topk_weights_ptr + slot, weight, mask=mask_s)",
-        "tl.store(topk_weights_ptr + slot, weight)", "writes behind the last segment",
-    ),
-)  # fmt: skip
-
-_BLOCK_HOST = [
-    *_in(
-        "stages/block.py",
-        BLOCK,
-        (
-            "_block_fwd", "counts", "torch.sum(block_counts, 0",
-            "torch.sum(block_counts[:1], 0", "one program's counts are all",
-        ),
-        (
-            "_block_fwd", "segments of a sequence", "num_segments // batch", "num_segments",
-            "all segments seem to be of one sequence",
-        ),
-        (
-            "_block_fwd", "strides of the gate", "gate.stride()[:2]", "(0, gate.stride(1))",
-            "every expert has the first one's gate",
-        ),
-        (
-            "_block_fwd", "grid", "block_fwd_kernel[(blocks,)]", "block_fwd_kernel[(1,)]",
-            "the other programs' segments are not written",
-        ),
-        (
-            "_draw_seed", "seed", "torch.randint(2**62, (1,)", "torch.full((1,), 7",
-            "every call drops the same", {"tests": BLOCK_DROPOUT},
-        ),
-    ),
-]  # fmt: skip
 
 _EXPERTS = _in(
     "stages/experts_fused.py",
@@ -1410,6 +1282,6 @@ _SHARED_HOST = [
 
 MUTANTS: list[Mutant] = [
     *_ACTIVATIONS, *_LAUNCH, *_FFN, *_PARTIALS, *_ROUTER, *_SEQUENCES, *_ROUTE,
-    *_ROUTE_HOST, *_PERMUTE, *_COMBINE, *_BLOCK, *_BLOCK_HOST, *_EXPERTS,
+    *_ROUTE_HOST, *_PERMUTE, *_COMBINE, *_EXPERTS,
     *_EXPERTS_HOST, *_GEMM, *_GEMM_HOST, *_SHARED, *_SHARED_HOST,
 ]  # fmt: skip

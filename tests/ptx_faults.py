@@ -13,29 +13,27 @@ import os
 import re
 import sys
 from pathlib import Path
-from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 REPORT = HERE / "reports" / "ptx_faults.json"
-BLOCK = ("sm_80", "block", "block_fwd_kernel")
-TILES = ("sm_80", "grouped", "expert_ffn_fwd_kernel")
-GROUPS = ("sm_90", "grouped", "expert_ffn_fwd_kernel")
+TILES = ("sm_80", "expert_ffn_fwd_kernel")
+GROUPS = ("sm_90", "expert_ffn_fwd_kernel")
 # Name -> where, what is looked for, what it becomes, and the most places to try.
 KINDS = {
-    "barrier removed": (BLOCK, r"bar\.sync \t0;", "", 1000),
+    "barrier removed": (TILES, r"bar\.sync \t0;", "", 1000),
     "cp.async not waited for": (TILES, r"(cp\.async\.wait_group) \t\d+;", r"\1 9;", 9),
     "group of copies not committed": (TILES, r"cp\.async\.commit_group;", "", 9),
     "ldmatrix 16 bytes off": (
         TILES, r"(ldmatrix\S+ \t?\{[^}]*\}, \[%r\d+)(\+\d+)?\]", r"\1+16]", 9,
     ),
-    "mask of a load lost": (BLOCK, r"@%p\d+ (ld\.global\S* \{)", r"\1", 9),
-    "mask of a store lost": (BLOCK, r"@%p\d+ (st\.global\S* )", r"\1", 9),
+    "mask of a load lost": (TILES, r"@%p\d+ (ld\.global\S* \{)", r"\1", 9),
+    "mask of a store lost": (TILES, r"@%p\d+ (st\.global\S* )", r"\1", 9),
     "wgmma not waited for": (GROUPS, r"(wgmma\.wait_group\.sync\.aligned) \d;", r"\1 9;", 9),
     "proxy fence lost": (GROUPS, r"fence\.proxy\.async\.shared::cta;", "", 9),
-    "false claim of alignment": (BLOCK, "", "", 1),
+    "false claim of alignment": (TILES, "", "", 1),
     # These were true ones: see `pipelined`.
-    "dhidden pipelined with a bias": (("sm_90", "", "grouped_gemm_dhidden_kernel"), "", "", 1),
-    "dw pipelined with a bias": (("sm_90", "", "grouped_gemm_dw_kernel"), "", "", 1),
+    "dhidden pipelined with a bias": (("sm_90", "grouped_gemm_dhidden_kernel"), "", "", 1),
+    "dw pipelined with a bias": (("sm_90", "grouped_gemm_dw_kernel"), "", "", 1),
 }  # fmt: skip
 # What a test plants again.
 CORE = {"barrier removed", "cp.async not waited for", "mask of a store lost"}
@@ -53,7 +51,7 @@ def forward(where, change, *, unaligned=False):
     from segmoe_kernels import SegMoE
     from segmoe_kernels.testing import make_inputs
 
-    arch, plan, _ = where
+    arch, _ = where
     torch.manual_seed(0)
     layer = SegMoE(
         64, 128, 4, segment_size=5, top_k=2, shared_expert=None, dtype=torch.bfloat16,
@@ -63,9 +61,7 @@ def forward(where, change, *, unaligned=False):
     if unaligned:
         x = torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
     launches = []
-    with torch.no_grad(), mock.patch.dict(os.environ, SEGMOE_PLAN=plan), emulated(
-        arch, launches, change
-    ):  # fmt: skip
+    with torch.no_grad(), emulated(arch, launches, change):
         y = layer(x, mask)
     return [f for launch in launches for f in launch.findings], y
 
@@ -77,8 +73,8 @@ def claimed_alignment():
     def keep(launch, ptx):
         return kept.setdefault(launch.function.__name__, ptx)
 
-    assert not forward(BLOCK, keep)[0]
-    return forward(BLOCK, keep, unaligned=True)[0]
+    assert not forward(TILES, keep)[0]
+    return forward(TILES, keep, unaligned=True)[0]
 
 
 def pipelined(arch, name):
@@ -106,11 +102,11 @@ def plant(kind, nth):
 
     where, pattern, new, _ = KINDS[kind]
     if not pattern:
-        return claimed_alignment() if where == BLOCK else pipelined(where[0], where[2]), False, 0
+        return claimed_alignment() if where == TILES else pipelined(*where), False, 0
     lines = []
 
     def change(launch, ptx):
-        if launch.function.__name__ != where[2]:
+        if launch.function.__name__ != where[1]:
             return ptx
         found = list(re.finditer(pattern, ptx))[nth]
         lines.append(ptx.count("\n", 0, found.start()) + 1)
@@ -144,7 +140,7 @@ def plant_core(arch):
 def count_places():
     """Number of places of each kind."""
     texts = {}
-    for where in (BLOCK, TILES, GROUPS):
+    for where in (TILES, GROUPS):
 
         def keep(launch, ptx, where=where):
             texts.setdefault((where, launch.function.__name__), ptx)
@@ -152,7 +148,7 @@ def count_places():
 
         forward(where, keep)
     return {
-        kind: len(re.findall(pattern, texts[where, where[2]])) if pattern else 1
+        kind: len(re.findall(pattern, texts[where, where[1]])) if pattern else 1
         for kind, (where, pattern, _, _) in KINDS.items()
     }
 
@@ -174,8 +170,8 @@ def render(rows):
         "# Faults planted in compiled kernels",
         "",
         "Written by `make ptx`: in the PTX of a kernel one place is changed at a time. Barriers,",
-        "masks and alignment are of `block_fwd_kernel` (sm_80), copies and matrices of",
-        "`expert_ffn_fwd_kernel` (sm_80), products and fences of the same for sm_90. Two kernels",
+        "masks, alignment, copies and matrices are of `expert_ffn_fwd_kernel` (sm_80), products",
+        "and fences of the same for sm_90. Two kernels",
         "are compiled as they once were, with loops that Triton pipelines wrongly. Where nothing",
         "is reported the result may be wrong, which tests of values see; what is silent changes",
         "nothing here: a barrier between what isn't shared, a mask of numbers that nobody uses, a",

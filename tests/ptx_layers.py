@@ -20,26 +20,23 @@ import time
 import tokenize
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 REPORT = HERE / "reports" / "ptx.json"
 ARCHS = ("sm_80", "sm_90")
-GROUPED = {"plan": "grouped"}
 ALONE = {"shared_expert": None}
 # For speed; where a gradient is of too few numbers to compare errors, more steps are needed.
 SHORT = {"shared_expert": None, "shape": (1, 23)}
 MANY = {"gated": True, "bias": True, "activation": "silu", "top_k": 2, "masked": 0.3}
-# Name -> options of the layer, and: dtype, shape (batch, steps), masked, plan, tf32,
+# Name -> options of the layer, and: dtype, shape (batch, steps), masked, tf32,
 # layout, order (a seed: run again in another order of warps and blocks).
 LAYERS = {
     "fp32": {"dtype": "float32", **ALONE},
     "fp32 many options": {"dtype": "float32", **MANY, **ALONE},
-    "fp32 grouped": {"dtype": "float32", **GROUPED, "top_k": 2, **ALONE},
-    "fp32 grouped many options": {"dtype": "float32", **GROUPED, **MANY, **ALONE},
+    "fp32 top_k=2": {"dtype": "float32", "top_k": 2, **ALONE},
     "fp32 TF32": {"dtype": "float32", "tf32": True, **ALONE},
-    "fp32 TF32 grouped": {"dtype": "float32", "tf32": True, **GROUPED, **MANY, **ALONE},
+    "fp32 TF32 many options": {"dtype": "float32", "tf32": True, **MANY, **ALONE},
     "fp32 P=1 D=16 relu": {
         "dtype": "float32", "segment_size": 1, "d_model": 16, "activation": "relu", **SHORT,
     },
@@ -47,13 +44,13 @@ LAYERS = {
         "dtype": "float32", "segment_size": 3, "d_model": 33, "d_ff": 65, "gated": True,
         "activation": "gelu_tanh", **SHORT,
     },
-    "fp32 grouped P=3 D=20 max causal masked": {
+    "fp32 P=3 D=20 max causal masked": {
         "dtype": "float32", "segment_size": 3, "d_model": 20, "pooling": "max", "causal": True,
-        "masked": 0.3, **GROUPED, **ALONE, "shape": (8, 11),
+        "masked": 0.3, **ALONE, "shape": (8, 11),
     },
-    "fp32 grouped P=1 top_k=E D=40": {
+    "fp32 P=1 top_k=E D=40": {
         "dtype": "float32", "segment_size": 1, "d_model": 40, "num_experts": 3, "top_k": 3,
-        **GROUPED, **SHORT,
+        **SHORT,
     },
     "fp32 D=260 F=40 many options": {
         "dtype": "float32", "d_model": 260, "d_ff": 40, "pooling": "mean", **MANY, **ALONE,
@@ -66,17 +63,17 @@ LAYERS = {
     "fp32 TF32 P=1 top_k=E": {
         "dtype": "float32", "tf32": True, "segment_size": 1, "num_experts": 2, "top_k": 2, **SHORT,
     },
-    "fp32 dropout grouped": {
-        "dtype": "float32", "dropout": 0.2, "router_dropout": 0.1, **GROUPED, **MANY, **SHORT,
+    "fp32 dropout": {
+        "dtype": "float32", "dropout": 0.2, "router_dropout": 0.1, **MANY, **SHORT,
     },
-    "fp16 grouped": {"dtype": "float16", **GROUPED, "top_k": 2, **ALONE},
+    "fp16 top_k=2": {"dtype": "float16", "top_k": 2, **ALONE},
     "fp16 many options": {"dtype": "float16", **MANY, **SHORT},
     "fp16 D=33 F=65 P=3 top_k=E": {
         "dtype": "float16", "d_model": 33, "d_ff": 65, "segment_size": 3, "top_k": 4, "bias": True,
         **SHORT,
     },
-    "fp16 grouped P=1 first": {
-        "dtype": "float16", "segment_size": 1, "pooling": "first", **GROUPED, **SHORT,
+    "fp16 P=1 first": {
+        "dtype": "float16", "segment_size": 1, "pooling": "first", **SHORT,
     },
     "fp16 D=272": {
         "dtype": "float16", "d_model": 272, "pooling": "last", "num_experts": 1, **ALONE,
@@ -92,17 +89,16 @@ LAYERS = {
     },
     "fp16 sliced": {"dtype": "float16", "layout": "sliced", "masked": 0.3, **SHORT},
     "fp64": {"dtype": "float64", "d_model": 16, "shape": (1, 23), **ALONE},
-    "fp64 grouped": {"dtype": "float64", "d_model": 16, "shape": (1, 23), **GROUPED, **ALONE},
     "fp64 many options": {
         "dtype": "float64", "d_model": 16, "segment_size": 3, **MANY, **SHORT, "order": 8,
     },
-    "fp64 grouped P=1 top_k=E ties": {
-        "dtype": "float64", "d_model": 16, "segment_size": 1, "top_k": 4, "ties": True, **GROUPED,
+    "fp64 P=1 top_k=E ties": {
+        "dtype": "float64", "d_model": 16, "segment_size": 1, "top_k": 4, "ties": True,
         **SHORT,
     },
-    "fp64 grouped D=17 max causal masked": {
+    "fp64 D=17 max causal masked": {
         "dtype": "float64", "d_model": 17, "d_ff": 19, "pooling": "max", "causal": True,
-        "masked": 0.3, **GROUPED, **SHORT,
+        "masked": 0.3, **SHORT,
     },
     "fp64 D=257 F=20 dropout": {
         "dtype": "float64", "d_model": 257, "d_ff": 20, "pooling": "mean", "dropout": 0.2, **MANY,
@@ -119,14 +115,12 @@ LAYERS = {
     "bf16": ALONE,
     "bf16 top_k=E": {"top_k": 4, **ALONE},
     "bf16 many options": {**MANY, **ALONE},
-    "bf16 grouped many options": {**GROUPED, **MANY, **ALONE},
     "bf16 P=1": {"segment_size": 1, **ALONE},
     "bf16 P=3": {"segment_size": 3, **ALONE},
     "bf16 D=16": {"d_model": 16, **ALONE},
     "bf16 D=33 F=65": {"d_model": 33, "d_ff": 65, **ALONE},
-    "bf16 D=33 F=65 grouped": {"d_model": 33, "d_ff": 65, **GROUPED, **ALONE},
     "bf16 gated": {"gated": True, **SHORT},
-    "bf16 biased grouped": {"bias": True, **GROUPED, **SHORT},
+    "bf16 biased": {"bias": True, **SHORT},
     "bf16 D=128": {"d_model": 128, "num_experts": 2, "shape": (1, 150), **ALONE},
     "bf16 D=256": {"d_model": 256, **ALONE},
     "bf16 D=512 many options": {"d_model": 512, "d_ff": 128, **MANY, **ALONE},
@@ -144,8 +138,7 @@ LAYERS = {
     "bf16 max masked": {"pooling": "max", "masked": 0.3, **ALONE},
     "bf16 first": {"pooling": "first", **ALONE},
     "bf16 last causal": {"pooling": "last", "causal": True, **ALONE},
-    "bf16 grouped mean masked": {"pooling": "mean", "masked": 0.3, **GROUPED, **SHORT},
-    "bf16 grouped last causal": {"pooling": "last", "causal": True, **GROUPED, **SHORT},
+    "bf16 mean masked": {"pooling": "mean", "masked": 0.3, **SHORT},
     "bf16 dropout": {"dropout": 0.2, "router_dropout": 0.1, **ALONE},
     "bf16 dropout D=33 F=65": {
         "d_model": 33, "d_ff": 65, "dropout": 0.2, "router_dropout": 0.4, **MANY, **SHORT,
@@ -157,35 +150,34 @@ LAYERS = {
         "aux_loss_weight": 0.1, "z_loss_weight": 0.1, "router_temperature": 0.5,
         "renormalize": True, **SHORT,
     },
-    "fp32 grouped losses, temperature": {
+    "fp32 losses, temperature": {
         "dtype": "float32", "aux_loss_weight": 0.1, "z_loss_weight": 0.1,
-        "router_temperature": 0.5, "renormalize": False, "top_k": 2, **GROUPED, **SHORT,
+        "router_temperature": 0.5, "renormalize": False, "top_k": 2, **SHORT,
     },
     "bf16 shared many options": {"segment_size": 3, **MANY},
     "bf16 shared token": {"shared_expert": "token", "segment_size": 3},
     "bf16 whole segments": {"expert_scope": "segment", "segment_size": 3, "d_model": 32, **ALONE},
     "bf16 projected": {"expert_scope": "projected", "segment_size": 3, "masked": 0.3, **SHORT},
     "bf16 unaligned": {"layout": "unaligned", **ALONE},
-    "bf16 sliced": {"layout": "sliced", **GROUPED, **ALONE},
+    "bf16 sliced": {"layout": "sliced", **ALONE},
     "bf16 ties": {"num_experts": 7, "top_k": 3, "ties": True, **ALONE},
-    "fp32 ties grouped": {"dtype": "float32", "top_k": 2, "ties": True, **GROUPED, **ALONE},
+    "fp32 ties": {"dtype": "float32", "top_k": 2, "ties": True, **ALONE},
     "bf16 one segment": {"shape": (1, 4), **ALONE},
-    "fp64 one segment grouped": {
-        "dtype": "float64", "d_model": 16, **GROUPED, **ALONE, "shape": (1, 4),
+    "fp64 one segment": {
+        "dtype": "float64", "d_model": 16, **ALONE, "shape": (1, 4),
     },
     "bf16 all padding": {"masked": 1.0, **SHORT},
-    "bf16 all padding grouped": {"masked": 1.0, **GROUPED, **SHORT},
-    "fp32 unaligned grouped": {"dtype": "float32", "layout": "unaligned", **GROUPED, **ALONE},
+    "fp32 unaligned": {"dtype": "float32", "layout": "unaligned", **ALONE},
     "bf16 E=20 top_k=4": {"num_experts": 20, "top_k": 4, "shape": (1, 13), **ALONE},
     "stages alone": {},
     "fp16 other orders": {"dtype": "float16", "order": 1, **ALONE},
-    "fp32 grouped other orders": {"dtype": "float32", "order": 2, **GROUPED, **ALONE},
+    "fp32 other orders": {"dtype": "float32", "order": 2, **ALONE},
     "bf16 top_k=2 other orders": {"top_k": 2, "masked": 0.3, "order": 3, **ALONE},
-    "bf16 grouped other orders": {"order": 4, **GROUPED, **ALONE},
+    "bf16 other orders": {"order": 4, **ALONE},
 }  # fmt: skip
-CORE = ("fp32 grouped", "bf16 top_k=2 other orders", "bf16 wide rows biased", "bf16 causal")
+CORE = ("fp32 top_k=2", "bf16 top_k=2 other orders", "bf16 wide rows biased", "bf16 causal")
 # The rest of a layer's settings; not options of it.
-CALLS = {"dtype", "shape", "masked", "plan", "tf32", "layout", "ties", "order"}
+CALLS = {"dtype", "shape", "masked", "tf32", "layout", "ties", "order"}
 
 
 def kernel_digests():
@@ -313,32 +305,30 @@ def measure(name, arch, order=None, *, options=None, execute=None):
 
     options, launches, again = LAYERS[name] if options is None else options, [], []
     execute = execute or emulated
-    variables = {"SEGMOE_PLAN": options.get("plan", "block")}
     begin = time.process_time()
     repeats = None
     torch.backends.cuda.matmul.allow_tf32 = bool(options.get("tf32"))
-    with mock.patch.dict(os.environ, variables):
-        if not options:
-            with execute(arch, launches):
-                results, same_ids = run_stages()
-            share = share_of_limit(*results)
-        else:
-            layer, x, dy, mask = build(options)
-            with execute(arch, launches):
-                actual, ids = run_once(layer, x, dy, mask)
-            if order is not None:
-                with emulated(arch, again, order=order, races=False):
-                    other, _ = run_once(layer, x, dy, mask)
-                repeats = all(torch.equal(actual[key], other[key]) for key in actual)
-            layer.backend = "reference"
-            # TF32 cuts off what float16 would round.
-            expected = []
-            for dtype in (torch.bfloat16 if options.get("tf32") else None, torch.float64):
-                with dropout_of_the_kernels(layer, ids):
-                    expected.append(run_layer(layer, x, dy, mask, topk_ids=ids, dtype=dtype))
-            share = share_of_limit(actual, *expected)
-            with dropout_of_the_kernels(layer, ids), torch.no_grad():
-                same_ids = torch.equal(layer.forward_with_routing(x, mask)[1].topk_ids, ids)
+    if not options:
+        with execute(arch, launches):
+            results, same_ids = run_stages()
+        share = share_of_limit(*results)
+    else:
+        layer, x, dy, mask = build(options)
+        with execute(arch, launches):
+            actual, ids = run_once(layer, x, dy, mask)
+        if order is not None:
+            with emulated(arch, again, order=order, races=False):
+                other, _ = run_once(layer, x, dy, mask)
+            repeats = all(torch.equal(actual[key], other[key]) for key in actual)
+        layer.backend = "reference"
+        # TF32 cuts off what float16 would round.
+        expected = []
+        for dtype in (torch.bfloat16 if options.get("tf32") else None, torch.float64):
+            with dropout_of_the_kernels(layer, ids):
+                expected.append(run_layer(layer, x, dy, mask, topk_ids=ids, dtype=dtype))
+        share = share_of_limit(actual, *expected)
+        with dropout_of_the_kernels(layer, ids), torch.no_grad():
+            same_ids = torch.equal(layer.forward_with_routing(x, mask)[1].topk_ids, ids)
     return {
         "layer": name,
         "arch": arch,

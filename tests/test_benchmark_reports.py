@@ -50,10 +50,9 @@ def test_neighbours_change_one_value_within_its_range():
 
 
 @pytest.mark.interpreter
-def test_search_tries_tiles_and_puts_the_table_back(monkeypatch):
+def test_search_tries_tiles_and_puts_the_table_back():
     from segmoe_kernels._triton import tiles
 
-    monkeypatch.setenv("SEGMOE_PLAN", "grouped")
     before = dict(vars(tiles))
     kept = []
     workload = Workload("least", Shape(1, 4, 16, 16, 2, 1, 2), "none")
@@ -123,12 +122,11 @@ def fake_results(folder):
 
     def row(name, provider, time_ms, mode, workload):
         return {
-            "configuration": f"{name}/routed/uniform/bfloat16/plan-auto",
+            "configuration": f"{name}/routed/uniform/bfloat16",
             "workload": name,
             "part": "routed",
             "routing": "uniform",
             "dtype": "bfloat16",
-            "plan": "auto",
             "provider": provider,
             "pass": "forward",
             "mode": mode,

@@ -217,7 +217,7 @@ def assert_units(row):
 
 
 def test_layer_writes_rows_with_units_and_resumes(tmp_path, capsys, monkeypatch):
-    arguments = [*FAST, "--out", str(tmp_path), "--parts", "routed", "--plan", "block"]
+    arguments = [*FAST, "--out", str(tmp_path), "--parts", "routed"]
     arguments += ["--providers", "segmoe,eager,grouped_mm,liger"]
     monkeypatch.setenv("SEGMOE_BACKEND", "reference")
     assert layer.main(arguments) == 0
@@ -229,8 +229,7 @@ def test_layer_writes_rows_with_units_and_resumes(tmp_path, capsys, monkeypatch)
     for row in timed:
         assert_units(row)
         assert row["time_q1_ms"] <= row["time_median_ms"] <= row["time_q3_ms"]
-        assert row["plan"] == "block"
-        assert row["configuration"] == "tiny-k2/routed/uniform/float32/plan-block"
+        assert row["configuration"] == "tiny-k2/routed/uniform/float32"
     capsys.readouterr()
 
     assert layer.main(arguments) == 0
@@ -244,18 +243,6 @@ def test_layer_writes_rows_with_units_and_resumes(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr("benchmarks.runner.code_version", lambda: "other")
     layer.main(more)
     assert {row["code"] for row in rows_of(tmp_path, "layer")} == {"other", rows[0]["code"]}
-
-
-def test_plan_is_set_for_the_measurement_only(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.delenv("SEGMOE_PLAN", raising=False)
-    suite = dataclasses.replace(
-        layer.SUITE,
-        measure=lambda *_: seen.append(os.environ["SEGMOE_PLAN"]),
-    )
-    layer.run_suite(suite, "", [*FAST, "--out", str(tmp_path), "--plan", "auto,grouped"])
-    assert seen == ["auto", "grouped", "auto", "grouped"]
-    assert "SEGMOE_PLAN" not in os.environ
 
 
 def test_configurations_run_in_processes_of_their_own(tmp_path, capfd):

@@ -220,14 +220,14 @@ def environment():
 
 def test_launches_are_caught_without_running(facts):
     forward, backward = facts["names"]
-    assert forward == ["block_fwd_kernel", "sum"]
+    assert forward[0] == "route_fwd_kernel"
+    assert forward[-1] == "_combine_fwd_kernel"
     assert backward.count("expert_ffn_dw_kernel") == 1
-    assert backward[0] == "block_prepare_kernel"
     assert facts["x_bytes"] == 1_000_020 * 64 * 2
     # One row of 8 counts for each run of segments.
     assert facts["sum"]["written"] == 8 * 4
     assert facts["sum"]["read"] % (8 * 4) == 0
-    assert facts["grouped"][0] == "route_fwd_kernel"
+    assert "_combine_fwd_kernel" not in facts["single"]
 
 
 def test_other_tiles_change_what_follows_from_them(facts):
@@ -290,10 +290,10 @@ def layer_row(provider, passed, us, launches, calls=()):
 
 
 def test_report_shows_both_costs_of_a_launch(tmp_path):
-    calls = [{"name": "block_fwd_kernel", "modelled_us": 10.0, "bound": "latency"}]
+    calls = [{"name": "route_fwd_kernel", "modelled_us": 10.0, "bound": "latency"}]
     rows = [
-        layer_row("auto", "forward", 10.0, 2, calls),
-        layer_row("auto", "backward", 20.0, 4),
+        layer_row("segmoe", "forward", 10.0, 2, calls),
+        layer_row("segmoe", "backward", 20.0, 4),
         layer_row("scattermoe", "forward", 30.0, 20),
         layer_row("scattermoe", "backward", 40.0, 30),
         {"kind": "check", "configuration": "attention", "unit": "TFLOP/s", "published": [4, 5],
@@ -306,7 +306,7 @@ def test_report_shows_both_costs_of_a_launch(tmp_path):
     assert text.startswith("# Modelled, not measured")
     assert "| 64-4-1-5-1e4 | 12 / 24 | 50 / 70 | 4.17, 3.33 |" in text
     assert "| 64-4-1-5-1e4 | 14 / 28 | 70 / 100 | 5.00, 4.05 |" in text
-    assert "block_fwd 10 (latency)" in text
+    assert "route_fwd 10 (latency)" in text
     assert "| attention, TFLOP/s | 4 to 5 | 4.5 |" in text
 
 
@@ -346,7 +346,7 @@ def test_command_line(tmp_path):
 @pytest.mark.slow
 @needs_scattermoe
 def test_scattermoe_is_caught_with_all_its_operators():
-    done = command("layer", "--shape", "64-4-1-5-1e4", "--plan", "scattermoe")
+    done = command("layer", "--shape", "64-4-1-5-1e4", "--provider", "scattermoe")
     lines = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")]
     assert lines.count("_scatter2scatter") == 4
     assert lines.count("_groupXtY") == lines.count("_group") == 2

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).parent.parent
 # Kernels whose products are large wherever a program works on 64 rows or more.
-LARGE = ("block_fwd", "expert_ffn", "grouped_gemm")
+LARGE = ("expert_ffn", "grouped_gemm")
 
 
 @pytest.fixture(scope="module", params=["sm_90", pytest.param("sm_80", marks=pytest.mark.slow)])
@@ -62,27 +62,25 @@ def test_large_products_use_tensor_cores(rows):
         ):
             checked.add(row["kernel"])
             assert row["wgmma" if row["arch"] == "sm_90" else "mma"] > 0, row
-    assert {"block_fwd_kernel", "expert_ffn_dw_kernel"} <= checked
+    assert {"expert_ffn_fwd_kernel", "expert_ffn_dw_kernel"} <= checked
 
 
 def test_every_width_and_plan_is_compiled(rows):
     kernels = {row["kernel"] for row in rows}
-    assert {"block_fwd_kernel", "expert_ffn_fwd_kernel", "shared_activate_kernel"} <= kernels
+    assert {"route_fwd_kernel", "expert_ffn_fwd_kernel", "shared_activate_kernel"} <= kernels
     assert {row["dtype"] for row in rows} >= {"bf16", "fp32"}
 
 
 BATCHES = """
-import os
 import torch
 from benchmarks import codegen
 from segmoe_kernels import SegMoE
 
-for plan, d_model, options in (
-    ("block", 64, {"top_k": 2, "bias": True}),
-    ("grouped", 64, {"shared_expert": "token", "dropout": 0.1, "pooling": "mean"}),
-    ("grouped", 128, {"gated": True, "causal": True, "shared_expert": None}),
+for d_model, options in (
+    (64, {"top_k": 2, "bias": True}),
+    (64, {"shared_expert": "token", "dropout": 0.1, "pooling": "mean"}),
+    (128, {"gated": True, "causal": True, "shared_expert": None}),
 ):
-    os.environ["SEGMOE_PLAN"] = plan
     layer = SegMoE(
         d_model, 128, 4, segment_size=3, backend="triton", dtype=torch.bfloat16, **options
     )

@@ -148,7 +148,7 @@ def test_linear_recovers_a_linear_rule():
 
 
 def test_the_folder_with_real_data_is_kept_when_settings_are_forgotten():
-    environ = {"SEGMOE_DATA": "/somewhere", "SEGMOE_PLAN": "block", "HOME": "/"}
+    environ = {"SEGMOE_DATA": "/somewhere", "SEGMOE_ARCH": "sm_90", "HOME": "/"}
     for _ in range(2):  # in the workers of pytest-xdist again
         forget_settings(environ)
         assert environ == {"REAL_DATA": "/somewhere", "HOME": "/"}

@@ -699,10 +699,8 @@ def test_four_threads_equal_one_on_the_kernels(name):
 
 @pytest.mark.gpu
 @needs_triton
-@pytest.mark.parametrize("plan", ["block", "grouped"])
 @pytest.mark.parametrize("name", THREADED)
-def test_four_streams_equal_one(name, plan, monkeypatch):
-    monkeypatch.setenv("SEGMOE_PLAN", plan)
+def test_four_streams_equal_one(name):
     layer = make_threaded(name, "triton", "cuda")
     batches = make_batches("cuda")
     expected = [differentiate(layer, *batch) for batch in batches]
@@ -753,15 +751,13 @@ class Guard:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("plan", ["block", "grouped"])
-def test_kernels_are_launched_and_tiles_chosen_under_the_guard(plan, monkeypatch):
+def test_kernels_are_launched_and_tiles_chosen_under_the_guard(monkeypatch):
     """Triton launches on the current GPU and tiles are those of the current GPU's kind."""
     from triton.runtime import interpreter
 
     from segmoe_kernels import stages  # noqa: F401  all operators are there
     from segmoe_kernels._triton import launch, tile_table
 
-    monkeypatch.setenv("SEGMOE_PLAN", plan)
     guard, seen = Guard(), {"launch": [], "tile": []}
     monkeypatch.setattr(launch, "device_guard", guard.enter)
     execute, architecture = interpreter.GridExecutor.__call__, tile_table.architecture
@@ -816,7 +812,7 @@ import importlib, pkgutil, segmoe_kernels
 for module in pkgutil.walk_packages(segmoe_kernels.__path__, "segmoe_kernels."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
-assert "segmoe_kernels.stages.block" in sys.modules
+assert "segmoe_kernels.stages.route" in sys.modules
 """
 
 

@@ -62,17 +62,12 @@ ARROWS = {
     "time_stamps": set(),
     "validation": {"routing"},
     "stages": {
-        f"stages.{name}"
-        for name in ("combine", "experts", "grouped_gemm", "permute", "plans", "route", "shared")
+        "routing",
+        *(
+            f"stages.{n}"
+            for n in ("combine", "experts", "grouped_gemm", "permute", "route", "shared")
+        ),
     },
-    "stages.block": {
-        "stages.block_kernels",
-        "stages.experts",
-        "stages.experts_launch",
-        "stages.permute",
-        "stages.route",
-    },
-    "stages.block_kernels": set(),
     "stages.combine": set(),
     "stages.experts": {"stages.experts_launch"},
     "stages.experts_fused": set(),
@@ -84,7 +79,6 @@ ARROWS = {
     "stages.grouped_gemm": {"composed_ffn", "stages.grouped_gemm_kernels"},
     "stages.grouped_gemm_kernels": set(),
     "stages.permute": set(),
-    "stages.plans": {"stages.block", "stages.experts", "stages.permute", "stages.route"},
     "stages.route": {"stages.route_gradients", "stages.route_kernels"},
     "stages.route_gradients": {"stages.route_kernels"},
     "stages.route_kernels": set(),
@@ -96,7 +90,6 @@ ARROWS = {
     "_triton.ffn": set(),
     "_triton.launch": {"flops"},
     "_triton.partials": set(),
-    "_triton.plans": {"validation"},
     "_triton.router": set(),
     "_triton.sequences": set(),
     "_triton.tile_table": {"validation"},

@@ -9,11 +9,11 @@ RESULT = """<testsuites><testsuite>
 <testcase classname="tests.test_route" name="test_a[1]" time="0.6"/>
 <testcase classname="tests.test_route" name="test_a[2]" time="0.7">
 <failure message="triton.runtime.errors.InterpreterError: ValueError('no such mask')"/></testcase>
-<testcase classname="tests.test_block" name="test_b" time="0.1">
+<testcase classname="tests.test_route" name="test_b" time="0.1">
 <failure message="InterpreterError: InterpreterError(&quot;ValueError('no such mask')&quot;)"/>
 </testcase>
-<testcase classname="tests.test_block" name="test_c" time="0"><skipped message="why"/></testcase>
-<testcase classname="tests.test_block" name="test_d" time="0"><error message="assert 1 | 2"/>
+<testcase classname="tests.test_route" name="test_c" time="0"><skipped message="why"/></testcase>
+<testcase classname="tests.test_route" name="test_d" time="0"><error message="assert 1 | 2"/>
 </testcase></testsuite></testsuites>"""
 
 
@@ -75,8 +75,8 @@ def test_results_are_counted_and_grouped_by_cause():
         "failed": 3,
         "skipped": 1,
         "failures": {
-            "ValueError: no such mask": ["test_route::test_a[2]", "test_block::test_b"],
-            "assert 1 | 2": ["test_block::test_d"],
+            "ValueError: no such mask": ["test_route::test_a[2]", "test_route::test_b"],
+            "assert 1 | 2": ["test_route::test_d"],
         },
         "seconds": 1,
     }

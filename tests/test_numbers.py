@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_triton_layer import make_layer, planned_scopes
+from test_triton_layer import make_layer
 
 from segmoe_kernels import SegMoE
 from segmoe_kernels.testing import (
@@ -17,13 +17,7 @@ from segmoe_kernels.testing import (
 
 pytest.importorskip("triton")
 
-SCOPES = planned_scopes("token", "segment", "projected")
-
-
-@pytest.fixture(params=["block", "grouped"])
-def plan(request, monkeypatch):
-    monkeypatch.setenv("SEGMOE_PLAN", request.param)
-    return request.param
+SCOPES = ["token", "segment", "projected"]
 
 
 def check_close(layer, inputs, tolerance=1e-11):
@@ -34,12 +28,12 @@ def check_close(layer, inputs, tolerance=1e-11):
         torch.testing.assert_close(actual[name], value, rtol=tolerance, atol=tolerance, msg=name)
 
 
-@pytest.mark.parametrize(("plan", "scope"), SCOPES, indirect=["plan"])
+@pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize(
     "value", [torch.nan, torch.inf, pytest.param(-torch.inf, marks=pytest.mark.slow)], ids=str
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.usefixtures("plan", "rows_alike")
+@pytest.mark.usefixtures("rows_alike")
 def test_what_is_not_finite_stays_in_its_segment_and_is_not_hidden(scope, value, dtype, device):
     """Every other step has the same bits as without it; the parameters' gradients show it."""
     layer = make_layer(dtype, device, expert_scope=scope, top_k=2, segment_size=3)
@@ -61,7 +55,7 @@ def test_what_is_not_finite_stays_in_its_segment_and_is_not_hidden(scope, value,
     assert ((ids >= 0) & (ids < layer.num_experts)).all()
 
 
-@pytest.mark.usefixtures("plan", "rows_alike")
+@pytest.mark.usefixtures("rows_alike")
 def test_infinite_upstream_gradients_stay_in_their_segment(device):
     layer = make_layer(torch.float32, device, top_k=1, segment_size=3, shared_expert=None)
     x, dy, _ = make_inputs(2, 12, 8, device=device)
@@ -74,7 +68,6 @@ def test_infinite_upstream_gradients_stay_in_their_segment(device):
     assert not dirty["dx"][hit].isfinite().all()
 
 
-@pytest.mark.usefixtures("plan")
 def test_logits_beyond_float16_are_summed_in_float32(device):
     """Sums that float16 has no number for; one expert wins by far, and nothing becomes NaN."""
     layer = make_layer(torch.float16, device, top_k=1, segment_size=3, shared_expert=None)
@@ -91,7 +84,6 @@ def test_logits_beyond_float16_are_summed_in_float32(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.usefixtures("plan")
 def test_means_are_pooled_in_float32(dtype, device):
     """The sum of four steps has no number in float16; a rounded mean is off by 1e-4 and more."""
     layer = make_layer(dtype, device, pooling="mean", segment_size=4, shared_expert=None)
@@ -112,7 +104,6 @@ def test_means_are_pooled_in_float32(dtype, device):
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-@pytest.mark.usefixtures("plan")
 def test_equal_logits_take_the_lowest_experts(top_k, device):
     layer = make_layer(torch.float64, device, top_k=top_k)
     with torch.no_grad():
@@ -123,8 +114,7 @@ def test_equal_logits_take_the_lowest_experts(top_k, device):
     check_close(layer, inputs)
 
 
-@pytest.mark.parametrize(("plan", "scope"), SCOPES, indirect=["plan"])
-@pytest.mark.usefixtures("plan")
+@pytest.mark.parametrize("scope", SCOPES)
 def test_one_expert_takes_all(scope, device):
     """The others' gradients are exactly 0, not left as they were."""
     layer = make_layer(torch.float64, device, expert_scope=scope, top_k=1, bias=True)
@@ -139,13 +129,12 @@ def test_one_expert_takes_all(scope, device):
             assert not value[1:].any()
 
 
-@pytest.mark.parametrize(("plan", "scope"), SCOPES, indirect=["plan"])
+@pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize(
     ("num_experts", "top_k", "shape"),
     [(1, 1, (2, 7)), (5, 5, (2, 7)), (3, 2, (1, 3)), (3, 1, (1, 1)), (16, 16, (1, 4))],
     ids=str,
 )
-@pytest.mark.usefixtures("plan")
 def test_sizes_at_the_ends_equal_reference(num_experts, top_k, shape, scope, device):
     """One expert, all experts chosen, one segment, one step."""
     layer = make_layer(

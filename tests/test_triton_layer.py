@@ -50,37 +50,6 @@ OPTIONS = [
 ]
 
 
-@pytest.fixture(params=["block", "grouped"])
-def plan(request, monkeypatch):
-    """Run on one plan; options that only the other can serve run on that one all the same."""
-    monkeypatch.setenv("SEGMOE_PLAN", request.param)
-    return request.param
-
-
-def has_block_plan(options):
-    return options.get("expert_scope") != "segment" and options.get("num_experts") != 0
-
-
-def planned(options):
-    """Each set of options with each plan that can serve it."""
-    plans = [(plan, some) for some in options for plan in ("block", "grouped")]
-    return [
-        pytest.param(plan, some, id=f"{plan}-{name_of(some)}")
-        for plan, some in plans
-        if plan == "grouped" or has_block_plan(some)
-    ]
-
-
-def planned_scopes(*scopes):
-    """Each scope with each plan that can serve it."""
-    return [
-        (plan, scope)
-        for scope in scopes
-        for plan in ("block", "grouped")
-        if plan == "grouped" or scope != "segment"
-    ]
-
-
 def name_of(options):
     return "-".join(f"{k}={v}" for k, v in options.items()) or "defaults"
 
@@ -99,12 +68,11 @@ def make_layer(dtype=torch.float32, device="cpu", **options):
 def masked_or_slow():
     """Every layer with padding; without it, which every other test is, under ``slow``."""
     for masked, name, marks in ((0.35, "masked", []), (0.0, "full", pytest.mark.slow)):
-        for param in planned(OPTIONS):
-            yield pytest.param(*param.values, masked, id=f"{param.id}-{name}", marks=marks)
+        for options in OPTIONS:
+            yield pytest.param(options, masked, id=f"{name_of(options)}-{name}", marks=marks)
 
 
-@pytest.mark.parametrize(("plan", "options", "masked"), masked_or_slow(), indirect=["plan"])
-@pytest.mark.usefixtures("plan")
+@pytest.mark.parametrize(("options", "masked"), masked_or_slow())
 def test_layer_equals_reference_in_float64(options, masked, device):
     layer = make_layer(torch.float64, device, **options)
     inputs = make_inputs(*SHAPE, dtype=torch.float64, device=device, masked=masked)
@@ -137,45 +105,32 @@ def test_told_choices_are_refused_where_the_kernels_make_their_own(device):
     "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16]
 )
 @pytest.mark.parametrize(
-    ("plan", "options"),
-    planned(
-        [
-            {},
-            {"top_k": 1, "bias": True},
-            {"gated": True, "activation": "silu", "bias": True},
-            {"expert_scope": "segment", "pooling": "mean"},
-            {"shared_expert": "token", "pooling": "max", "causal": True},
-            {"activation": "gelu_tanh", "shared_expert": None},
-        ]
-    ),
-    indirect=["plan"],
+    "options",
+    [
+        {},
+        {"top_k": 1, "bias": True},
+        {"gated": True, "activation": "silu", "bias": True},
+        {"expert_scope": "segment", "pooling": "mean"},
+        {"shared_expert": "token", "pooling": "max", "causal": True},
+        {"activation": "gelu_tanh", "shared_expert": None},
+    ],
+    ids=name_of,
 )
-@pytest.mark.usefixtures("plan")
 def test_layer_is_as_accurate_as_eager(options, dtype, device):
     layer = make_layer(dtype, device, d_model=24, d_ff=72, **options)
     check_accuracy(layer, make_inputs(4, 37, 24, dtype=dtype, device=device, masked=0.1))
 
 
 @pytest.mark.parametrize(
-    ("plan", "width"),
-    [
-        ("block", 64),
-        ("grouped", 130),
-        pytest.param("grouped", 64, marks=pytest.mark.slow),
-        pytest.param("grouped", 300, marks=pytest.mark.slow),
-    ],
-    indirect=["plan"],
+    "width",
+    [64, pytest.param(130, marks=pytest.mark.slow), pytest.param(300, marks=pytest.mark.slow)],
 )
-@pytest.mark.usefixtures("plan")
 def test_layer_is_as_accurate_as_eager_beyond_one_tile(width, device):
     layer = make_layer(torch.float32, device, d_model=width, d_ff=2 * width, segment_size=5)
     check_accuracy(layer, make_inputs(3, 66, width, device=device))
 
 
-@pytest.mark.parametrize(
-    ("plan", "scope"), planned_scopes("token", "segment", "projected"), indirect=["plan"]
-)
-@pytest.mark.usefixtures("plan")
+@pytest.mark.parametrize("scope", ["token", "segment", "projected"])
 def test_layer_handles_an_expert_that_takes_all(scope, device):
     layer = make_layer(torch.float64, device, top_k=1, expert_scope=scope, pooling="concat")
     with torch.no_grad():
@@ -190,10 +145,7 @@ def test_layer_handles_an_expert_that_takes_all(scope, device):
 
 
 @pytest.mark.parametrize("shape", [(0, 7, 8), (2, 0, 8), (1, 1, 8), (5, 8), (2, 3, 7, 8)], ids=str)
-@pytest.mark.parametrize(
-    ("plan", "scope"), planned_scopes("token", "segment", "projected"), indirect=["plan"]
-)
-@pytest.mark.usefixtures("plan")
+@pytest.mark.parametrize("scope", ["token", "segment", "projected"])
 def test_layer_takes_any_leading_shape(scope, shape, device):
     layer = make_layer(torch.float64, device, expert_scope=scope)
     inputs = make_inputs(*shape, dtype=torch.float64, device=device)
@@ -216,8 +168,7 @@ def strided(x):
     yield long[:, 2:-3]
 
 
-@pytest.mark.parametrize(("plan", "scope"), planned_scopes("token", "segment"), indirect=["plan"])
-@pytest.mark.usefixtures("plan")
+@pytest.mark.parametrize("scope", ["token", "segment"])
 def test_layer_reads_any_strides(scope, device):
     layer = make_layer(torch.float64, device, expert_scope=scope)
     x, dy, _ = make_inputs(*SHAPE, dtype=torch.float64, device=device)
@@ -234,11 +185,8 @@ def test_layer_reads_any_strides(scope, device):
     assert torch.equal(dx, run_layer(layer, x, one.contiguous())["dx"])
 
 
-@pytest.mark.parametrize(
-    ("plan", "scope"), planned_scopes("token", "segment", "projected"), indirect=["plan"]
-)
+@pytest.mark.parametrize("scope", ["token", "segment", "projected"])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.usefixtures("plan")
 def test_layer_passes_gradcheck(scope, gated, device):
     layer = make_layer(
         torch.float64, device, expert_scope=scope, gated=gated, d_model=3, d_ff=4, bias=True
@@ -254,7 +202,6 @@ def test_layer_passes_gradcheck(scope, gated, device):
 
 @pytest.mark.parametrize("order", ["reverse", pytest.param("shuffled 1", marks=pytest.mark.slow)])
 @pytest.mark.interpreter
-@pytest.mark.usefixtures("plan")
 def test_layer_does_not_depend_on_program_order(order, program_order):
     options = {"gated": True, "activation": "silu", "bias": True, "segment_size": 2}
     for scope, shared in (("token", "segment"), ("segment", None)):
@@ -268,7 +215,6 @@ def test_layer_does_not_depend_on_program_order(order, program_order):
             assert torch.equal(actual[name], value), name
 
 
-@pytest.mark.usefixtures("plan")
 def test_layer_repeats_bitwise(device):
     layer = make_layer(torch.float32, device, d_model=16)
     inputs = make_inputs(4, 60, 16, device=device)
@@ -276,7 +222,6 @@ def test_layer_repeats_bitwise(device):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.usefixtures("plan")
 def test_frozen_parameters_get_no_gradient_and_change_no_other(device):
     layer = make_layer(torch.float64, device, bias=True, gated=True, shared_expert=None)
     inputs = make_inputs(*SHAPE, dtype=torch.float64, device=device)
@@ -292,8 +237,7 @@ def test_frozen_parameters_get_no_gradient_and_change_no_other(device):
         assert all(torch.equal(some[name], full[name]) for name in some)
 
 
-@pytest.mark.parametrize(("plan", "scope"), planned_scopes("token", "segment"), indirect=["plan"])
-@pytest.mark.usefixtures("plan")
+@pytest.mark.parametrize("scope", ["token", "segment"])
 def test_dropout_backward_sees_the_mask_of_forward(scope, device):
     layer = make_layer(
         torch.float64, device, expert_scope=scope, d_model=3, d_ff=6, dropout=0.4,
@@ -309,7 +253,6 @@ def test_dropout_backward_sees_the_mask_of_forward(scope, device):
     assert torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True)
 
 
-@pytest.mark.usefixtures("plan")
 def test_dropout_keeps_the_mean_and_the_rate(device):
     layer = SegMoE(
         1, 4000, 1, dropout=0.25, shared_expert=None, activation="relu", backend="triton",
@@ -328,7 +271,6 @@ def test_dropout_keeps_the_mean_and_the_rate(device):
                        torch.ones(1, device=device))  # fmt: skip
 
 
-@pytest.mark.usefixtures("plan")
 def test_second_derivatives_are_refused(device):
     layer = make_layer(torch.float64, device, shared_expert=None)
     x = torch.randn(1, 6, 8, dtype=torch.float64, device=device, requires_grad=True)
@@ -337,7 +279,7 @@ def test_second_derivatives_are_refused(device):
         dx.square().sum().backward()
 
 
-@pytest.mark.usefixtures("plan", "rows_alike")
+@pytest.mark.usefixtures("rows_alike")
 def test_nan_stays_in_its_segment(device):
     layer = make_layer(torch.float32, device, top_k=2, segment_size=3)
     x, dy, _ = make_inputs(2, 12, 8, device=device)
@@ -353,7 +295,6 @@ def test_nan_stays_in_its_segment(device):
     assert ((ids >= 0) & (ids < 4)).all()
 
 
-@pytest.mark.usefixtures("plan")
 def test_masked_steps_are_never_read(device):
     layer = make_layer(torch.float32, device, pooling="mean")
     x, dy, mask = make_inputs(2, 12, 8, device=device, masked=0.4)
@@ -368,7 +309,6 @@ def test_masked_steps_are_never_read(device):
     assert not clean["dx"][~mask].any()
 
 
-@pytest.mark.usefixtures("plan")
 def test_training_on_the_kernels_is_training_on_the_reference(device):
     """Five steps of AdamW in float64, losses injected: parameters and loss stay together."""
     inputs = make_inputs(4, 20, 8, dtype=torch.float64, device=device, masked=0.1)
@@ -392,7 +332,6 @@ def test_training_on_the_kernels_is_training_on_the_reference(device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("routing", ["spread", "one expert"])
-@pytest.mark.usefixtures("plan")
 def test_layer_repeats_bitwise_while_the_gpu_does_other_work(routing, dtype):
     """A side stream makes programs run at other times, beside others, in other memory."""
     layer = make_layer(dtype, "cuda", d_model=64, d_ff=128, top_k=2)

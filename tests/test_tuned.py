@@ -61,13 +61,6 @@ def test_the_number_of_rows_is_in_no_question_but_by_its_bucket():
     def asked(function, *args, **kwargs):
         return tuned.question(function, *args, **kwargs)
 
-    sizes = (64, 128, 4, 1, 5)
-    few, many = (
-        asked(tiles.block_fwd_tile, *sizes, count, torch.bfloat16, **FUSED)
-        for count in (1, 100_000)
-    )
-    assert few == many
-    assert "num_segments" not in few
     wide = {"gated": False, "activated": True, "dropout": False}
     buckets = [
         asked(tiles.grouped_gemm_tile, 64, 64, rows, torch.float16, **wide)
@@ -75,19 +68,6 @@ def test_the_number_of_rows_is_in_no_question_but_by_its_bucket():
     ]
     assert buckets[0] == buckets[1] != buckets[2]
     assert buckets[3] == buckets[4]
-
-
-def test_the_rows_of_a_block_tile_may_change_but_not_its_segments(tile_file):
-    call = (64, 128, 4, 1, 5, 100_000, torch.bfloat16)
-    shipped = tiles.block_fwd_tile(*call, **FUSED)
-    asked = tuned.question(tiles.block_fwd_tile, *call, **FUSED)
-    tile_file({asked: {"block_m": 32, "block_f": 32}})
-    assert tiles.block_fwd_tile(*call, **FUSED) == shipped._replace(block_m=32, block_f=32)
-    # A search that starts from a file asks the same.
-    assert tuned.question(tiles.block_fwd_tile, *call, **FUSED) == asked
-    tile_file({asked: {"segments": 32}})
-    with pytest.raises(ValueError, match="the field 'segments', not one of block_m, block_f"):
-        tiles.block_fwd_tile(*call, **FUSED)
 
 
 @pytest.mark.parametrize(
@@ -151,10 +131,8 @@ def run(layer, inputs):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("plan", ["block", "grouped"])
 @pytest.mark.parametrize("options", [{"gated": True, "top_k": 2}, {"dropout": 0.3}], ids=str)
-def test_results_do_not_depend_on_the_tiles(plan, options, device, tile_file, monkeypatch):
-    monkeypatch.setenv("SEGMOE_PLAN", plan)
+def test_results_do_not_depend_on_the_tiles(options, device, tile_file):
     torch.manual_seed(0)
     layer = SegMoE(32, 48, 4, segment_size=3, backend="triton", device=device, **options).train()
     inputs = make_inputs(2, 40, 32, device=device)

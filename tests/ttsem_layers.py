@@ -106,10 +106,8 @@ def plant(kind):
     function, old, new = FAULTS[kind]
     found = getattr(route_kernels, function)
     assert found.src.count(old) == 1
-    layer, x, _, mask = ptx_layers.build(LAYERS["fp32 grouped"])
-    with mock.patch.object(found, "_src", found.src.replace(old, new)), mock.patch.dict(
-        os.environ, SEGMOE_PLAN="grouped"
-    ):  # fmt: skip
+    layer, x, _, mask = ptx_layers.build(LAYERS["fp32 top_k=2"])
+    with mock.patch.object(found, "_src", found.src.replace(old, new)):
         try:
             with executed(ARCH, [], {}):
                 layer(x, mask)
