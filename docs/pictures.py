@@ -6,7 +6,6 @@ Writes into ``docs/pictures`` unless told otherwise.
 """
 
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -37,7 +36,6 @@ from segmoe_kernels.routing import Routing
 from segmoe_kernels.validation import POOLINGS
 
 ROOT = Path(__file__).resolve().parents[1]
-PASSES = ("forward", "backward")
 
 
 def series(steps: int) -> Tensor:
@@ -188,39 +186,6 @@ def shared() -> Figure:
         axis.plot(sizes, share, marker="o", markersize=4, color=COLOURS[place], label=label)
     axis.set(xlabel="segment_size P", ylabel="% of the FFNs' products", ylim=(0, 100))
     axis.legend(fontsize=8)
-    return figure
-
-
-def plans() -> Figure:
-    """Modelled time of the stages at each width beside ScatterMoE's, from the result file."""
-    path = ROOT / "benchmarks" / "results" / "clock" / "sm_90.json"
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    stages = {
-        "route": ("route", "dlogits", "sum_splits"),
-        "permute": ("permute",),
-        "experts": ("expert_ffn", "grouped_gemm", "reduce_partials"),
-        "combine": ("_combine",),
-    }
-    colours = dict(zip([*stages, "ScatterMoE"], [*COLOURS[:4], GREY], strict=True))
-    figure = Figure(figsize=(8, 2.6), layout="constrained")
-    axes = figure.subplots(1, 3)
-    for axis, width in zip(axes, (64, 128, 256), strict=True):
-        name = f"{width}-8-2-5-1e6"
-        chosen = [row for row in rows if row["kind"] == "layer" and row["configuration"] == name]
-        found = {(row["provider"], row["pass"]): row for row in chosen}
-        for place, key in enumerate(itertools.product(("segmoe", "scattermoe"), PASSES)):
-            parts, left = {"ScatterMoE": ("",)} if key[0] == "scattermoe" else stages, 0.0
-            for stage, names in parts.items():
-                of_stage = [c for c in found[key]["calls"] if c["name"].startswith(names)]
-                us = sum(call["modelled_us"] for call in of_stage)
-                axis.barh(place, us, left=left, color=colours[stage], label=stage)
-                left += us
-        axis.set_yticks(range(4), 2 * PASSES, fontsize=7)
-        axis.set_title(f"D = {width}", fontsize=9)
-        axis.set_xlabel("modelled us")
-        axis.invert_yaxis()
-    handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=5)
     return figure
 
 
@@ -480,7 +445,8 @@ def trust() -> Figure:
 PICTURES: dict[str, Callable[[], Figure]] = {
     function.__name__: function
     for function in (
-        *(segments, routing, permutation, experts, shared, plans, backward, losses, precision),
+        *(segments, routing, permutation, experts, shared, result_pictures.plans),
+        *(backward, losses, precision),
         *(parallel, swapping, deploying, trust),
         *(result_pictures.baselines, result_pictures.sizes, result_pictures.cost),
         *(result_pictures.ablations, result_pictures.specialisation, result_pictures.failures),

@@ -1,6 +1,7 @@
-"""Pictures of what studies have found, drawn from the committed files in ``examples/results``."""
+"""Pictures of what studies and the model of the clock have found, drawn from committed files."""
 
 import csv
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from stress_series import STRESS  # noqa: E402
 RESULTS = ROOT / "examples" / "results"
 COLOURS = ("#33658a", "#f6ae2d", "#c8553d", "#5b8e7d", "#8e6c8a", "#86bbd8", "#2f4858", "#bc9f6b")
 GREY = "#8a8f98"
+PASSES = ("forward", "backward")
 KINDS = {"token": COLOURS[1], "segment": COLOURS[2]}
 
 
@@ -221,4 +223,36 @@ def specialisation() -> Figure:
     axes[0, 0].set_title("share of entropy told, by layer", fontsize=9)
     axes[0, 1].set_title("who takes which, last layer (bright: most)", fontsize=9)
     axes[0, 2].set_title("loads by eighths of the first 5 epochs", fontsize=9)
+    return figure
+
+
+def plans() -> Figure:
+    """Modelled time of stages at each width beside ScatterMoE's, from the result file."""
+    path = ROOT / "benchmarks" / "results" / "clock" / "sm_90.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    stages = {
+        "route": ("route", "dlogits", "sum_splits"),
+        "permute": ("permute",),
+        "experts": ("expert_ffn", "grouped_gemm", "reduce_partials"),
+        "combine": ("_combine",),
+    }
+    colours = dict(zip([*stages, "ScatterMoE"], [*COLOURS[:4], GREY], strict=True))
+    figure = Figure(figsize=(8, 2.6), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for axis, width in zip(axes, (64, 128, 256), strict=True):
+        chosen = [row for row in rows if row["configuration"] == f"{width}-8-2-5-1e6"]
+        found = {(row["provider"], row["pass"]): row for row in chosen if row["kind"] == "layer"}
+        for place, key in enumerate(itertools.product(("segmoe", "scattermoe"), PASSES)):
+            left, parts = 0.0, {"ScatterMoE": ("",)} if key[0] == "scattermoe" else stages
+            for stage, names in parts.items():
+                of_stage = [c for c in found[key]["calls"] if c["name"].startswith(names)]
+                us = sum(call["modelled_us"] for call in of_stage)
+                axis.barh(place, us, left=left, color=colours[stage], label=stage)
+                left += us
+        axis.set_yticks(range(4), 2 * PASSES, fontsize=7)
+        axis.set_title(f"D = {width}", fontsize=9)
+        axis.set_xlabel("modelled us")
+        axis.invert_yaxis()
+    handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=5)
     return figure
