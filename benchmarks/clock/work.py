@@ -41,6 +41,7 @@ class Work:
         programs: in the order of the grid.
         hbm_bytes: from and to memory, if nothing of it is in L2 before.
         l2_bytes: that SMs ask of L2.
+        rereads: loops that read what the same programs read shortly before, from L2.
         swizzled: neighbouring programs read the same tiles at the same time.
         in_l1: pointer arguments whose lines a program reads over and over.
     """
@@ -48,6 +49,7 @@ class Work:
     programs: tuple[Programs, ...]
     hbm_bytes: float = 0.0
     l2_bytes: float = 0.0
+    rereads: frozenset[str] = frozenset()
     swizzled: bool = False
     in_l1: frozenset[str] = frozenset()
 
