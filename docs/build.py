@@ -20,14 +20,23 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PACKAGE = ROOT / "segmoe_kernels"
 # Modules with an ``__all__`` that only other modules of the package import.
-INSIDE = {"dense_ffn", "dtensor", "flops", "places", "probe"}
-MODULES = (
-    "segmoe_kernels",
-    *(
-        f"segmoe_kernels.{path.stem}"
-        for path in sorted(PACKAGE.glob("[!_]*.py"))
-        if path.stem not in INSIDE and "\n__all__ = [" in path.read_text(encoding="utf-8")
-    ),
+INSIDE = {"flops", "layer.dtensor", "models.dense", "models.places", "models.probe"}
+INSIDE |= {"stats.collector"}
+
+
+def find_modules() -> dict[str, Path]:
+    """Modules with an ``__all__``, but for the kernels' ones: name -> file."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        inside = {"stages", "_triton"} & set(parts)
+        if not inside and "\n__all__ = [" in path.read_text(encoding="utf-8"):
+            found[".".join(part for part in parts if part != "__init__")] = path
+    return found
+
+
+MODULES = tuple(
+    f"segmoe_kernels.{name}".rstrip(".") for name in find_modules() if name not in INSIDE
 )
 LINK = re.compile(r"(!?\[[^\]]*\])\(([^)\s]+)\)")
 CODE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.DOTALL | re.MULTILINE)

@@ -32,8 +32,8 @@ from matplotlib.figure import Figure
 from studies import BUDGETS, base
 
 from segmoe_kernels import collect_routing_stats
-from segmoe_kernels.stats import RoutingCollector
-from segmoe_kernels.stats_plots import plot_expert_load
+from segmoe_kernels.stats.collector import RoutingCollector
+from segmoe_kernels.stats.plots import plot_expert_load
 
 RESULTS = Path(__file__).resolve().parent / "results" / "specialisation"
 DAY = {"ETTh1": 24, "ETTh2": 24, "ETTm1": 96, "ETTm2": 96, "Weather": 144, "multiscale": 24}

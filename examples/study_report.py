@@ -15,7 +15,7 @@ from forecaster_model import ForecasterConfig
 from forecaster_report import write_csv
 from matplotlib.figure import Figure
 
-from segmoe_kernels.advise import advise
+from segmoe_kernels.series.advise import advise
 
 Record = Mapping[str, Any]
 

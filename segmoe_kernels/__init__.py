@@ -5,19 +5,19 @@ Shape letters, used in every docstring: ``B`` batch, ``T`` time steps, ``P`` seg
 ``D`` d_model, ``F`` d_ff, ``E`` num_experts, ``R`` routed rows (``S * top_k``).
 """
 
-from segmoe_kernels.convert import (
+from segmoe_kernels.layer import SegMoE, set_loss_scaler
+from segmoe_kernels.losses import load_balancing_loss, router_z_loss
+from segmoe_kernels.models.checkpoints import convert_state_dict
+from segmoe_kernels.models.official import (
     load_official,
     load_official_layers,
     segment_schedule,
     to_official,
 )
-from segmoe_kernels.dialects import convert_state_dict
-from segmoe_kernels.layer import SegMoE, set_loss_scaler
-from segmoe_kernels.losses import load_balancing_loss, router_z_loss
+from segmoe_kernels.models.swap import replace_ffn, upcycle
 from segmoe_kernels.parallel import shard_experts
 from segmoe_kernels.routing import FFNWeights, Permutation, RouterOutput, Routing
-from segmoe_kernels.stats import collect_routing_stats, collect_routings
-from segmoe_kernels.swap import replace_ffn, upcycle
+from segmoe_kernels.stats.collector import collect_routing_stats, collect_routings
 
 __version__ = "0.1.0"
 

@@ -142,8 +142,8 @@ def advise_command(options: argparse.Namespace) -> int:
     Returns:
         0, or 2 for a file that can't be used.
     """
-    from segmoe_kernels.advise import advise, plot_advice
     from segmoe_kernels.series import read_table
+    from segmoe_kernels.series.advise import advise, plot_advice
 
     try:
         table = read_table(options.file)

@@ -27,7 +27,7 @@ from segmoe_kernels import validation as check
 from segmoe_kernels.composed_ffn import segments
 from segmoe_kernels.functional import backend_stages
 from segmoe_kernels.layer import SegMoE
-from segmoe_kernels.modules import Experts
+from segmoe_kernels.layer.modules import Experts
 from segmoe_kernels.routing import FFNWeights, RouterOutput, Routing
 
 __all__ = ["expert_parameter_names", "gather_experts", "shard_experts"]

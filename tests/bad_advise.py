@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from bad_calls import caller
 
-from segmoe_kernels.advise import Advice, advise, plot_advice
 from segmoe_kernels.series import read_series, read_table
+from segmoe_kernels.series.advise import Advice, advise, plot_advice
 
 SERIES = np.sin(np.arange(400.0))[:, None]
 DATES = np.arange(400).astype("datetime64[D]")[:, None]

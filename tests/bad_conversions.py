@@ -5,7 +5,7 @@ from bad_calls import LAYER, caller, draw
 from torch import nn
 
 from segmoe_kernels import SegMoE, convert_state_dict
-from segmoe_kernels.huggingface import experts_forward, register_experts
+from segmoe_kernels.models.huggingface import experts_forward, register_experts
 
 
 def gated():

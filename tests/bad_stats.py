@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from segmoe_kernels import SegMoE, collect_routing_stats, collect_routings
-from segmoe_kernels.stats import RoutingCollector
-from segmoe_kernels.stats_plots import plot_expert_load, plot_expert_usage, plot_segment_timeline
-from segmoe_kernels.stats_writers import CSVWriter, TensorBoardWriter, flatten_stats
+from segmoe_kernels.stats.collector import RoutingCollector
+from segmoe_kernels.stats.plots import plot_expert_load, plot_expert_usage, plot_segment_timeline
+from segmoe_kernels.stats.writers import CSVWriter, TensorBoardWriter, flatten_stats
 
 ENTRY = {"step": 1, "epoch": 0, "global": {"entropy": 0.5}, "layers": {0: {"entropy": 0.5}}}
 OTHER = {**ENTRY, "layers": {}}

@@ -7,7 +7,7 @@ from bad_calls import LAYER, caller, draw, layer_with
 from torch import nn
 
 from segmoe_kernels import SegMoE, replace_ffn, set_loss_scaler, shard_experts, upcycle
-from segmoe_kernels.adapters import TSLibEncoderLayer, WithRouterLogits
+from segmoe_kernels.models.adapters import TSLibEncoderLayer, WithRouterLogits
 from segmoe_kernels.parallel import expert_parameter_names, gather_experts
 
 

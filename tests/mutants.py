@@ -564,7 +564,7 @@ _SEQUENCES = _in(
 )  # fmt: skip
 
 _ROUTE = _in(
-    "stages/route_kernels.py",
+    "stages/route/kernels.py",
     ROUTE,
     (
         "route_fwd_kernel", "negative ids", "ids = tl.where(routed[:, None], experts[None, :], -1)",
@@ -683,7 +683,7 @@ _ROUTE = _in(
 
 _ROUTE_HOST = [
     *_in(
-        "stages/route_gradients.py",
+        "stages/route/backward.py",
         ROUTE,
         (
             "input_gradients", "no reduction", "sum_splits(partials, dweight)",
@@ -707,7 +707,7 @@ _ROUTE_HOST = [
         ),
     ),
     *_in(
-        "stages/route.py",
+        "stages/route/__init__.py",
         ROUTE,
         (
             "_route_fwd", "grid", "(triton.cdiv(num_segments, SEGMENTS_PER_BLOCK),)",
@@ -846,7 +846,7 @@ _COMBINE = _in(
 )  # fmt: skip
 
 _EXPERTS = _in(
-    "stages/experts_fused.py",
+    "stages/experts/kernels.py",
     FUSED,
     (
         "expert_ffn_fwd_kernel", "missing weight", "out * weights[:, None]", "out",
@@ -934,7 +934,7 @@ _EXPERTS = _in(
 
 _EXPERTS_HOST = [
     *_in(
-        "stages/experts_launch.py",
+        "stages/experts/launch.py",
         FUSED,
         (
             "launch_dw", "reduction's rows", "call.rows_per_slot, tile.block_m)",
@@ -966,7 +966,7 @@ _EXPERTS_HOST = [
         ),
     ),
     *_in(
-        "stages/experts.py",
+        "stages/experts/__init__.py",
         FUSED,
         (
             "_expert_ffn_bwd", "nothing", "if call.num_rows == 0 or x.numel() == 0:", "if False:",
@@ -990,7 +990,7 @@ _EXPERTS_HOST = [
 ]  # fmt: skip
 
 _GEMM = _in(
-    "stages/grouped_gemm_kernels.py",
+    "stages/grouped_gemm/kernels.py",
     GEMM,
     (
         "_load_operand", "wrong stride", "rows.to(tl.int64) * stride_t",
@@ -1113,7 +1113,7 @@ _GEMM = _in(
 )  # fmt: skip
 
 _GEMM_HOST = _in(
-    "stages/grouped_gemm.py",
+    "stages/grouped_gemm/__init__.py",
     GEMM,
     (
         "gemm_grid", "grid", "triton.cdiv(num_rows, tile.block_m) + num_experts",
@@ -1135,7 +1135,7 @@ _GEMM_HOST = _in(
 )  # fmt: skip
 
 _SHARED = _in(
-    "stages/shared_kernels.py",
+    "stages/shared/kernels.py",
     SHARED,
     (
         "shared_rows_kernel", "end of a sequence", "tl.minimum(length - step, SEGMENT_SIZE) * D",
@@ -1246,7 +1246,7 @@ _SHARED = _in(
 
 _SHARED_HOST = [
     *_in(
-        "stages/shared_launch.py",
+        "stages/shared/launch.py",
         SHARED,
         (
             "SharedCall.are_rows", "masked rows", " and self.padding_mask is None", "",
@@ -1266,7 +1266,7 @@ _SHARED_HOST = [
         ),
     ),
     *_in(
-        "stages/shared.py",
+        "stages/shared/__init__.py",
         SHARED,
         (
             "shared_combine", "seed", "torch.randint(2**62, (1,)", "torch.full((1,), 7",

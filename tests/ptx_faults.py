@@ -81,7 +81,7 @@ def pipelined(arch, name):
     """Let Triton pipeline a loop whose tile registers and wgmma read: it takes too few buffers."""
     import ptx_layers
 
-    from segmoe_kernels.stages import grouped_gemm_kernels
+    from segmoe_kernels.stages.grouped_gemm import kernels as grouped_gemm_kernels
 
     kernel = getattr(grouped_gemm_kernels, name)
     source = kernel.src

@@ -183,7 +183,7 @@ CALLS = {"dtype", "shape", "masked", "tf32", "layout", "ties", "order"}
 def kernel_digests():
     """Name -> digest of each kernel's source, and of all compiled functions that it calls."""
     texts, calls = {}, {}
-    for path in sorted((ROOT / "segmoe_kernels").glob("*/*.py")):
+    for path in sorted((ROOT / "segmoe_kernels").rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         for node in ast.parse(text).body:
             decorators = {ast.unparse(d) for d in getattr(node, "decorator_list", ())}

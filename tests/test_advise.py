@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from segmoe_kernels import __main__ as command
-from segmoe_kernels.advise import (
+from segmoe_kernels.series.advise import (
     advise,
     autocorrelation,
     features,

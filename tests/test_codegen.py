@@ -41,7 +41,7 @@ def test_float64_launches_are_float64_throughout(rows):
     found = [row for row in rows if row["dtype"] == "fp64"]
     assert not [(row["kernel"], row["case"], row["narrow"]) for row in found if row["narrow"]]
     masked = set()
-    for path in (ROOT / "segmoe_kernels" / "stages").glob("*.py"):
+    for path in (ROOT / "segmoe_kernels" / "stages").rglob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             name = getattr(node, "name", "")
             if name.endswith("_kernel") and "padding_mask_ptr" in ast.unparse(node.args):

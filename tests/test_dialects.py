@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from segmoe_kernels import SegMoE, convert_state_dict
-from segmoe_kernels.dialects import DIALECTS
+from segmoe_kernels.models.checkpoints import DIALECTS
 
 E, D, HIDDEN = 4, 16, 24
 

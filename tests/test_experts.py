@@ -238,7 +238,7 @@ def test_expert_ffn_adds_up_the_splits_of_a_weight_gradient(scope, device):
 
 @pytest.mark.parametrize("splits", [2, 3])
 def test_expert_ffn_shares_an_expert_of_a_tile_more_than_a_split(splits, device, monkeypatch):
-    module = importlib.import_module("segmoe_kernels.stages.experts_launch")
+    module = importlib.import_module("segmoe_kernels.stages.experts.launch")
     monkeypatch.setattr(module, "num_row_splits", lambda *_: splits)
     for segments in range(4, 30, 5):
         tensors = make_tensors(1, segments * P, 2, 3, 1, top_k=1, biased=True, device=device)
@@ -485,7 +485,7 @@ def test_expert_ffn_touches_its_tensors_alone(scope, d_model):
 @pytest.mark.parametrize("scope", SCOPES)
 def test_expert_ffn_weight_gradients_of_any_number_of_splits(scope, splits, monkeypatch, device):
     """Without the hundreds of rows that it takes before the table splits them."""
-    for name in ("experts_launch", "grouped_gemm"):
+    for name in ("experts.launch", "grouped_gemm"):
         module = importlib.import_module(f"segmoe_kernels.stages.{name}")
         monkeypatch.setattr(module, "num_row_splits", lambda *_: splits)
     length = 30 if scope == "token" else 99

@@ -265,7 +265,7 @@ def test_reference_seg_moe_equals_the_layer():
 @pytest.mark.parametrize("splits", [1, 3])
 def test_experts_may_have_any_of_the_biases(splits, gated, monkeypatch, device):
     """Each has its own place among the kernels' partial sums, whatever others there are."""
-    launch = pytest.importorskip("segmoe_kernels.stages.experts_launch")
+    launch = pytest.importorskip("segmoe_kernels.stages.experts.launch")
     from test_experts import make_ids, make_stage, make_tensors
 
     monkeypatch.setattr(launch, "num_row_splits", lambda *_: splits)

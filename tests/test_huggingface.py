@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from segmoe_kernels import huggingface
-from segmoe_kernels.huggingface import experts_forward, register_experts
+from segmoe_kernels.models import huggingface
+from segmoe_kernels.models.huggingface import experts_forward, register_experts
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 

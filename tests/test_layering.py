@@ -1,4 +1,4 @@
-"""Who imports whom inside the package: the arrows written down here, and no other."""
+"""Who imports whom inside the package: floors, each of which stands on those below it."""
 
 import ast
 from pathlib import Path
@@ -9,95 +9,23 @@ import segmoe_kernels
 
 PACKAGE = Path(segmoe_kernels.__file__).parent
 
-# The package itself is "", subpackages have dots. A new file or arrow has to be written down here.
-ARROWS = {
-    "": {"convert", "dialects", "layer", "losses", "parallel", "routing", "stats", "swap"},
-    "__main__": {"", "_triton.tiles", "advise", "functional", "layer", "series", "testing"},
-    "adapters": {"layer", "validation"},
-    "advise": {"series", "validation"},
-    "called": {"composed_ffn", "functional", "modules", "routing", "validation"},
-    "composed_ffn": {"grouped_mm", "routing"},
-    "convert": {"layer", "modules", "validation"},
-    "dense_ffn": set(),
-    "exported": {"composed_ffn", "routing"},
-    "dialects": {"validation"},
-    "dtensor": {"routing", "validation"},
-    "flops": set(),
-    "functional": {"flops", "reference", "routing", "stages", "validation"},
-    "grouped_ffn": {"composed_ffn", "grouped_mm", "routing"},
-    "grouped_mm": {"flops", "validation"},
-    "huggingface": {"dense_ffn", "functional", "routing", "validation"},
-    "layer": {
-        "called",
-        "composed_ffn",
-        "dtensor",
-        "functional",
-        "losses",
-        "modules",
-        "reference",
-        "routing",
-        "validation",
-    },
-    "losses": {"routing", "validation"},
-    "modules": {"composed_ffn", "routing", "validation"},
-    "reference": {"composed_ffn", "exported", "grouped_ffn", "grouped_mm", "routing"},
-    "places": {"dense_ffn", "layer", "validation"},
-    "probe": {"adapters", "dense_ffn", "layer", "validation"},
-    "parallel": {
-        "composed_ffn",
-        "functional",
-        "layer",
-        "modules",
-        "reference",
-        "routing",
-        "validation",
-    },
-    "routing": set(),
-    "series": {"time_stamps", "validation"},
-    "stats": {"layer", "routing", "validation"},
-    "stats_plots": {"routing", "validation"},
-    "stats_writers": {"validation"},
-    "swap": {"adapters", "convert", "dense_ffn", "layer", "places", "probe", "validation"},
-    "testing": {"functional", "layer", "reference", "routing"},
-    "time_stamps": set(),
-    "validation": {"routing"},
-    "stages": {
-        "routing",
-        *(
-            f"stages.{n}"
-            for n in ("combine", "experts", "grouped_gemm", "permute", "route", "shared")
-        ),
-    },
-    "stages.combine": set(),
-    "stages.experts": {"stages.experts_launch"},
-    "stages.experts_fused": set(),
-    "stages.experts_launch": {
-        "stages.experts_fused",
-        "stages.grouped_gemm",
-        "stages.grouped_gemm_kernels",
-    },
-    "stages.grouped_gemm": {"composed_ffn", "stages.grouped_gemm_kernels"},
-    "stages.grouped_gemm_kernels": set(),
-    "stages.permute": set(),
-    "stages.route": {"stages.route_gradients", "stages.route_kernels"},
-    "stages.route_gradients": {"stages.route_kernels"},
-    "stages.route_kernels": set(),
-    "stages.shared": {"stages.shared_launch"},
-    "stages.shared_kernels": set(),
-    "stages.shared_launch": {"stages.combine", "stages.shared_kernels"},
-    "_triton": set(),
-    "_triton.activations": set(),
-    "_triton.ffn": set(),
-    "_triton.launch": {"flops"},
-    "_triton.partials": set(),
-    "_triton.router": set(),
-    "_triton.sequences": set(),
-    "_triton.tile_table": {"validation"},
-    "_triton.tiles": set(),
-    "_triton.tuned": set(),
-}
-FOR_STAGES = {"routing", "validation"} | {name for name in ARROWS if name.startswith("_triton")}
-FOR_TRITON = {name for name in ARROWS if name.startswith("_triton.")}
+# Folders and modules of the package's root, from below. Each imports what stands on earlier lines,
+# and inside its own folder; the package itself is "". A new one has to be written down here.
+FLOORS = (
+    {"routing", "flops"},
+    {"validation"},
+    {"losses", "series", "_triton"},
+    {"reference", "composed_ffn", "exported", "grouped_ffn", "grouped_mm"},
+    {"stages"},
+    {"functional"},
+    {"layer"},
+    {"models", "stats", "parallel", "testing"},
+    {""},
+    {"__main__"},
+)
+FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor}
+# Modules in the root, so that a newcomer sees the whole of it at once.
+MOST_IN_ROOT = 14
 
 
 def module_name(path):
@@ -128,32 +56,33 @@ def imports(tree):
                 yield "triton"
 
 
-def allowed(name):
-    if name.startswith("_triton"):
-        return ARROWS[name] | FOR_TRITON | {"triton"}
-    if name.startswith("stages."):
-        return ARROWS[name] | FOR_STAGES | {"triton"}
-    # Every module may ask whether triton is there, inside a function.
-    return ARROWS[name] | ({"triton"} if name in {"functional", "__main__"} else set())
+def folder_of(name):
+    return name.partition(".")[0]
 
 
-def test_every_module_is_in_the_table():
-    assert set(MODULES) == set(ARROWS)
+def imported(name):
+    return set(imports(ast.parse(MODULES[name].read_text())))
+
+
+def test_every_folder_has_a_floor():
+    assert {folder_of(name) for name in MODULES} == set(FLOOR_OF)
+
+
+def test_the_root_is_small():
+    assert len([path for path in MODULES.values() if path.parent == PACKAGE]) <= MOST_IN_ROOT
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_module_imports_only_along_the_arrows(name):
-    found = set(imports(ast.parse(MODULES[name].read_text())))
-    assert found <= allowed(name), f"{name} -> {sorted(found - allowed(name))}"
+def test_module_imports_only_from_below(name):
+    own = folder_of(name)
+    found = {folder_of(other) for other in imported(name)} - {own}
+    # Every module may ask whether triton is there, inside a function.
+    triton = {"triton"} if own in {"stages", "_triton", "functional", "__main__"} else set()
+    above = {other for other in found - triton if FLOOR_OF.get(other, 99) >= FLOOR_OF[own]}
+    assert not above, f"{name} -> {sorted(above)}"
 
 
-def test_arrows_are_used():
-    for name, path in MODULES.items():
-        unused = ARROWS[name] - set(imports(ast.parse(path.read_text())))
-        assert not unused, f"{name} no longer imports {sorted(unused)}"
-
-
-def test_arrows_have_no_cycle():
+def test_modules_have_no_cycle():
     done, path = set(), []
 
     def visit(name):
@@ -161,12 +90,12 @@ def test_arrows_have_no_cycle():
         if name in done:
             return
         path.append(name)
-        for other in ARROWS[name] - {""}:
+        for other in imported(name) & MODULES.keys() - {""}:
             visit(other)
         path.pop()
         done.add(name)
 
-    for name in ARROWS:
+    for name in MODULES:
         visit(name)
 
 

@@ -156,8 +156,8 @@ from segmoe_kernels import (
     shard_experts,
     upcycle,
 )
-from segmoe_kernels.adapters import WithRouterLogits
-from segmoe_kernels.huggingface import register_experts
+from segmoe_kernels.models.adapters import WithRouterLogits
+from segmoe_kernels.models.huggingface import register_experts
 from segmoe_kernels.losses import inject_loss
 from segmoe_kernels.parallel import expert_parameter_names, gather_experts
 
@@ -237,8 +237,11 @@ def test_mypy_knows_the_types_of_what_a_user_writes(environment, tmp_path):
     assert revealed == [
         *(tensor, "segmoe_kernels.routing.Routing", tensor, tensor),
         *("list[str]", layer, layer, "list[str]", layer, "list[int]"),
-        *("segmoe_kernels.adapters.WithRouterLogits", tensor),
-        *("segmoe_kernels.stats.RoutingCollector", "list[segmoe_kernels.routing.Routing]"),
+        *("segmoe_kernels.models.adapters.WithRouterLogits", tensor),
+        *(
+            "segmoe_kernels.stats.collector.RoutingCollector",
+            "list[segmoe_kernels.routing.Routing]",
+        ),
     ]
     errors = [(int(line), text) for line, kind, text in said if kind == "error"]
     assert [text for _, text in errors] == ERRORS.strip().splitlines(), done.stdout

@@ -10,8 +10,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from segmoe_kernels import Routing, collect_routing_stats, replace_ffn
-from segmoe_kernels.adapters import WithRouterLogits
-from segmoe_kernels.stats import measure
+from segmoe_kernels.models.adapters import WithRouterLogits
+from segmoe_kernels.stats.collector import measure
 from segmoe_kernels.testing import make_inputs
 
 VECTORS = {"hard_fraction", "soft_fraction", "token_counts", "prob_mass"}

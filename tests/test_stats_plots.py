@@ -11,7 +11,7 @@ from layers import make_layer
 from torch import nn, tensor
 
 from segmoe_kernels import Routing, collect_routing_stats
-from segmoe_kernels.stats_plots import plot_expert_load, plot_expert_usage, plot_segment_timeline
+from segmoe_kernels.stats.plots import plot_expert_load, plot_expert_usage, plot_segment_timeline
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_timeline_of_a_layer():
 
 
 def test_figures_need_no_display_and_are_not_kept(history):
-    code = "import sys, segmoe_kernels.stats_plots; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, segmoe_kernels.stats.plots; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     figures = [plot_expert_load(history), plot_expert_usage(history)]
     figures.append(plot_segment_timeline(ROUTING, segment_size=3, num_steps=8))

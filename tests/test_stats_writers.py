@@ -13,7 +13,7 @@ from layers import make_layer
 from torch import nn
 
 from segmoe_kernels import collect_routing_stats
-from segmoe_kernels.stats_writers import CSVWriter, TensorBoardWriter, flatten_stats
+from segmoe_kernels.stats.writers import CSVWriter, TensorBoardWriter, flatten_stats
 
 
 def entries(count):
@@ -82,7 +82,7 @@ def test_csv_of_a_killed_program_has_whole_rows(tmp_path):
     path = tmp_path / "stats.csv"
     code = f"""
 import os, signal
-from segmoe_kernels.stats_writers import CSVWriter
+from segmoe_kernels.stats.writers import CSVWriter
 writer = CSVWriter({str(path)!r})
 for step in range(100):
     writer.write({{"step": step, "epoch": 0, "global": {{"entropy": step / 7}}, "layers": {{}}}})

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from segmoe_kernels import SegMoE, replace_ffn, upcycle
-from segmoe_kernels.adapters import SegMoEEncoderLayer, TSLibEncoderLayer, WithRouterLogits
+from segmoe_kernels.models.adapters import SegMoEEncoderLayer, TSLibEncoderLayer, WithRouterLogits
 
 D, F_, T = 16, 24, 11
 

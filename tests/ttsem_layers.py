@@ -101,7 +101,7 @@ def plant(kind):
     """Plant a fault in the router and run a layer: the kind and text of the report."""
     from ttsem import sanitize
 
-    from segmoe_kernels.stages import route_kernels
+    from segmoe_kernels.stages.route import kernels as route_kernels
 
     function, old, new = FAULTS[kind]
     found = getattr(route_kernels, function)

@@ -105,7 +105,8 @@ def time_kernel(launch: KernelLaunch, work: Work, machine: Machine = H200) -> Ti
         name for name, size in launch.tensors.items() if not in_l2 and size > machine.l2_bytes / 4
     )
     levels = {
-        loop.name: dict.fromkeys(() if loop.name in work.rereads else missing, "dram") | dict.fromkeys(work.in_l1, "l1")
+        loop.name: dict.fromkeys(() if loop.name in work.rereads else missing, "dram")
+        | dict.fromkeys(work.in_l1, "l1")
         for loop in kernel.root.walk()
     }
 

@@ -21,8 +21,8 @@ from typing import NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from segmoe_kernels import time_stamps
 from segmoe_kernels import validation as check
+from segmoe_kernels.series import time_stamps
 
 __all__ = ["SeriesTable", "read_series", "read_table"]
 

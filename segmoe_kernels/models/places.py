@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from segmoe_kernels import validation as check
-from segmoe_kernels.dense_ffn import UNDERSTOOD, DenseFFN, difference, read_ffn
 from segmoe_kernels.layer import SegMoE
+from segmoe_kernels.models.dense import UNDERSTOOD, DenseFFN, difference, read_ffn
 
 __all__ = [
     "Match",

@@ -25,13 +25,13 @@ from segmoe_kernels._triton.tiles import (
     num_row_splits,
 )
 from segmoe_kernels.routing import FFNWeights
-from segmoe_kernels.stages.experts_fused import (
+from segmoe_kernels.stages.experts.kernels import (
     expert_ffn_dw_kernel,
     expert_ffn_dx_kernel,
     expert_ffn_fwd_kernel,
 )
 from segmoe_kernels.stages.grouped_gemm import gemm_grid, product, weight_gradient
-from segmoe_kernels.stages.grouped_gemm_kernels import grouped_gemm_dhidden_kernel
+from segmoe_kernels.stages.grouped_gemm.kernels import grouped_gemm_dhidden_kernel
 
 
 class Call:

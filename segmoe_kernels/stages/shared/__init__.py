@@ -22,7 +22,7 @@ from segmoe_kernels._triton.launch import (
     within_reach,
 )
 from segmoe_kernels.routing import FFNWeights
-from segmoe_kernels.stages.shared_launch import SharedCall, backward, forward
+from segmoe_kernels.stages.shared.launch import SharedCall, backward, forward
 
 _WEIGHTS = (
     "Tensor x, Tensor up_proj, Tensor down_proj, Tensor? gate_proj, Tensor? up_bias, "

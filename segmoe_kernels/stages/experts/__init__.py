@@ -18,7 +18,7 @@ from torch import Tensor
 from segmoe_kernels._triton.launch import define_operator, refuse_double_backward, step_flags
 from segmoe_kernels._triton.tiles import MAX_FUSED_DW_WIDTH
 from segmoe_kernels.routing import FFNWeights, Permutation
-from segmoe_kernels.stages.experts_launch import (
+from segmoe_kernels.stages.experts.launch import (
     Call,
     backward_two_products,
     column_tiles,

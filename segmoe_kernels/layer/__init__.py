@@ -10,20 +10,20 @@ from segmoe_kernels import reference
 from segmoe_kernels import validation as check
 from segmoe_kernels.composed_ffn import dense_ffn
 from segmoe_kernels.functional import resolve_backend, seg_moe
-from segmoe_kernels.losses import (
-    check_scaler,
-    inject_loss,
-    load_balancing_loss,
-    router_z_loss,
-    scale_loss,
-)
-from segmoe_kernels.modules import (
+from segmoe_kernels.layer.modules import (
     Experts,
     FeedForward,
     SegmentRouter,
     call_around,
     is_plain,
     reset_linear,
+)
+from segmoe_kernels.losses import (
+    check_scaler,
+    inject_loss,
+    load_balancing_loss,
+    router_z_loss,
+    scale_loss,
 )
 from segmoe_kernels.routing import FFNWeights, Routing
 
@@ -319,7 +319,7 @@ class SegMoE(nn.Module):
                 if not isinstance(part, kind) and not any(
                     isinstance(m, kind) for m in part.modules()
                 ):
-                    rule = f"be a segmoe_kernels.modules.{kind.__name__}, or to wrap one"
+                    rule = f"be a segmoe_kernels.layer.modules.{kind.__name__}, or to wrap one"
                     check.fail_type("SegMoE.forward", name, rule, type(part).__name__)
                 parts.append(part)
         run = self._forward_experts if self.num_experts else self._forward_dense
@@ -377,7 +377,7 @@ class SegMoE(nn.Module):
             options["out_proj"] = None if out_proj is None else (out_proj.weight, out_proj.bias)
             return self._run(x, weight, experts, **options)
         # Not imported by those who don't need it, as below.
-        from segmoe_kernels.called import run_called
+        from segmoe_kernels.layer.called import run_called
 
         return run_called(self._run, x, weight, experts, shared, gate, in_proj, out_proj, **options)
 
@@ -386,7 +386,7 @@ class SegMoE(nn.Module):
     ) -> tuple[Tensor, Routing]:
         """Run the stages; `parallel` has other ones."""
         if any(hasattr(tensor, "device_mesh") for tensor in (x, router_weight, experts.up_proj)):
-            from segmoe_kernels.dtensor import run_local
+            from segmoe_kernels.layer.dtensor import run_local
 
             return run_local(seg_moe, x, router_weight, experts, **options)
         return seg_moe(x, router_weight, experts, **options)

@@ -1,4 +1,4 @@
-"""Kernels around PyTorch's matrix products of the shared expert; `shared_launch` launches them.
+"""Kernels around PyTorch's matrix products of the shared expert; `launch` launches them.
 
 A row is a whole segment, ``P * D`` columns. M is the number of segments, W = P * D, H = P * F.
 """

@@ -33,7 +33,7 @@ from segmoe_kernels._triton.tiles import (
     num_row_splits,
 )
 from segmoe_kernels.composed_ffn import ACTIVATION_FUNCTIONS
-from segmoe_kernels.stages.grouped_gemm_kernels import grouped_gemm_dw_kernel, grouped_gemm_kernel
+from segmoe_kernels.stages.grouped_gemm.kernels import grouped_gemm_dw_kernel, grouped_gemm_kernel
 
 
 def weight_gradient(

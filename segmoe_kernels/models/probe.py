@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segmoe_kernels import validation as check
-from segmoe_kernels.adapters import mixes_steps
-from segmoe_kernels.dense_ffn import evaluating
 from segmoe_kernels.layer import SegMoE
+from segmoe_kernels.models.adapters import mixes_steps
+from segmoe_kernels.models.dense import evaluating
 
 __all__ = ["Probe", "check_inputs"]
 

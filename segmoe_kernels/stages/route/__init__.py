@@ -25,8 +25,8 @@ from segmoe_kernels._triton.launch import (
 )
 from segmoe_kernels._triton.tiles import route_fwd_tile
 from segmoe_kernels.routing import RouterOutput
-from segmoe_kernels.stages.route_gradients import input_gradients, logits_gradient
-from segmoe_kernels.stages.route_kernels import route_fwd_kernel
+from segmoe_kernels.stages.route.backward import input_gradients, logits_gradient
+from segmoe_kernels.stages.route.kernels import route_fwd_kernel
 
 # Segments of a block of the histogram that `permute` reads; equal to its SEGMENTS_PER_BLOCK.
 SEGMENTS_PER_BLOCK = 32

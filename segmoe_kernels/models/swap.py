@@ -13,7 +13,8 @@ from torch import nn
 from torch._subclasses import FakeTensor
 
 from segmoe_kernels import validation as check
-from segmoe_kernels.adapters import (
+from segmoe_kernels.layer import SegMoE
+from segmoe_kernels.models.adapters import (
     SegMoEEncoderLayer,
     TSLibEncoderLayer,
     check_masks,
@@ -21,10 +22,9 @@ from segmoe_kernels.adapters import (
     mixes_steps,
     refuse_rows,
 )
-from segmoe_kernels.convert import segment_schedule
-from segmoe_kernels.dense_ffn import UNDERSTOOD, DenseFFN, difference, evaluating, read_ffn
-from segmoe_kernels.layer import SegMoE
-from segmoe_kernels.places import (
+from segmoe_kernels.models.dense import UNDERSTOOD, DenseFFN, difference, evaluating, read_ffn
+from segmoe_kernels.models.official import segment_schedule
+from segmoe_kernels.models.places import (
     Match,
     decoder_at,
     find_ffns,
@@ -33,7 +33,7 @@ from segmoe_kernels.places import (
     obstacle,
     switch_cache_off,
 )
-from segmoe_kernels.probe import Probe, check_inputs
+from segmoe_kernels.models.probe import Probe, check_inputs
 
 __all__ = ["replace_ffn", "upcycle"]
 

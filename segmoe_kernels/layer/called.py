@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from segmoe_kernels import validation as check
 from segmoe_kernels.composed_ffn import segments, valid_steps
 from segmoe_kernels.functional import combine
-from segmoe_kernels.modules import FeedForward
+from segmoe_kernels.layer.modules import FeedForward
 from segmoe_kernels.routing import FFNWeights, Routing
 
 __all__ = ["run_called"]

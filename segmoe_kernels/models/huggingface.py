@@ -2,7 +2,7 @@
 
 ::
 
-    from segmoe_kernels.huggingface import register_experts
+    from segmoe_kernels.models.huggingface import register_experts
     register_experts()
     model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="segmoe")
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from segmoe_kernels import functional
 from segmoe_kernels import validation as check
-from segmoe_kernels.dense_ffn import activation_of
+from segmoe_kernels.models.dense import activation_of
 from segmoe_kernels.routing import FFNWeights
 
 __all__ = ["experts_forward", "register_experts"]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from segmoe_kernels import validation as check
 from segmoe_kernels.layer import OfficialNames, SegMoE
-from segmoe_kernels.modules import is_plain
+from segmoe_kernels.layer.modules import is_plain
 
 __all__ = ["load_official", "load_official_layers", "segment_schedule", "to_official"]
 

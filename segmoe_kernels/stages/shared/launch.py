@@ -10,7 +10,7 @@ from segmoe_kernels import validation as check
 from segmoe_kernels._triton.launch import accumulator, accumulator_dtype, exact, padded
 from segmoe_kernels.routing import FFNWeights
 from segmoe_kernels.stages.combine import launch_combine, rows_at_once
-from segmoe_kernels.stages.shared_kernels import (
+from segmoe_kernels.stages.shared.kernels import (
     shared_activate_bwd_kernel,
     shared_activate_kernel,
     shared_dx_kernel,

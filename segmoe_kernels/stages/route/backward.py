@@ -7,7 +7,7 @@ from torch import Tensor
 from segmoe_kernels import validation as check
 from segmoe_kernels._triton.launch import accumulator, exact, padded
 from segmoe_kernels._triton.tiles import route_bwd_tile
-from segmoe_kernels.stages.route_kernels import dlogits_kernel, route_bwd_kernel, sum_splits_kernel
+from segmoe_kernels.stages.route.kernels import dlogits_kernel, route_bwd_kernel, sum_splits_kernel
 
 
 def logits_gradient(

@@ -1,0 +1,1 @@
+"""Other models: their FFNs found and swapped, their checkpoints read and written."""
