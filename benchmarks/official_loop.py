@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segmoe_kernels import SegMoE
-from segmoe_kernels.composed_ffn import ACTIVATION_FUNCTIONS
+from segmoe_kernels.activations import ACTIVATIONS
 from segmoe_kernels.routing import FFNWeights
 
 __all__ = ["OfficialLoop"]
@@ -97,7 +97,7 @@ class _FFN(nn.Module):
 
     def __init__(self, weights: FFNWeights, layer: SegMoE) -> None:
         super().__init__()
-        self.activation = ACTIVATION_FUNCTIONS[layer.activation]
+        self.activation = ACTIVATIONS[layer.activation].function
         self.dropout = layer.dropout
         for name, weight in weights._asdict().items():
             shared = None if weight is None else nn.Parameter(weight.detach())

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segmoe_kernels import SegMoE
-from segmoe_kernels.composed_ffn import ACTIVATION_FUNCTIONS, dense_ffn
+from segmoe_kernels.activations import ACTIVATIONS
+from segmoe_kernels.composed_ffn import dense_ffn
 from segmoe_kernels.grouped_mm import gather_rows
 
 __all__ = [
@@ -131,7 +132,7 @@ class SegmentPeer(nn.Module):
 
     def hidden(self, projected: Tensor) -> Tensor:
         """Activation, and the gate where there is one, of what w_in gives."""
-        function = ACTIVATION_FUNCTIONS[self.activation]
+        function = ACTIVATIONS[self.activation].function
         if not self.gated:
             return function(projected)
         gate, up = projected.chunk(2, dim=-1)
@@ -220,7 +221,7 @@ class ScatterMoE(SegmentPeer):
             layer.d_ff,
             layer.num_experts,
             layer.top_k,
-            activation=ACTIVATION_FUNCTIONS[layer.activation],
+            activation=ACTIVATIONS[layer.activation].function,
         )
         self.mlp.experts.weight, self.mlp.output_experts.weight = self.w_in, self.w_out
 
@@ -274,7 +275,7 @@ class Transformers(SegmentPeer):
     def __init__(self, layer: SegMoE, function: Callable[..., Tensor]) -> None:
         super().__init__(layer)
         self.function, self.has_gate = function, layer.gated
-        self.act_fn = ACTIVATION_FUNCTIONS[layer.activation]
+        self.act_fn = ACTIVATIONS[layer.activation].function
 
     @property
     def gate_up_proj(self) -> Tensor:

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PACKAGE = ROOT / "segmoe_kernels"
 # Modules with an ``__all__`` that only other modules of the package import.
-INSIDE = {"flops", "layer.dtensor", "models.dense", "models.places", "models.probe"}
-INSIDE |= {"stats.collector"}
+INSIDE = {"layer.called", "layer.dtensor", "models.dense", "models.places", "models.probe"}
+INSIDE |= {"activations", "flops", "options", "pipeline", "segments", "stats.collector"}
 
 
 def find_modules() -> dict[str, Path]:

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from segmoe_kernels.composed_ffn import crop, dense_ffn, segments
+from segmoe_kernels.composed_ffn import dense_ffn
 from segmoe_kernels.routing import FFNWeights, Permutation
+from segmoe_kernels.segments import crop, segments
 
 
 def choose(probs: Tensor, top_k: int) -> Tensor:

@@ -7,15 +7,16 @@ Triton kernels; both have the same names and give the same results.
 import os
 import warnings
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from segmoe_kernels import reference
+from segmoe_kernels import pipeline, reference
 from segmoe_kernels import validation as check
+from segmoe_kernels.activations import ACTIVATIONS
 from segmoe_kernels.flops import install_flops
-from segmoe_kernels.routing import FFNWeights, Permutation, RouterOutput, Routing
+from segmoe_kernels.options import Options, check_layer
+from segmoe_kernels.routing import FFNWeights, LayerWeights, Permutation, RouterOutput, Routing
 
 __all__ = [
     "combine",
@@ -143,22 +144,22 @@ def route(
     """
     name = "route"
     check.check_sequences(name, x, padding_mask)
-    segment_size = check.check_integer(name, "segment_size", segment_size, 1)
-    top_k = check.check_integer(name, "top_k", top_k, 1)
-    check.check_route(name, x, router_weight, segment_size, top_k, pooling, router_start)
-    check.check_steps(name, x, segment_size, top_k)
-    router_temperature = check.check_positive(name, "router_temperature", router_temperature)
-    router_dropout = check.check_probability(name, "router_dropout", router_dropout)
-    check.check_flag(name, "renormalize", renormalize, optional=True)
+    options = Options(
+        segment_size,
+        top_k,
+        pooling,
+        router_dropout=router_dropout,
+        router_temperature=router_temperature,
+        renormalize=renormalize,
+    ).checked(name)
+    check.check_route(
+        name, x, router_weight, options.segment_size, options.top_k, pooling, router_start
+    )
+    check.check_steps(name, x, options.segment_size, options.top_k)
     out: RouterOutput = backend_stages(backend, x).route(
         x,
         router_weight,
-        segment_size=segment_size,
-        top_k=top_k,
-        pooling=pooling,
-        router_temperature=router_temperature,
-        router_dropout=router_dropout,
-        renormalize=renormalize,
+        **options.of_router(),
         router_start=router_start,
         padding_mask=padding_mask,
     )
@@ -228,7 +229,7 @@ def grouped_gemm(
     if bias is not None:
         check.check_like("grouped_gemm", "bias", bias, x, shape[:2])
     check.check_offsets("grouped_gemm", expert_offsets, x, weight.shape[0])
-    check.check_choice("grouped_gemm", "activation", activation, (*check.ACTIVATIONS, None))
+    check.check_choice("grouped_gemm", "activation", activation, (*ACTIVATIONS, None))
     out: Tensor = backend_stages(backend, x).grouped_gemm(
         x, weight, expert_offsets, bias, activation
     )
@@ -277,10 +278,11 @@ def expert_ffn(
     """
     name = "expert_ffn"
     check.check_sequences(name, x, padding_mask)
-    segment_size = check.check_integer(name, "segment_size", segment_size, 1)
     check.check_choice(name, "expert_scope", expert_scope, ("token", "segment"))
-    check.check_choice(name, "activation", activation, check.ACTIVATIONS)
-    dropout = check.check_probability(name, "dropout", dropout)
+    options = Options(
+        segment_size, expert_scope=expert_scope, activation=activation, dropout=dropout
+    ).checked(name)
+    segment_size = options.segment_size
     check.check_tensor(name, "topk_weights", topk_weights)
     num_segments = x.shape[0] * -(-x.shape[1] // segment_size)
     if topk_weights.ndim != 2 or topk_weights.shape[0] != num_segments:
@@ -304,10 +306,7 @@ def expert_ffn(
         topk_weights,
         permutation,
         experts,
-        segment_size=segment_size,
-        expert_scope=expert_scope,
-        activation=activation,
-        dropout=dropout,
+        **options.of_experts(),
         padding_mask=padding_mask,
     )
     return out
@@ -420,24 +419,35 @@ def seg_moe(
     Source: arXiv 2601.21641; evortigosa/segmoe_forecast, model/MoE.py: ``MoESegment`` ("token"),
     ``MoESegmentV0`` ("segment"), ``MoESegmentV1`` ("projected"), ``MoEFeedForward`` (P = 1).
     """
+    weights = LayerWeights(
+        router_weight, experts, shared, shared_gate, in_proj, out_proj, router_start
+    )
+    options = Options(
+        segment_size,
+        top_k,
+        pooling,
+        expert_scope,
+        activation,
+        dropout,
+        router_dropout,
+        router_temperature,
+        renormalize,
+    )
+    return run_layer(x, weights, options, padding_mask, backend)
+
+
+def run_layer(
+    x: Tensor,
+    weights: LayerWeights,
+    options: Options,
+    padding_mask: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Routing]:
+    """`seg_moe` with its arguments in order."""
     check.check_x("seg_moe", x)
-    check.check_weights("seg_moe", x, router_weight, experts, shared, shared_gate)
+    check.check_weights("seg_moe", x, weights)
     check.check_mask("seg_moe", padding_mask, x)  # in traced code, too: see SegMoE
-    weights = reference.autocast_weights(x, router_weight, experts, shared, shared_gate)
-    options: dict[str, Any] = {
-        "segment_size": segment_size,
-        "expert_scope": expert_scope,
-        "in_proj": in_proj,
-        "out_proj": out_proj,
-        "activation": activation,
-        "dropout": dropout,
-        "top_k": top_k,
-        "pooling": pooling,
-        "router_dropout": router_dropout,
-        "router_temperature": router_temperature,
-        "renormalize": renormalize,
-        "router_start": router_start,
-    }
-    options |= check.check_stages("seg_moe", x, *weights, **options)
+    weights, dtype = pipeline.autocast_weights(x, weights)
+    options = check_layer("seg_moe", x, weights, dtype, options)
     stages = backend_stages(backend, x)
-    return reference.run_stages(stages, x, *weights, padding_mask=padding_mask, **options)
+    return pipeline.run_stages(stages, x, weights, dtype, options, padding_mask)

@@ -22,13 +22,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from segmoe_kernels import reference
+from segmoe_kernels import pipeline
 from segmoe_kernels import validation as check
-from segmoe_kernels.composed_ffn import segments
 from segmoe_kernels.functional import backend_stages
 from segmoe_kernels.layer import SegMoE
 from segmoe_kernels.layer.modules import Experts
-from segmoe_kernels.routing import FFNWeights, RouterOutput, Routing
+from segmoe_kernels.options import Options, check_layer
+from segmoe_kernels.routing import FFNWeights, LayerWeights, RouterOutput, Routing
+from segmoe_kernels.segments import segments
 
 __all__ = ["expert_parameter_names", "gather_experts", "shard_experts"]
 
@@ -61,28 +62,27 @@ class _ShardedSegMoE(SegMoE):
     _average_gradients: bool
 
     def _run(
-        self, x: Tensor, router_weight: Tensor, experts: FFNWeights, **options: Any
+        self, x: Tensor, weights: LayerWeights, options: Options, padding_mask: Tensor | None
     ) -> tuple[Tensor, Routing]:
+        group = self._group
         if self._average_gradients:
-            scaled = [None if w is None else _scale_grad(w, self._group.world) for w in experts]
-            experts = FFNWeights(*scaled)  # type: ignore[arg-type]  # up and down are never None
-        local, group = backend_stages(options.pop("backend"), x), self._group
-        shared = options.pop("shared"), options.pop("shared_gate")
-        check.check_weights("SegMoE.forward", x, router_weight, experts, *shared)
-        weights = reference.autocast_weights(x, router_weight, experts, *shared)
+            scaled = [None if w is None else _scale_grad(w, group.world) for w in weights.experts]
+            weights = weights._replace(experts=FFNWeights(*scaled))  # type: ignore[arg-type]  # up and down are never None
+        local = backend_stages(self.backend, x)
+        check.check_weights("SegMoE.forward", x, weights)
+        weights, dtype = pipeline.autocast_weights(x, weights)
         num_local = expert_blocks(self.num_experts, group.world)[group.rank]
-        given = {name: value for name, value in options.items() if name != "padding_mask"}
-        check.check_stages("SegMoE.forward", x, *weights, num_local=num_local, **given)
+        options = check_layer("SegMoE.forward", x, weights, dtype, options, num_local=num_local)
 
         def routed_experts(*tensors: Any, **some: Any) -> tuple[Tensor, RouterOutput, Tensor]:
             return _routed_experts(group, local, *tensors, **some)
 
-        stage = SimpleNamespace(
+        stages: Any = SimpleNamespace(
             routed_experts=routed_experts,
             shared_combine=local.shared_combine,
             combine=local.combine,
         )
-        return reference.run_stages(stage, x, *weights, **options)
+        return pipeline.run_stages(stages, x, weights, dtype, options, padding_mask)
 
 
 def shard_experts(layer: SegMoE, group: Any = None, *, average_gradients: bool = False) -> SegMoE:
@@ -306,23 +306,17 @@ def _routed_experts(
     x: Tensor,
     router_weight: Tensor,
     experts: FFNWeights,
+    options: Options,
     *,
-    segment_size: int,
-    expert_scope: str,
-    activation: str,
-    dropout: float,
+    router_start: Tensor | None,
     padding_mask: Tensor | None,
-    **router: Any,
 ) -> tuple[Tensor, RouterOutput, Tensor]:
-    """`reference.routed_experts` whose experts are spread over the ranks.
-
-    Returns:
-        ``(expert_out (top_k, B, T, D), routed, expert_counts (E,))``, of this rank's segments.
-    """
+    """`reference.routed_experts` of this rank's segments, whose experts are on all ranks."""
     batch, length, _ = x.shape
-    num_experts, top_k = router_weight.shape[0], router["top_k"]
+    num_experts, top_k, segment_size = router_weight.shape[0], options.top_k, options.segment_size
+    start, mask = router_start, padding_mask
     routed = local.route(
-        x, router_weight, segment_size=segment_size, padding_mask=padding_mask, **router
+        x, router_weight, **options.of_router(), router_start=start, padding_mask=mask
     )
     order = local.permute(routed.topk_ids, num_experts)
     blocks = expert_blocks(num_experts, own.world)
@@ -341,10 +335,7 @@ def _routed_experts(
             weights,
             local.permute(ids[:, None], blocks[own.rank]),
             experts,
-            segment_size=segment_size,
-            expert_scope=expert_scope,
-            activation=activation,
-            dropout=dropout,
+            **options.of_experts(),
         )[0]
     else:
         # No row comes here, but backward has to pass as on the other ranks.

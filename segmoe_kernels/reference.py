@@ -5,8 +5,6 @@ and nothing waits for the device while it is traced. Semantics: ``MoESegment`` o
 (evortigosa/segmoe_forecast, model/MoE.py) and arXiv 2601.21641; differences are in `SegMoE`.
 """
 
-import contextlib
-import math
 import sys
 from typing import Any
 
@@ -16,17 +14,20 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from segmoe_kernels import exported
-from segmoe_kernels.composed_ffn import (
-    ACTIVATION_FUNCTIONS,
-    composed_ffn,
-    crop,
-    dense_ffn,
-    segments,
-    valid_steps,
-)
+from segmoe_kernels.activations import ACTIVATIONS
+from segmoe_kernels.composed_ffn import composed_ffn, dense_ffn
 from segmoe_kernels.grouped_ffn import grouped_ffn
 from segmoe_kernels.grouped_mm import grouped_linear
-from segmoe_kernels.routing import FFNWeights, Permutation, RouterOutput, Routing
+from segmoe_kernels.options import Options
+from segmoe_kernels.pipeline import autocast_weights, no_autocast, run_stages
+from segmoe_kernels.routing import (
+    FFNWeights,
+    LayerWeights,
+    Permutation,
+    RouterOutput,
+    Routing,
+)
+from segmoe_kernels.segments import crop, segments, valid_steps
 
 __all__ = ["combine", "expert_ffn", "grouped_gemm", "permute", "route", "seg_moe"]
 
@@ -67,18 +68,6 @@ def pool(x: Tensor, valid: Tensor | None, pooling: str) -> Tensor:
     return torch.where(chosen, x, 0).sum(2)
 
 
-def _autocast_is_on(device_type: str) -> bool:
-    # The meta device has no autocast; what says so, Dynamo traces only from torch 2.12 on.
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
-
-
-def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    # Entering the context for nothing costs a small layer.
-    if _autocast_is_on(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
-
-
 def route(
     x: Tensor,
     router_weight: Tensor,
@@ -105,7 +94,7 @@ def route(
     routed = None
     if padding_mask is not None and valid is not None:
         routed = rearrange(valid.any(-1), "b j -> (b j) 1")
-    with _no_autocast(x.device.type):
+    with no_autocast(x.device.type):
         pooled = rearrange(pooled, "b j w -> (b j) w").to(accumulate)
         router_logits = pooled @ router_weight.to(accumulate).t()
         if routed is not None:
@@ -158,7 +147,7 @@ def grouped_gemm(
     """Stage 3': rows of expert e times its matrix. See `functional.grouped_gemm`."""
     linear = exported.grouped_linear if torch.compiler.is_exporting() else grouped_linear
     y = linear(x, weight, bias, expert_offsets)
-    return y if activation is None else ACTIVATION_FUNCTIONS[activation](y)
+    return y if activation is None else ACTIVATIONS[activation].function(y)
 
 
 def expert_ffn(
@@ -210,47 +199,21 @@ def routed_experts(
     x: Tensor,
     router_weight: Tensor,
     experts: FFNWeights,
+    options: Options,
     *,
-    segment_size: int,
-    top_k: int,
-    pooling: str = "concat",
-    expert_scope: str = "token",
-    activation: str = "gelu",
-    dropout: float = 0.0,
-    router_dropout: float = 0.0,
-    router_temperature: float = 1.0,
-    renormalize: bool | None = None,
     router_start: Tensor | None = None,
     padding_mask: Tensor | None = None,
 ) -> tuple[Tensor, RouterOutput, Tensor]:
-    """Stages 1 to 3 in order; the experts run in the dtype of their weights.
-
-    Returns:
-        ``(expert_out, routed, expert_counts)``: the weighted outputs, (top_k, B, T, D), or
-        (1, B, T, D) where they are summed; RouterOutput; (E,) int32.
-    """
-    routed = route(
-        x,
-        router_weight,
-        segment_size=segment_size,
-        top_k=top_k,
-        pooling=pooling,
-        router_temperature=router_temperature,
-        router_dropout=router_dropout,
-        renormalize=renormalize,
-        router_start=router_start,
-        padding_mask=padding_mask,
-    )
+    """Stages 1 to 3 in order. See `pipeline.Stages`."""
+    start, mask = router_start, padding_mask
+    routed = route(x, router_weight, **options.of_router(), router_start=start, padding_mask=mask)
     permutation = permute(routed.topk_ids, router_weight.shape[0])
     expert_out = expert_ffn(
         x.to(experts.up_proj.dtype),
         routed.topk_weights,
         permutation,
         experts,
-        segment_size=segment_size,
-        expert_scope=expert_scope,
-        activation=activation,
-        dropout=dropout,
+        **options.of_experts(),
         padding_mask=padding_mask,
     )
     return expert_out, routed, permutation.expert_counts
@@ -343,119 +306,6 @@ def shared_combine(
     return combine(expert_out, shared_out, gate_logits, padding_mask=padding_mask)
 
 
-def autocast_weights(
-    x: Tensor,
-    router_weight: Tensor,
-    experts: FFNWeights,
-    shared: FFNWeights | None,
-    shared_gate: Tensor | None,
-) -> tuple[Tensor, FFNWeights, FFNWeights | None, Tensor | None, torch.dtype]:
-    """Weights as ``torch.autocast`` wants them, and the dtype that products run in.
-
-    The router stays in the dtype of x; without autocast, or in float64, nothing changes.
-    """
-    kind = x.device.type
-    if not _autocast_is_on(kind) or x.dtype == torch.float64:
-        return router_weight, experts, shared, shared_gate, x.dtype
-    dtype = torch.get_autocast_dtype(kind)
-    shared = None if shared is None else shared.to(dtype)
-    shared_gate = None if shared_gate is None else shared_gate.to(dtype)
-    return router_weight.to(x.dtype), experts.to(dtype), shared, shared_gate, dtype
-
-
-def run_stages(
-    stages: Any,
-    x: Tensor,
-    router_weight: Tensor,
-    experts: FFNWeights,
-    shared: FFNWeights | None,
-    shared_gate: Tensor | None,
-    compute_dtype: torch.dtype,
-    *,
-    segment_size: int,
-    expert_scope: str,
-    in_proj: tuple[Tensor, Tensor | None] | None,
-    out_proj: tuple[Tensor, Tensor | None] | None,
-    padding_mask: Tensor | None,
-    activation: str,
-    dropout: float,
-    **router: Any,
-) -> tuple[Tensor, Routing]:
-    """Run the layer on the stages of one backend, in order.
-
-    Args:
-        stages: the module whose `routed_experts`, `shared_combine` and `combine` run.
-        x: (..., T, D).
-        router_weight: from `autocast_weights`, as the next four.
-        experts: weights stacked over E.
-        shared: weights of the shared expert or None.
-        shared_gate: its gate's weight or None.
-        compute_dtype: of the products.
-        segment_size: P.
-        expert_scope: see `functional.seg_moe`, as for all that follow.
-        in_proj: see there.
-        out_proj: see there.
-        padding_mask: see there.
-        activation: see there.
-        dropout: see there.
-        **router: the router's options.
-
-    Returns:
-        ``(y, routing)``.
-    """
-    batch_shape, (length, d_model) = x.shape[:-2], x.shape[-2:]
-    batch = math.prod(batch_shape)  # not numel(), which export would make a constant
-    sequences = x.reshape(batch, length, d_model)
-    mask = None if padding_mask is None else padding_mask.reshape(batch, length)
-    tokens, real, steps = sequences, mask, segment_size
-    projected = expert_scope == "projected" and in_proj is not None and out_proj is not None
-    if projected:
-        # A projected segment is one token of width D: the rest of the layer sees P = 1.
-        rows = segments(sequences, segment_size, mask).flatten(-2)
-        # Back from the autocast dtype: the router sees x's.
-        tokens = F.linear(rows, *in_proj).to(x.dtype)  # type: ignore[misc]  # not None
-        real = None if mask is None else valid_steps(sequences, segment_size, mask).any(-1)
-        steps, expert_scope = 1, "token"
-    expert_out, routed, expert_counts = stages.routed_experts(
-        tokens,
-        router_weight,
-        experts,
-        segment_size=steps,
-        expert_scope=expert_scope,
-        activation=activation,
-        dropout=dropout,
-        padding_mask=real,
-        **router,
-    )
-    if shared is not None and shared_gate is not None:
-        y = stages.shared_combine(
-            expert_out,
-            tokens.to(compute_dtype),
-            shared,
-            shared_gate,
-            segment_size=shared.up_proj.shape[-1] // d_model,
-            activation=activation,
-            dropout=dropout,
-            padding_mask=real,
-        )
-    else:
-        y = stages.combine(expert_out, None, None, padding_mask=real)
-    if projected:
-        y = F.linear(y.to(tokens.dtype), *out_proj)  # type: ignore[misc]  # not None
-        y = crop(rearrange(y, "b j (p d) -> b (j p) d", p=segment_size), 1, length)
-        if mask is not None:
-            y = y.masked_fill(~mask[..., None], 0)
-    routing = Routing(
-        routed.router_logits,
-        routed.router_probs,
-        routed.topk_weights,
-        routed.topk_ids,
-        expert_counts,
-    )
-    # Some ways to crop leave a view.
-    return y.to(x.dtype).contiguous().reshape(x.shape), routing
-
-
 def seg_moe(
     x: Tensor,
     router_weight: Tensor,
@@ -478,21 +328,19 @@ def seg_moe(
     padding_mask: Tensor | None = None,
 ) -> tuple[Tensor, Routing]:
     """The whole layer in plain PyTorch, unchecked. See `functional.seg_moe`."""
-    return run_stages(
-        sys.modules[__name__],
+    weights, dtype = autocast_weights(
         x,
-        *autocast_weights(x, router_weight, experts, shared, shared_gate),
-        segment_size=segment_size,
-        expert_scope=expert_scope,
-        in_proj=in_proj,
-        out_proj=out_proj,
-        padding_mask=padding_mask,
-        activation=activation,
-        dropout=dropout,
-        top_k=top_k,
-        pooling=pooling,
-        router_dropout=router_dropout,
-        router_temperature=router_temperature,
-        renormalize=renormalize,
-        router_start=router_start,
+        LayerWeights(router_weight, experts, shared, shared_gate, in_proj, out_proj, router_start),
     )
+    options = Options(
+        segment_size,
+        top_k,
+        pooling,
+        expert_scope,
+        activation,
+        dropout,
+        router_dropout,
+        router_temperature,
+        renormalize,
+    )
+    return run_stages(sys.modules[__name__], x, weights, dtype, options, padding_mask)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["FFNWeights", "Permutation", "RouterOutput", "Routing"]
+__all__ = ["FFNWeights", "LayerWeights", "Permutation", "RouterOutput", "Routing"]
 
 
 class FFNWeights(NamedTuple):
@@ -40,6 +40,18 @@ class FFNWeights(NamedTuple):
         """The same weights in another dtype."""
         tensors = [None if w is None else w.to(dtype) for w in self]
         return FFNWeights(*tensors)  # type: ignore[arg-type]  # up and down are never None
+
+
+class LayerWeights(NamedTuple):
+    """All tensors of a layer; see `functional.seg_moe`."""
+
+    router_weight: Tensor
+    experts: FFNWeights
+    shared: FFNWeights | None = None
+    shared_gate: Tensor | None = None
+    in_proj: tuple[Tensor, Tensor | None] | None = None
+    out_proj: tuple[Tensor, Tensor | None] | None = None
+    router_start: Tensor | None = None
 
 
 @dataclass(frozen=True)

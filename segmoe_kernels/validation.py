@@ -7,7 +7,7 @@ Numbers of NumPy are taken as Python's: the checks of numbers return what to go 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from numbers import Integral, Real
 from typing import Any, NoReturn
 
@@ -15,12 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from segmoe_kernels.routing import FFNWeights
+from segmoe_kernels.routing import FFNWeights, LayerWeights
 
 POOLINGS = ("concat", "mean", "max", "first", "last")
 EXPERT_SCOPES = ("token", "segment", "projected")
 SHARED_EXPERTS = ("segment", "token", None)
-ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")
 BACKENDS = ("auto", "triton", "reference")
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _FLOAT_NAMES = "float32, float16, bfloat16 or float64"
@@ -74,7 +73,7 @@ def check_positive(function: str, argument: str, value: Any, *, zero: bool = Fal
     return float(value)
 
 
-def check_choice(function: str, argument: str, value: Any, choices: Sequence[str | None]) -> None:
+def check_choice(function: str, argument: str, value: Any, choices: Collection[str | None]) -> None:
     """Refuse what is not one of ``choices``."""
     # Arrays compare elementwise.
     if not isinstance(value, str | None) or value not in choices:
@@ -182,7 +181,7 @@ def check_like(
         fail_value(function, argument, f"be on {like.device} as x", value.device)
 
 
-def _cast_like(value: Any, x: Tensor) -> Tensor:
+def cast_like(value: Any, x: Tensor) -> Tensor:
     """What a tensor that PyTorch multiplies x with has to be like: autocast gives both a dtype."""
     cast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
     # Autocast leaves float64 alone.
@@ -209,7 +208,7 @@ def check_linear(function: str, argument: str, part: Any, x: Tensor) -> None:
             fail_value(function, f"{argument}.{name}", f"be on {x.device} as x", value.device)
         if not own and name in {"weight", "bias"}:
             check_tensor(function, f"{argument}.{name}", value)
-            like = _cast_like(value, x)
+            like = cast_like(value, x)
             check_like(function, f"{argument}.{name}", value, like, tuple(value.shape))
 
 
@@ -251,21 +250,20 @@ def check_ffn(
         fail_value(function, f"{name}.gate_proj_bias", "come with gate_proj", "gate_proj=None")
 
 
-def check_weights(
-    function: str, x: Tensor, router_weight: Any, experts: Any, shared: Any, shared_gate: Any
-) -> None:
+def check_weights(function: str, x: Tensor, weights: LayerWeights) -> None:
     """Refuse what ``torch.autocast`` would make a weight of by casting it."""
     if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
         return
-    tensors = {"router_weight": router_weight}
-    if shared_gate is not None:
-        tensors["shared_gate"] = shared_gate
-    for name, weights in (("experts", experts), ("shared", shared)):
-        if weights is None and name == "shared":
+    tensors: dict[str, Any] = {"router_weight": weights.router_weight}
+    if weights.shared_gate is not None:
+        tensors["shared_gate"] = weights.shared_gate
+    for name in ("experts", "shared"):
+        ffn = getattr(weights, name)
+        if ffn is None and name == "shared":
             continue
-        if not isinstance(weights, FFNWeights):
-            fail_type(function, name, "be FFNWeights", type(weights).__name__)
-        fields = weights._asdict().items()
+        if not isinstance(ffn, FFNWeights):
+            fail_type(function, name, "be FFNWeights", type(ffn).__name__)
+        fields = ffn._asdict().items()
         tensors |= {f"{name}.{field}": value for field, value in fields if value is not None}
     for name, tensor in tensors.items():
         check_tensor(function, name, tensor)
@@ -363,92 +361,3 @@ def check_shared_out(expert_out: Tensor, shared_out: Tensor, gate_logits: Tensor
         fail_value("combine", "shared_out", rule, tuple(shared_out.shape))
     check_like("combine", "shared_out", shared_out, expert_out, (batch, rows, width))
     check_like("combine", "shared_gate_logits", gate_logits, expert_out, (batch, rows))
-
-
-def check_projections(
-    x: Tensor,
-    segment_size: int,
-    expert_scope: str,
-    pooling: str,
-    in_proj: tuple[Tensor, Tensor | None] | None,
-    out_proj: tuple[Tensor, Tensor | None] | None,
-    router_start: Tensor | None,
-) -> None:
-    """Refuse projections and scopes that exclude each other."""
-    if router_start is not None and expert_scope != "token":
-        rule = "be None unless expert_scope='token' (causal models need token scopes)"
-        fail_value("seg_moe", "router_start", rule, f"expert_scope={expert_scope!r}")
-    projected = expert_scope == "projected"
-    for name, projection in (("in_proj", in_proj), ("out_proj", out_proj)):
-        if (projection is None) == projected:
-            rule = "come with expert_scope='projected' and only with it"
-            fail_value("seg_moe", name, rule, f"expert_scope={expert_scope!r}")
-        if projection is not None and (not isinstance(projection, tuple) or len(projection) != 2):
-            fail_type("seg_moe", name, "be (weight, bias or None)", type(projection).__name__)
-    if projected and in_proj is not None and out_proj is not None:
-        if pooling != "concat":
-            rule = "be 'concat' with expert_scope='projected'"
-            fail_value("seg_moe", "pooling", rule, repr(pooling))
-        narrow, wide = x.shape[-1], segment_size * x.shape[-1]
-        named = (("in_proj", in_proj, (narrow, wide)), ("out_proj", out_proj, (wide, narrow)))
-        for name, (weight, bias), shape in named:
-            check_like("seg_moe", f"{name}[0]", weight, _cast_like(weight, x), shape)
-            if bias is not None:
-                check_like("seg_moe", f"{name}[1]", bias, _cast_like(bias, x), shape[:1])
-
-
-def check_stages(
-    function: str,
-    x: Tensor,
-    router_weight: Tensor,
-    experts: FFNWeights,
-    shared: FFNWeights | None,
-    shared_gate: Tensor | None,
-    compute_dtype: torch.dtype,
-    *,
-    num_local: int | None = None,
-    segment_size: int,
-    expert_scope: str,
-    in_proj: tuple[Tensor, Tensor | None] | None,
-    out_proj: tuple[Tensor, Tensor | None] | None,
-    activation: str,
-    dropout: float,
-    top_k: int,
-    pooling: str,
-    router_dropout: float,
-    router_temperature: float,
-    renormalize: bool | None,
-    router_start: Tensor | None,
-) -> dict[str, Any]:
-    """Refuse a layer whose weights and options do not fit x and each other.
-
-    ``num_local`` experts are here where the others are on other ranks; None: all of them. Returns
-    the options that are numbers.
-    """
-    segment_size = check_integer(function, "segment_size", segment_size, 1)
-    top_k = check_integer(function, "top_k", top_k, 1)
-    check_choice(function, "expert_scope", expert_scope, EXPERT_SCOPES)
-    check_projections(x, segment_size, expert_scope, pooling, in_proj, out_proj, router_start)
-    # A projected segment is one token of width D: the rest of the layer sees P = 1.
-    steps = 1 if expert_scope == "projected" else segment_size
-    width = x.shape[-1] * (steps if expert_scope == "segment" else 1)
-    empty = x.new_empty(0, 0, x.shape[-1])
-    rows = empty.to(compute_dtype)
-    check_route(function, empty, router_weight, steps, top_k, pooling, router_start)
-    check_steps(function, x, segment_size, top_k)
-    numbers = {
-        "segment_size": segment_size,
-        "top_k": top_k,
-        "router_temperature": check_positive(function, "router_temperature", router_temperature),
-        "router_dropout": check_probability(function, "router_dropout", router_dropout),
-        "dropout": check_probability(function, "dropout", dropout),
-    }
-    check_flag(function, "renormalize", renormalize, optional=True)
-    check_choice(function, "activation", activation, ACTIVATIONS)
-    num_experts = router_weight.shape[0] if num_local is None else num_local
-    check_ffn(function, "experts", experts, rows, width, num_experts)
-    check_shared(rows, shared, shared_gate, steps)
-    if router_start is not None and shared is not None and shared.up_proj.shape[-1] != width:
-        rule = f"have width {width} (token) with router_start: a wider one sees later steps"
-        fail_value(function, "shared.up_proj", rule, tuple(shared.up_proj.shape))
-    return numbers

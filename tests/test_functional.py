@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from layers import STATES, make_layer
 from stage_runs import check_exactness
 
-from segmoe_kernels import FFNWeights, SegMoE, functional, reference
-from segmoe_kernels.composed_ffn import ACTIVATION_FUNCTIONS
+from segmoe_kernels import FFNWeights, SegMoE, activations, functional, reference
 from segmoe_kernels.functional import (
     combine,
     expert_ffn,
@@ -114,7 +113,7 @@ def test_grouped_gemm_equals_rows_one_by_one(biased, activation):
     x, weight = draw(7, D), draw(3, F, D)
     bias = draw(3, F) if biased else None
     out = grouped_gemm(x, weight, offsets, bias, activation)
-    act = ACTIVATION_FUNCTIONS.get(activation, lambda z: z)
+    act = (lambda z: z) if activation is None else activations.ACTIVATIONS[activation].function
     for row, e in enumerate([0, 0, 2, 2, 2]):
         expected = act(weight[e] @ x[row] + (0 if bias is None else bias[e]))
         torch.testing.assert_close(out[row], expected, rtol=1e-13, atol=1e-14)
@@ -132,7 +131,7 @@ def test_grouped_gemm_equals_rows_one_by_one(biased, activation):
     ],
 )
 def test_activation_functions_worked(name, x, expected):
-    value = ACTIVATION_FUNCTIONS[name](torch.tensor(x, dtype=torch.float64))
+    value = activations.ACTIVATIONS[name].function(torch.tensor(x, dtype=torch.float64))
     assert value.item() == pytest.approx(expected, rel=1e-15)
 
 

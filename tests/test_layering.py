@@ -12,9 +12,10 @@ PACKAGE = Path(segmoe_kernels.__file__).parent
 # Folders and modules of the package's root, from below. Each imports what stands on earlier lines,
 # and inside its own folder; the package itself is "". A new one has to be written down here.
 FLOORS = (
-    {"routing", "flops"},
+    {"routing", "flops", "activations", "segments"},
     {"validation"},
-    {"losses", "series", "_triton"},
+    {"losses", "series", "_triton", "options"},
+    {"pipeline"},
     {"reference", "composed_ffn", "exported", "grouped_ffn", "grouped_mm"},
     {"stages"},
     {"functional"},

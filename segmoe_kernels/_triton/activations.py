@@ -90,7 +90,7 @@ def activate(x, ACTIVATION: tl.constexpr, FAST: tl.constexpr = False):
 
     Args:
         x: float32 or float64.
-        ACTIVATION: a name of `validation.ACTIVATIONS`, or "none".
+        ACTIVATION: a name of `segmoe_kernels.activations.ACTIVATIONS`, or "none".
         FAST: x is float32 and what is made of the result is rounded to 16 bits.
     """
     if ACTIVATION == "none":

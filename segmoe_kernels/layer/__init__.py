@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from segmoe_kernels import reference
 from segmoe_kernels import validation as check
 from segmoe_kernels.composed_ffn import dense_ffn
-from segmoe_kernels.functional import resolve_backend, seg_moe
+from segmoe_kernels.functional import resolve_backend, run_layer
 from segmoe_kernels.layer.modules import (
     Experts,
     FeedForward,
@@ -25,7 +24,9 @@ from segmoe_kernels.losses import (
     router_z_loss,
     scale_loss,
 )
-from segmoe_kernels.routing import FFNWeights, Routing
+from segmoe_kernels.options import Options
+from segmoe_kernels.pipeline import autocast_weights
+from segmoe_kernels.routing import FFNWeights, LayerWeights, Routing
 
 __all__ = ["SegMoE", "set_loss_scaler"]
 
@@ -200,16 +201,20 @@ class SegMoE(nn.Module):
         # Neither buffer nor parameter: no state dict, broadcast or loader has to know it.
         self._aux_loss = self._no_loss()
 
+    def _options(self) -> Options:
+        """What the stages do, as the attributes say now."""
+        return Options(*(getattr(self, name) for name in Options._fields))
+
     def _check_options(self) -> None:
         name = "SegMoE"
-        sizes = {"d_model": 1, "d_ff": 1, "num_experts": 0, "top_k": 1, "segment_size": 1}
+        sizes = {"d_model": 1, "d_ff": 1, "num_experts": 0}
         for size, least in sizes.items():
             setattr(self, size, check.check_integer(name, size, getattr(self, size), least))
+        for option, value in self._options().checked(name)._asdict().items():
+            setattr(self, option, value)
         if self.top_k > self.num_experts > 0:
             rule = f"be in [1, num_experts={self.num_experts}]"
             check.fail_value(name, "top_k", rule, self.top_k)
-        check.check_choice(name, "pooling", self.pooling, check.POOLINGS)
-        check.check_choice(name, "expert_scope", self.expert_scope, check.EXPERT_SCOPES)
         shared = self.shared_expert_scope
         check.check_choice(name, "shared_expert", shared, check.SHARED_EXPERTS)
         if self.shared_d_ff is not None:
@@ -217,14 +222,8 @@ class SegMoE(nn.Module):
             if shared is None or self.num_experts == 0:
                 rule = "be None without a shared expert beside experts"
                 check.fail_value(name, "shared_d_ff", rule, self.shared_d_ff)
-        check.check_choice(name, "activation", self.activation, check.ACTIVATIONS)
         for flag in ("gated", "bias", "causal"):
             check.check_flag(name, flag, getattr(self, flag))
-        check.check_flag(name, "renormalize", self.renormalize, optional=True)
-        for rate in ("dropout", "router_dropout"):
-            setattr(self, rate, check.check_probability(name, rate, getattr(self, rate)))
-        temperature = self.router_temperature
-        self.router_temperature = check.check_positive(name, "router_temperature", temperature)
         for weight in ("aux_loss_weight", "z_loss_weight"):
             value = check.check_positive(name, weight, getattr(self, weight), zero=True)
             setattr(self, weight, value)
@@ -348,48 +347,41 @@ class SegMoE(nn.Module):
         shared: FeedForward | None = None,
     ) -> tuple[Tensor, Routing]:
         gate, in_proj, out_proj = self.shared_gate, self.in_proj, self.out_proj
-        weight, start = router
-        options: dict[str, Any] = {
-            "segment_size": self.segment_size,
-            "top_k": self.top_k,
-            "pooling": self.pooling,
-            "expert_scope": self.expert_scope,
-            "activation": self.activation,
-            "dropout": self.dropout if self.training else 0.0,
-            "router_dropout": self.router_dropout if self.training else 0.0,
-            "router_temperature": self.router_temperature,
-            "renormalize": self.renormalize,
-            "router_start": start,
-            "padding_mask": padding_mask,
-            "backend": self.backend,
-        }
-        if self.causal != (start is not None):
+        if self.causal != (router[1] is not None):
             rule = "be as the layer was made: its router has a start vector only then"
             check.fail_value("SegMoE.forward", "causal", rule, self.causal)
+        options = self._options()
+        if not self.training:
+            options = options._replace(dropout=0.0, router_dropout=0.0)
+        weights = LayerWeights(router[0], experts, router_start=router[1])
         plain = (shared is None or shared.is_plain()) and all(
             map(is_plain, (gate, in_proj, out_proj))
         )
         # The stages know no bias of the gate, which somebody's own may have.
-        if plain and (gate is None or gate.bias is None):
-            options["shared"] = None if shared is None else shared.weights()
-            options["shared_gate"] = None if gate is None else gate.weight
-            options["in_proj"] = None if in_proj is None else (in_proj.weight, in_proj.bias)
-            options["out_proj"] = None if out_proj is None else (out_proj.weight, out_proj.bias)
-            return self._run(x, weight, experts, **options)
-        # Not imported by those who don't need it, as below.
-        from segmoe_kernels.layer.called import run_called
+        if not plain or (gate is not None and gate.bias is not None):
+            # Not imported by those who don't need it, as below.
+            from segmoe_kernels.layer.called import run_called
 
-        return run_called(self._run, x, weight, experts, shared, gate, in_proj, out_proj, **options)
+            called = shared, gate, in_proj, out_proj
+            return run_called(self._run, x, weights, options, padding_mask, self.backend, *called)
+        weights = weights._replace(
+            shared=None if shared is None else shared.weights(),
+            shared_gate=None if gate is None else gate.weight,
+            in_proj=None if in_proj is None else (in_proj.weight, in_proj.bias),
+            out_proj=None if out_proj is None else (out_proj.weight, out_proj.bias),
+        )
+        return self._run(x, weights, options, padding_mask)
 
     def _run(
-        self, x: Tensor, router_weight: Tensor, experts: FFNWeights, **options: Any
+        self, x: Tensor, weights: LayerWeights, options: Options, padding_mask: Tensor | None
     ) -> tuple[Tensor, Routing]:
         """Run the stages; `parallel` has other ones."""
-        if any(hasattr(tensor, "device_mesh") for tensor in (x, router_weight, experts.up_proj)):
+        of_meshes = (x, weights.router_weight, weights.experts.up_proj)
+        if any(hasattr(tensor, "device_mesh") for tensor in of_meshes):
             from segmoe_kernels.layer.dtensor import run_local
 
-            return run_local(seg_moe, x, router_weight, experts, **options)
-        return seg_moe(x, router_weight, experts, **options)
+            return run_local(run_layer, x, weights, options, padding_mask, self.backend)
+        return run_layer(x, weights, options, padding_mask, self.backend)
 
     def _forward_dense(
         self, x: Tensor, padding_mask: Tensor | None, ffn: FeedForward
@@ -401,8 +393,8 @@ class SegMoE(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if ffn.is_plain():
             weights = ffn.weights()
-            some = weights.up_proj, weights, None, None
-            _, weights, *_, dtype = reference.autocast_weights(x, *some)
+            cast, dtype = autocast_weights(x, LayerWeights(weights.up_proj, weights))
+            weights = cast.experts
             like = torch.empty(0, dtype=dtype, device=x.device)
             check.check_ffn("SegMoE.forward", "shared_expert", weights, like, self.d_model, None)
             y = dense_ffn(x.to(dtype), weights, self.activation, dropout)
@@ -459,10 +451,8 @@ class SegMoE(nn.Module):
 
     def extra_repr(self) -> str:
         """The options, for ``repr``."""
-        names = ["d_model", "d_ff", "num_experts", "top_k", "segment_size", "pooling"]
-        names += ["expert_scope", "activation", "gated", "bias", "dropout", "router_dropout"]
-        names += ["router_temperature", "renormalize", "causal", "aux_loss_weight"]
-        names += ["z_loss_weight", "backend"]
+        names = ["d_model", "d_ff", "num_experts", *Options._fields, "gated", "bias", "causal"]
+        names += ["aux_loss_weight", "z_loss_weight", "backend"]
         shared = f"shared_expert={self.shared_expert_scope!r}"
         if self.shared_d_ff is not None:
             shared += f", shared_d_ff={self.shared_d_ff}"

@@ -7,15 +7,15 @@ are called, and the backend's stages run what is between them.
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, nn
 
 from segmoe_kernels import validation as check
-from segmoe_kernels.composed_ffn import segments, valid_steps
 from segmoe_kernels.functional import combine
 from segmoe_kernels.layer.modules import FeedForward
-from segmoe_kernels.routing import FFNWeights, Routing
+from segmoe_kernels.options import Options
+from segmoe_kernels.routing import LayerWeights, Routing
+from segmoe_kernels.segments import segments, valid_steps
 
 __all__ = ["run_called"]
 
@@ -23,33 +23,28 @@ __all__ = ["run_called"]
 def run_called(
     run: Callable[..., tuple[Tensor, Routing]],
     x: Tensor,
-    router_weight: Tensor,
-    experts: FFNWeights,
+    weights: LayerWeights,
+    options: Options,
+    padding_mask: Tensor | None,
+    backend: str,
     shared: FeedForward | None,
     shared_gate: nn.Module | None,
     in_proj: nn.Module | None,
     out_proj: nn.Module | None,
-    *,
-    segment_size: int,
-    expert_scope: str,
-    padding_mask: Tensor | None,
-    **options: Any,
 ) -> tuple[Tensor, Routing]:
-    """As `functional.seg_moe`, which ``run`` is, or what parallel layers have in its place.
+    """As `functional.run_layer`, of whose weights the rest are called.
 
     Args:
-        run: runs router and experts.
+        run: runs router and experts, or what parallel layers have in its place.
         x: (..., T, D).
-        router_weight: see `functional.seg_moe`, as for all that is not named here.
-        experts: see there.
+        weights: of the router and the experts alone.
+        options: of the layer.
+        padding_mask: (..., T) bool.
+        backend: see `functional.resolve_backend`.
         shared: called on rows of ``P * D`` or D columns, or None.
         shared_gate: called on the same rows; gives one column.
         in_proj: called on (B, J, P * D); gives D columns. None but for "projected".
         out_proj: called on (B, J, D); gives ``P * D`` columns.
-        segment_size: P.
-        expert_scope: see there.
-        padding_mask: (..., T) bool.
-        **options: see there.
 
     Returns:
         ``(y, routing)``.
@@ -59,7 +54,10 @@ def run_called(
         ValueError: for one on another device, and for DTensors, on which the stages run locally,
             and a module can't.
     """
-    if any(hasattr(tensor, "device_mesh") for tensor in (x, router_weight, experts.up_proj)):
+    if any(
+        hasattr(tensor, "device_mesh")
+        for tensor in (x, weights.router_weight, weights.experts.up_proj)
+    ):
         rule = "have plain torch.nn.Linear modules where tensors are DTensors"
         check.fail_value(
             "SegMoE.forward",
@@ -71,6 +69,7 @@ def run_called(
     for name, part in named.items():
         check.check_linear("SegMoE.forward", name, part, x)
     length, d_model = x.shape[-2:]
+    segment_size = options.segment_size
     if (shared is None) != (shared_gate is None):
         check.fail_value(
             "SegMoE.forward", "shared_expert", "come with shared_gate", "only one of them"
@@ -79,38 +78,23 @@ def run_called(
     if shared is not None and shared.d_model not in widths:
         rule = f"have a width of {widths[0]} (token) or {widths[1]} (segment)"
         check.fail_value("SegMoE.forward", "shared_expert", rule, shared.d_model)
-    start = options["router_start"]
-    if start is not None and shared is not None and shared.d_model != d_model:
+    if weights.router_start is not None and shared is not None and shared.d_model != d_model:
         rule = f"have width {d_model} (token) in a causal layer: a wider one sees later steps"
         check.fail_value("SegMoE.forward", "shared_expert", rule, shared.d_model)
     tokens = x.reshape(math.prod(x.shape[:-2]), length, d_model)
     mask = real = None if padding_mask is None else padding_mask.reshape(tokens.shape[:2])
-    steps = segment_size
     if in_proj is not None:
         rows = segments(tokens, segment_size, mask).flatten(-2)
         real = None if mask is None else valid_steps(tokens, segment_size, mask).any(-1)
         # Back from the autocast dtype: the router sees x's.
         tokens = in_proj(rows).to(x.dtype)
-        steps, expert_scope = 1, "token"
-    y, routing = run(
-        tokens,
-        router_weight,
-        experts,
-        segment_size=steps,
-        expert_scope=expert_scope,
-        shared=None,
-        shared_gate=None,
-        in_proj=None,
-        out_proj=None,
-        padding_mask=real,
-        **options,
-    )
+        options = options._replace(segment_size=1, expert_scope="token")
+    y, routing = run(tokens, weights, options, real)
     if shared is not None and shared_gate is not None:
         wide = shared.d_model // tokens.shape[-1]
         rows = segments(tokens, wide, real).flatten(-2)
-        out = shared.run(rows, options["activation"], options["dropout"])
+        out = shared.run(rows, options.activation, options.dropout)
         logits = shared_gate(rows).squeeze(-1)
-        backend = options["backend"]
         y = combine(y[None], out.to(y), logits.to(y), padding_mask=real, backend=backend)
     if out_proj is not None:
         y = out_proj(y).unflatten(-1, (segment_size, d_model)).flatten(1, 2)[:, :length]

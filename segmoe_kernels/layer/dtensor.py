@@ -1,20 +1,25 @@
 """The layer on `torch.distributed.tensor.DTensor`: every rank runs the kernels on what it has."""
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.utils._pytree import tree_map_only
 
 from segmoe_kernels import validation as check
-from segmoe_kernels.routing import Routing
+from segmoe_kernels.options import Options
+from segmoe_kernels.routing import LayerWeights, Routing
 
 __all__ = ["run_local"]
 
 
 def run_local(
-    function: Callable[..., tuple[Tensor, Routing]], x: Tensor, *weights: Any, **options: Any
+    function: Callable[..., tuple[Tensor, Routing]],
+    x: Tensor,
+    weights: LayerWeights,
+    options: Options,
+    padding_mask: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Routing]:
     """Run a layer's stages on local tensors.
 
@@ -22,10 +27,12 @@ def run_local(
     dimension; then a weight's gradient is a sum over the ranks (`Partial`), which DTensor adds up.
 
     Args:
-        function: such as `functional.seg_moe`.
+        function: such as `functional.run_layer`.
         x: (..., T, D) DTensor.
-        *weights: DTensors, in tuples too.
-        **options: likewise; a padding mask is laid out as x.
+        weights: DTensors.
+        options: of the layer.
+        padding_mask: (..., T) bool, laid out as x if it is a DTensor.
+        backend: see `functional.resolve_backend`.
 
     Returns:
         ``(y, routing)``: y a DTensor laid out as x; routing of this rank's segments, local.
@@ -55,11 +62,10 @@ def run_local(
             check.fail_type("SegMoE.forward", "layer", rule, f"a {type(tensor).__name__}")
         return tensor
 
-    mask = options.pop("padding_mask")
-    if isinstance(mask, DTensor):
-        mask = mask.redistribute(mesh, layout).to_local()
-    weights, options = tree_map_only(Tensor, local, (weights, options))
+    if isinstance(padding_mask, DTensor):
+        padding_mask = padding_mask.redistribute(mesh, layout).to_local()
+    weights = tree_map_only(Tensor, local, weights)
     # x's gradient lies as x does: each rank has all of its own part's.
     steps = x.to_local(grad_placements=layout)
-    y, routing = function(steps, *weights, padding_mask=mask, **options)
+    y, routing = function(steps, weights, options, padding_mask, backend)
     return DTensor.from_local(y, mesh, layout, shape=x.shape, stride=x.stride()), routing

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segmoe_kernels import validation as check
-from segmoe_kernels.composed_ffn import ACTIVATION_FUNCTIONS
+from segmoe_kernels.activations import ACTIVATIONS
 from segmoe_kernels.routing import FFNWeights
 
 __all__ = ["Experts", "FeedForward", "SegmentRouter"]
@@ -222,7 +222,7 @@ class FeedForward(nn.Module):
         """Compute `composed_ffn.dense_ffn` by calls of the linear maps."""
         for name, part in self.named_children():
             check.check_linear("SegMoE.forward", f"shared_expert.{name}", part, rows)
-        function = ACTIVATION_FUNCTIONS[activation]
+        function = ACTIVATIONS[activation].function
         hidden = self.up_proj(rows)
         if self.gate_proj is None:
             hidden = function(hidden)

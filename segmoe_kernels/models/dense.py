@@ -13,6 +13,8 @@ from torch.func import functional_call
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from segmoe_kernels.activations import ACTIVATIONS
+
 __all__ = ["UNDERSTOOD", "DenseFFN", "activation_of", "difference", "evaluating", "read_ffn"]
 
 UNDERSTOOD = (
@@ -22,27 +24,6 @@ UNDERSTOOD = (
     "parts describes"
 )
 
-# A class of the same name elsewhere may compute something else.
-_ACTIVATIONS: dict[Any, str] = {
-    nn.ReLU: "relu",
-    F.relu: "relu",
-    torch.relu: "relu",
-    nn.SiLU: "silu",
-    F.silu: "silu",
-    F.gelu: "gelu",
-    "SiLUActivation": "silu",
-    "GELUActivation": "gelu",
-    "NewGELUActivation": "gelu_tanh",
-    "FastGELUActivation": "gelu_tanh",
-    "GELUTanh": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-}
-_COMPUTED: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
 # Parts that are modules.
 _NAMED = ("up", "down", "gate", "dropout")
 # Children of the encoder layer in Time-Series-Library, in neuralforecast and elsewhere.
@@ -72,7 +53,7 @@ class DenseFFN(NamedTuple):
             return F.linear(rows, part.weight.flatten(1), part.bias)
 
         hidden = linear(self.up if self.gate is None else self.gate, x)
-        hidden = _COMPUTED[self.activation](hidden)
+        hidden = ACTIVATIONS[self.activation].function(hidden)
         if self.gate is not None:
             hidden = hidden * linear(self.up, x)
         hidden = hidden if drop is None else drop(hidden)
@@ -83,11 +64,14 @@ def activation_of(function: Any) -> str | None:
     """Our name of an activation module or function; None for one that no kernel computes."""
     if type(function) is nn.GELU:
         return "gelu_tanh" if function.approximate == "tanh" else "gelu"
-    if not isinstance(function, nn.Module):
-        return _ACTIVATIONS.get(function) if callable(function) else None
-    kind = type(function)
-    own = kind.__module__ == "transformers.activations"
-    return _ACTIVATIONS.get(kind.__name__ if own else kind)
+    known = function
+    if isinstance(function, nn.Module):
+        kind = type(function)
+        known = kind.__name__ if kind.__module__ == "transformers.activations" else kind
+    elif not callable(function):
+        return None
+    found = (n for n, a in ACTIVATIONS.items() if known in (a.function, *a.aliases))
+    return next(found, None)
 
 
 def read_ffn(module: nn.Module, parts: Mapping[str, str] | None = None) -> DenseFFN | str | None:
@@ -154,7 +138,7 @@ def _read_parts(module: nn.Module, parts: Mapping[str, str]) -> DenseFFN | str |
         if (weights or _rate(child) > 0) and not any(child is part for part in own.values()):
             return f"has beside its parts {name or 'weights of its own'!r}, which would be lost"
     name = parts["activation"]
-    function = named.get(name, getattr(module, name, name if name in _COMPUTED else None))
+    function = named.get(name, getattr(module, name, name if name in ACTIVATIONS else None))
     dropout = own.get("dropout")
     return _describe(own["up"], own["down"], own.get("gate"), function, dropout, None)
 

@@ -32,7 +32,7 @@ from segmoe_kernels._triton.tiles import (
     grouped_gemm_tile,
     num_row_splits,
 )
-from segmoe_kernels.composed_ffn import ACTIVATION_FUNCTIONS
+from segmoe_kernels.activations import ACTIVATIONS
 from segmoe_kernels.stages.grouped_gemm.kernels import grouped_gemm_dw_kernel, grouped_gemm_kernel
 
 
@@ -353,7 +353,7 @@ class _GroupedGemmBackward(torch.autograd.Function):
             pre = _grouped_gemm_fwd_op(x, weight, expert_offsets, bias, "none")
             with torch.enable_grad():
                 pre.requires_grad_()
-                y = ACTIVATION_FUNCTIONS[activation](pre)
+                y = ACTIVATIONS[activation].function(pre)
                 (dy,) = torch.autograd.grad(y, pre, dy)
         dx = dweight = dbias = None
         if wanted[0]:

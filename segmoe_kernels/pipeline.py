@@ -1,0 +1,165 @@
+"""The stages in order, as both backends run them."""
+
+import contextlib
+import math
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from segmoe_kernels.options import Options
+from segmoe_kernels.routing import FFNWeights, LayerWeights, RouterOutput, Routing
+from segmoe_kernels.segments import crop, segments, valid_steps
+
+__all__ = ["Stages", "autocast_weights", "no_autocast", "run_stages"]
+
+
+class Stages(Protocol):
+    """What a backend has, or what stands in for one: `reference`, `stages`, `parallel`'s."""
+
+    def routed_experts(
+        self,
+        x: Tensor,
+        router_weight: Tensor,
+        experts: FFNWeights,
+        options: Options,
+        *,
+        router_start: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+    ) -> tuple[Tensor, RouterOutput, Tensor]:
+        """Stages 1 to 3; the experts run in the dtype of their weights.
+
+        Returns ``(expert_out, routed, expert_counts)``: the weighted outputs, (top_k, B, T, D);
+        RouterOutput; (E,) int32.
+        """
+        ...
+
+    def shared_combine(
+        self,
+        expert_out: Tensor,
+        x: Tensor,
+        shared: FFNWeights,
+        shared_gate: Tensor,
+        *,
+        segment_size: int,
+        activation: str = "gelu",
+        dropout: float = 0.0,
+        padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Stage 4 with a shared expert, (B, T, D)."""
+        ...
+
+    def combine(
+        self,
+        expert_out: Tensor,
+        shared_out: Tensor | None = None,
+        shared_gate_logits: Tensor | None = None,
+        *,
+        padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Stage 4, (B, T, D). See `functional.combine`."""
+        ...
+
+
+def _autocast_is_on(device_type: str) -> bool:
+    # The meta device has no autocast; what says so, Dynamo traces only from torch 2.12 on.
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """A context without autocast; entering torch's for nothing costs a small layer."""
+    if _autocast_is_on(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def autocast_weights(x: Tensor, weights: LayerWeights) -> tuple[LayerWeights, torch.dtype]:
+    """Weights as ``torch.autocast`` wants them, and the dtype that products run in.
+
+    The router stays in the dtype of x; without autocast, or in float64, nothing changes.
+    """
+    kind = x.device.type
+    if not _autocast_is_on(kind) or x.dtype == torch.float64:
+        return weights, x.dtype
+    dtype = torch.get_autocast_dtype(kind)
+    shared, shared_gate = weights.shared, weights.shared_gate
+    cast = weights._replace(
+        router_weight=weights.router_weight.to(x.dtype),
+        experts=weights.experts.to(dtype),
+        shared=None if shared is None else shared.to(dtype),
+        shared_gate=None if shared_gate is None else shared_gate.to(dtype),
+    )
+    return cast, dtype
+
+
+def run_stages(
+    stages: Stages,
+    x: Tensor,
+    weights: LayerWeights,
+    compute_dtype: torch.dtype,
+    options: Options,
+    padding_mask: Tensor | None,
+) -> tuple[Tensor, Routing]:
+    """Run the layer on the stages of one backend.
+
+    Args:
+        stages: of a backend.
+        x: (..., T, D).
+        weights: from `autocast_weights`.
+        compute_dtype: from there, too: of the products.
+        options: checked.
+        padding_mask: (..., T) bool or None.
+
+    Returns:
+        ``(y, routing)``.
+    """
+    batch_shape, (length, d_model) = x.shape[:-2], x.shape[-2:]
+    batch = math.prod(batch_shape)  # not numel(), which export would make a constant
+    sequences = x.reshape(batch, length, d_model)
+    mask = None if padding_mask is None else padding_mask.reshape(batch, length)
+    tokens, real, size = sequences, mask, options.segment_size
+    in_proj, out_proj, shared = weights.in_proj, weights.out_proj, weights.shared
+    if in_proj is not None:
+        # A projected segment is one token of width D: the rest of the layer sees P = 1.
+        rows = segments(sequences, size, mask).flatten(-2)
+        # Back from the autocast dtype: the router sees x's.
+        tokens = F.linear(rows, *in_proj).to(x.dtype)
+        real = None if mask is None else valid_steps(sequences, size, mask).any(-1)
+        options = options._replace(segment_size=1, expert_scope="token")
+    expert_out, routed, expert_counts = stages.routed_experts(
+        tokens,
+        weights.router_weight,
+        weights.experts,
+        options,
+        router_start=weights.router_start,
+        padding_mask=real,
+    )
+    if shared is not None and weights.shared_gate is not None:
+        y = stages.shared_combine(
+            expert_out,
+            tokens.to(compute_dtype),
+            shared,
+            weights.shared_gate,
+            segment_size=shared.up_proj.shape[-1] // d_model,
+            activation=options.activation,
+            dropout=options.dropout,
+            padding_mask=real,
+        )
+    else:
+        y = stages.combine(expert_out, None, None, padding_mask=real)
+    if out_proj is not None:
+        y = F.linear(y.to(tokens.dtype), *out_proj)
+        y = crop(rearrange(y, "b j (p d) -> b (j p) d", p=size), 1, length)
+        if mask is not None:
+            y = y.masked_fill(~mask[..., None], 0)
+    routing = Routing(
+        routed.router_logits,
+        routed.router_probs,
+        routed.topk_weights,
+        routed.topk_ids,
+        expert_counts,
+    )
+    # Some ways to crop leave a view.
+    return y.to(x.dtype).contiguous().reshape(x.shape), routing
