@@ -32,7 +32,6 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
-from triton.compiler import ASTSource
 
 from benchmarks.codegen import Launch, caught_launches, pretend_triton_runs
 from benchmarks.codegen_cases import run_layer
@@ -88,7 +87,7 @@ def lower(launch: Launch) -> str:
         stages["ttir"] = stop
 
     real = CUDABackend.add_stages
-    source = ASTSource(launch.function, launch.signature, launch.constants, launch.attributes)
+    source = launch.source()
     with (
         mock.patch.object(CUDABackend, "add_stages", add_stages),
         mock.patch.dict(os.environ, TRITON_ALWAYS_COMPILE="1"),

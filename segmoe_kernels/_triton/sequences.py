@@ -138,7 +138,7 @@ def real_steps(
 
 @triton.jit
 def load_rows(
-    ptr,  # (top_k, B, T, D)
+    x,  # Rows
     padding_mask_ptr,
     choice,
     sequence,
@@ -147,9 +147,6 @@ def load_rows(
     cols,  # (N,), up to D, or P * D where rows are whole segments
     width,
     length,
-    stride_k,
-    stride_b,
-    stride_t,
     D: tl.constexpr,
     CONCAT: tl.constexpr,
 ):
@@ -157,20 +154,20 @@ def load_rows(
 
     With ``CONCAT`` a row is a whole segment and its columns run over the steps.
     """
-    base = choice.to(tl.int64) * stride_k + sequence.to(tl.int64) * stride_b
-    base += step.to(tl.int64) * stride_t
+    base = choice.to(tl.int64) * x.stride_k + sequence.to(tl.int64) * x.stride_b
+    base += step.to(tl.int64) * x.stride_t
     if CONCAT:
         steps = step[:, None] + (cols // D)[None, :]
         real = (mask_m[:, None] & (cols < width)[None, :]) & (steps < length)
         if padding_mask_ptr is not None:
             flags = (padding_mask_ptr + sequence.to(tl.int64) * length)[:, None] + steps
             real &= tl.load(flags, mask=real, other=0) != 0
-        offs = (cols // D).to(tl.int64) * stride_t + cols % D
+        offs = (cols // D).to(tl.int64) * x.stride_t + cols % D
     else:
         rows_real = real_steps(padding_mask_ptr, sequence, step, mask_m, length)
         real = rows_real[:, None] & (cols < width)[None, :]
         offs = cols
-    return tl.load((ptr + base)[:, None] + offs[None, :], mask=real, other=0.0)
+    return tl.load((x.ptr + base)[:, None] + offs[None, :], mask=real, other=0.0)
 
 
 @triton.jit

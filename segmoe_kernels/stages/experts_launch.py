@@ -6,6 +6,14 @@ import torch
 import triton
 from torch import Tensor
 
+from segmoe_kernels._triton.arguments import (
+    Gradients,
+    Kept,
+    Slots,
+    dropout_of,
+    experts_of,
+    rows_of,
+)
 from segmoe_kernels._triton.launch import (
     accumulator,
     accumulator_dtype,
@@ -96,44 +104,29 @@ class Call:
             "TOP_K": self.top_k,
             "SEGMENT_SIZE": segment_size,
             "ACTIVATION": activation,
+            **self.numerics,
         }
-
-    def weight_strides(self) -> tuple[int, ...]:
-        """Outer strides of up, gate and down."""
-        up, down, gate = self.weights[:3]
-        gate_strides = (0, 0) if gate is None else gate.stride()[:2]
-        return (*up.stride()[:2], *gate_strides, *down.stride()[:2])
+        self.slots = Slots(sorted_to_slot, expert_offsets, padding_mask)
+        self.hidden_dropout = dropout_of(seed, dropout, self.dtype)
 
 
 def forward_fused(call: Call, out: Tensor) -> None:
     """Weighted outputs of every slot, hidden layer on chip: out is (top_k, B, T, D)."""
-    up, down, gate, up_bias, gate_bias, down_bias = call.weights
     tile = expert_ffn_fwd_tile(call.width, call.d_ff, call.dtype, **call.fused_in)
     grid = gemm_grid(call.num_rows, call.num_experts, 1, tile)
     expert_ffn_fwd_kernel[grid](
-        call.x,
+        rows_of(call.x),
         call.topk_weights,
-        up,
-        gate,
-        down,
-        up_bias,
-        gate_bias,
-        down_bias,
+        experts_of(call.weights),
         out,
-        call.sorted_to_slot,
-        call.expert_offsets,
-        call.padding_mask,
-        call.seed,
+        call.slots,
+        call.hidden_dropout,
         call.num_slots,
         call.segments_per_sequence,
         call.length,
         call.num_experts,
-        *call.x.stride()[:3],
-        *call.weight_strides(),
         call.batch,
-        exact(call.dropout, call.dtype),
         **call.fused_constants,
-        **call.numerics,
         GROUPS=padded(call.num_experts + 1),
         BLOCK_M=tile.block_m,
         BLOCK_F=tile.block_n,
@@ -185,43 +178,30 @@ def launch_dx(
     dy: Tensor,
     dx: Tensor | None,
     drow_weights: Tensor,
-    kept: tuple[Tensor, Tensor, Tensor | None] | None,
+    kept: Kept | None,
 ) -> None:
     """Gradients of x, for each choice, of the routing weights, one share for each step, and kept.
 
     kept is from `new_kept`, for `weight_gradients`, or None.
     """
-    up, down, gate, up_bias, gate_bias, down_bias = call.weights
     tile = expert_ffn_dx_tile(call.width, call.d_ff, call.dtype, **call.fused_in)
     grid = gemm_grid(call.num_rows, call.num_experts, 1, tile)
     expert_ffn_dx_kernel[grid](
-        call.x,
-        dy,
+        rows_of(call.x),
+        rows_of(dy),
         call.topk_weights,
-        up,
-        gate,
-        down,
-        up_bias,
-        gate_bias,
-        down_bias,
+        experts_of(call.weights),
         dx,
         drow_weights,
-        *(kept or (None, None, None)),
-        call.sorted_to_slot,
-        call.expert_offsets,
-        call.padding_mask,
-        call.seed,
+        kept,
+        call.slots,
+        call.hidden_dropout,
         call.num_slots,
         call.segments_per_sequence,
         call.length,
         call.num_experts,
-        *call.x.stride()[:3],
-        *dy.stride()[:3],
-        *call.weight_strides(),
         call.batch,
-        exact(call.dropout, call.dtype),
         **call.fused_constants,
-        **call.numerics,
         GROUPS=padded(call.num_experts + 1),
         BLOCK_M=tile.block_m,
         BLOCK_F=tile.block_n,
@@ -232,60 +212,47 @@ def launch_dx(
 
 def launch_dw(call: Call, dy: Tensor, dweights: FFNWeights) -> None:
     """Weight gradients of experts of a width that is fused."""
-    up, down, gate, up_bias, gate_bias, _ = call.weights
     tile = expert_ffn_dw_tile(call.width, call.d_ff, call.dtype, **call.fused_in)
     columns = triton.cdiv(call.d_ff, tile.block_n)
     splits = num_row_splits(call.num_rows, tile, columns)
-    biased = any(bias is not None for bias in dweights[3:])
-    if biased:  # the kernel writes the gradients of all biases or of none
-        matrices = dweights[:3]
-        room = [None if w is None else w.new_empty(w.shape[:2]) for w in (up, gate, down)]
-        found = [r if b is None else b for b, r in zip(dweights[3:], room, strict=True)]
-        dweights = FFNWeights(*matrices, *found)
-    # In the order in which a slot of partial sums holds them.
     dup, ddown, dgate, dup_bias, dgate_bias, ddown_bias = dweights
-    parts = (dup, ddown, dgate, dup_bias, ddown_bias, dgate_bias)
-    partials = new_partials(parts, splits, call.num_experts, accumulator_dtype(call.dtype))
+    gradients = Gradients(dup, ddown, dgate, dup_bias, ddown_bias, dgate_bias)
+    if any(bias is not None for bias in dweights[3:]):
+        # The kernel writes the gradients of all biases or of none.
+        room = [None if w is None else w.new_empty(w.shape[:2]) for w in gradients[:3]]
+        found = [r if b is None else b for b, r in zip(gradients[3:], room, strict=True)]
+        gradients = Gradients(*gradients[:3], *found)
+    partials = new_partials(gradients, splits, call.num_experts, accumulator_dtype(call.dtype))
     expert_ffn_dw_kernel[(splits, columns)](
-        call.x,
-        dy,
+        rows_of(call.x),
+        rows_of(dy),
         call.topk_weights,
-        up,
-        gate,
-        down,
-        up_bias,
-        gate_bias,
-        *parts,
+        experts_of(call.weights),
+        gradients,
         partials,
-        call.sorted_to_slot,
-        call.expert_offsets,
-        call.padding_mask,
-        call.seed,
+        call.slots,
+        call.hidden_dropout,
         call.segments_per_sequence,
         call.length,
         call.num_experts,
         splits,
         partials.shape[1],
-        *call.x.stride()[:3],
-        *dy.stride()[:3],
-        *call.weight_strides(),
-        exact(call.dropout, call.dtype),
         **call.fused_constants,
-        **call.numerics,
-        HAS_BIAS=biased,
         GROUPS=padded(call.num_experts),
         BLOCK_M=tile.block_m,
         BLOCK_F=tile.block_n,
         BLOCK_D=tile.block_k,
         **tile.options(),
     )
-    reduce_partials(partials, parts, call.expert_offsets, splits, call.rows_per_slot, tile.block_m)
+    reduce_partials(
+        partials, gradients, call.expert_offsets, splits, call.rows_per_slot, tile.block_m
+    )
 
 
-def new_kept(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+def new_kept(call: Call) -> Kept:
     """Room for the hidden layer and the gradients of what the activation saw, (M, F) each."""
     hidden, dpre = (call.x.new_empty(call.num_rows, call.d_ff, dtype=call.dtype) for _ in range(2))
-    return hidden, dpre, torch.empty_like(dpre) if call.gated else None
+    return Kept(hidden, dpre, torch.empty_like(dpre) if call.gated else None)
 
 
 def backward_two_products(

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from segmoe_kernels._triton.activations import activate, activate_with_grad, dropout_scale
+from segmoe_kernels._triton.arguments import Rows
 from segmoe_kernels._triton.launch import kernel
 from segmoe_kernels._triton.partials import store_sum
 from segmoe_kernels._triton.sequences import (
@@ -44,8 +45,8 @@ def _load_operand(
     """Return (M, N) of a sorted matrix (stride_t apart), or gathered from the sequences."""
     if GATHER:
         return load_rows(
-            ptr, padding_mask_ptr, choice, sequence, step, mask_m, cols, width, length,
-            stride_k, stride_b, stride_t, D, CONCAT,
+            Rows(ptr, stride_k, stride_b, stride_t), padding_mask_ptr, choice, sequence, step,
+            mask_m, cols, width, length, D, CONCAT,
         )  # fmt: skip
     else:  # noqa: RET505  the branches are compile-time
         mask = mask_m[:, None] & (cols < width)[None, :]
@@ -297,8 +298,8 @@ def grouped_gemm_dhidden_kernel(
         offs_k = k0 + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
         dy = load_rows(
-            dy_ptr, padding_mask_ptr, choice, sequence, step, routed, offs_k, K, length,
-            stride_dy_k, stride_dy_b, stride_dy_t, D, CONCAT,
+            Rows(dy_ptr, stride_dy_k, stride_dy_b, stride_dy_t), padding_mask_ptr, choice, sequence,
+            step, routed, offs_k, K, length, D, CONCAT,
         )  # fmt: skip
         w = _load_weight(down_ptr, e, offs_n, offs_k, N, K, stride_down_e, 1, stride_down_k)
         dhidden = tl.dot(dy, w, dhidden, input_precision=PRECISION, out_dtype=ACC)

@@ -1,0 +1,94 @@
+"""What kernels take whole: tuples of the pointers, strides and options that belong together.
+
+Fields may be None, which a kernel knows at compile time; other tuples may be fields. Numbers of the
+batch (`launch.OF_THE_BATCH`) are never in a tuple: Triton specialises every number in one.
+"""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from segmoe_kernels._triton.launch import exact
+from segmoe_kernels.routing import FFNWeights
+
+
+class Rows(NamedTuple):
+    """Rows of sequences, (top_k, B, T, D) by strides; the columns are contiguous."""
+
+    ptr: Any
+    stride_k: Any
+    stride_b: Any
+    stride_t: Any
+
+
+class Slots(NamedTuple):
+    """Which rows an expert gets, and which of them are real."""
+
+    sorted_to_slot_ptr: Any  # (R,) int32
+    expert_offsets_ptr: Any  # (E + 1,) int32
+    padding_mask_ptr: Any  # (B, T) bool or None
+
+
+class Matrix(NamedTuple):
+    """A matrix for each expert, (E, rows, columns) by strides; the columns are contiguous."""
+
+    ptr: Any
+    stride_e: Any
+    stride_row: Any
+
+
+class Experts(NamedTuple):
+    """The experts' parameters."""
+
+    up: Any  # Matrix (E, F, D)
+    gate: Any  # Matrix (E, F, D) or None
+    down: Any  # Matrix (E, D, F)
+    up_bias_ptr: Any  # (E, F) or None
+    gate_bias_ptr: Any  # (E, F) or None
+    down_bias_ptr: Any  # (E, D) or None
+
+
+class Dropout(NamedTuple):
+    """Dropout of the hidden layer."""
+
+    seed_ptr: Any  # (1,) int64, or None for no dropout
+    probability: Any
+
+
+class Kept(NamedTuple):
+    """What backward writes for the products that make weight gradients, (R * P, F) sorted."""
+
+    hidden_ptr: Any  # the hidden layer times the routing weight
+    dpre_ptr: Any  # gradient of what the activation saw
+    dgate_ptr: Any  # the same of the gate, or None
+
+
+class Gradients(NamedTuple):
+    """Gradients of the experts' parameters, in the order of a slot of partial sums.
+
+    Contiguous tensors, or a program's sums.
+    """
+
+    up: Any  # (E, F, D)
+    down: Any  # (E, D, F)
+    gate: Any  # (E, F, D) or None
+    up_bias: Any  # (E, F) or None, as the next two
+    down_bias: Any  # (E, D)
+    gate_bias: Any  # (E, F), or None without a gate
+
+
+def rows_of(x: Tensor) -> Rows:
+    """The tuple of a tensor (top_k, B, T, D)."""
+    return Rows(x, *x.stride()[:3])
+
+
+def experts_of(weights: FFNWeights) -> Experts:
+    """The tuple of stacked weights."""
+    up, down, gate, up_bias, gate_bias, down_bias = weights
+    matrices = [None if w is None else Matrix(w, *w.stride()[:2]) for w in (up, gate, down)]
+    return Experts(*matrices, up_bias, gate_bias, down_bias)
+
+
+def dropout_of(seed: Tensor | None, probability: float, dtype: Any) -> Dropout:
+    """The tuple of dropout, its probability as kernels of ``dtype`` take it."""
+    return Dropout(seed, exact(probability, dtype))
