@@ -120,6 +120,10 @@ class Launch:
         constants = {self.paths[name]: value for name, value in self.constants.items()}
         return ASTSource(self.function, self.types, constants, self.attributes)
 
+    def given(self) -> list[str]:
+        """The arguments that a GPU gets, in order."""
+        return [name for name, kind in self.signature.items() if kind != "constexpr"]
+
     def narrow(self) -> str:
         """The arguments of a float64 launch that have too few bits."""
         kinds = {"fp32", "*fp32", "*fp16", "*bf16", "*i1"} if self.dtype == "fp64" else set()

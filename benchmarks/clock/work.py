@@ -106,7 +106,7 @@ def _row(launch: KernelLaunch, shape: Shape) -> int:
 
 def _expert(launch: KernelLaunch, shape: Shape) -> int:
     """Bytes of the matrices of one expert."""
-    matrices = 3 if launch.given("gate_ptr") else 2
+    matrices = 3 if launch.given("experts.gate.ptr") else 2
     return matrices * shape.d_model * shape.d_ff * _itemsize(launch)
 
 
@@ -175,7 +175,7 @@ def expert_ffn_dx(launch: KernelLaunch, shape: Shape) -> Work:
     tiles = _row_tiles(launch, shape)
     rows, k = _row(launch, shape), shape.top_k
     moved = (3 if launch.given("dx_ptr") else 2) * k * rows
-    kept = sum(launch.given(name) for name in ("hidden_ptr", "dpre_ptr", "dgate_ptr"))
+    kept = sum(launch.given(f"kept.{name}_ptr") for name in ("hidden", "dpre", "dgate"))
     moved += kept * k * shape.steps * shape.d_ff * _itemsize(launch)
     trips = {"f0": cdiv(shape.d_ff, launch["BLOCK_F"])}
     l2 = moved + tiles * _expert(launch, shape)
@@ -189,7 +189,7 @@ def expert_ffn_dw(launch: KernelLaunch, shape: Shape) -> Work:
     spanned = (experts + splits - 1) / splits
     tiles = math.ceil(_row_tiles(launch, shape) / splits)
     rows = _row(launch, shape)
-    gated = 3 if launch.given("gate_ptr") else 2
+    gated = 3 if launch.given("experts.gate.ptr") else 2
     sums = (splits + experts) * gated * shape.d_model * shape.d_ff * 4
     moved = 2 * shape.top_k * rows
     trips = {"expert": spanned, "tile": tiles / spanned}

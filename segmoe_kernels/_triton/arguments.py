@@ -84,9 +84,13 @@ def rows_of(x: Tensor) -> Rows:
 
 def experts_of(weights: FFNWeights) -> Experts:
     """The tuple of stacked weights."""
-    up, down, gate, up_bias, gate_bias, down_bias = weights
-    matrices = [None if w is None else Matrix(w, *w.stride()[:2]) for w in (up, gate, down)]
-    return Experts(*matrices, up_bias, gate_bias, down_bias)
+    up, down, gate, *biases = weights
+    return Experts(matrix_of(up), matrix_of(gate), matrix_of(down), *biases)
+
+
+def matrix_of(weight: Tensor | None) -> Matrix | None:
+    """The tuple of one stacked matrix."""
+    return None if weight is None else Matrix(weight, *weight.stride()[:2])
 
 
 def dropout_of(seed: Tensor | None, probability: float, dtype: Any) -> Dropout:

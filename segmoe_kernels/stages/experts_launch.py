@@ -106,6 +106,7 @@ class Call:
             "ACTIVATION": activation,
             **self.numerics,
         }
+        self.x_rows, self.experts = rows_of(x), experts_of(weights)
         self.slots = Slots(sorted_to_slot, expert_offsets, padding_mask)
         self.hidden_dropout = dropout_of(seed, dropout, self.dtype)
 
@@ -115,9 +116,9 @@ def forward_fused(call: Call, out: Tensor) -> None:
     tile = expert_ffn_fwd_tile(call.width, call.d_ff, call.dtype, **call.fused_in)
     grid = gemm_grid(call.num_rows, call.num_experts, 1, tile)
     expert_ffn_fwd_kernel[grid](
-        rows_of(call.x),
+        call.x_rows,
         call.topk_weights,
-        experts_of(call.weights),
+        call.experts,
         out,
         call.slots,
         call.hidden_dropout,
@@ -187,10 +188,10 @@ def launch_dx(
     tile = expert_ffn_dx_tile(call.width, call.d_ff, call.dtype, **call.fused_in)
     grid = gemm_grid(call.num_rows, call.num_experts, 1, tile)
     expert_ffn_dx_kernel[grid](
-        rows_of(call.x),
+        call.x_rows,
         rows_of(dy),
         call.topk_weights,
-        experts_of(call.weights),
+        call.experts,
         dx,
         drow_weights,
         kept,
@@ -224,10 +225,10 @@ def launch_dw(call: Call, dy: Tensor, dweights: FFNWeights) -> None:
         gradients = Gradients(*gradients[:3], *found)
     partials = new_partials(gradients, splits, call.num_experts, accumulator_dtype(call.dtype))
     expert_ffn_dw_kernel[(splits, columns)](
-        rows_of(call.x),
+        call.x_rows,
         rows_of(dy),
         call.topk_weights,
-        experts_of(call.weights),
+        call.experts,
         gradients,
         partials,
         call.slots,
