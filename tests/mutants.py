@@ -183,12 +183,19 @@ _LAUNCH = _in(
 _FFN = _in(
     "_triton/ffn.py",
     FUSED,
-    ("load_tile", "row mask", "(rows < num_rows)", "(rows >= 0)", "reads rows behind a matrix"),
-    ("load_tile", "column mask", "(cols < num_cols)", "(cols >= 0)", "reads columns behind a row"),
-    ("load_tile", "next expert", "e * stride_e", "(e + 1) * stride_e", "the next expert's matrix"),
+    ("load_matrix", "row mask", "(rows < num_rows)", "(rows >= 0)", "reads rows behind a matrix"),
+    ("load_matrix", "column mask", "(cols < num_cols)", "(cols >= 0)", "reads behind a row"),
     (
-        "load_tile", "wrong stride", "rows[:, None] * stride_row", "rows[:, None] * num_cols",
+        "load_matrix", "next expert", "e * matrix.stride_e", "(e + 1) * matrix.stride_e",
+        "the next expert's matrix",
+    ),
+    (
+        "load_matrix", "wrong stride", "[:, None] * matrix.stride_row", "[:, None] * num_cols",
         "takes rows for dense",
+    ),
+    (
+        "load_chunk", "gate", "load_matrix(experts.gate,", "load_matrix(experts.up,",
+        "the gate's weight is never read",
     ),
     ("load_bias", "expert", "ptr + e * num_cols", "ptr + e", "another place's bias"),
     ("load_bias", "mask", "mask=cols < num_cols", "mask=cols >= 0", "reads behind the bias"),
@@ -198,7 +205,7 @@ _FFN = _in(
         "activate(hidden, ACTIVATION, FAST) * opened", "the activation is on the wrong product",
     ),
     (
-        "hidden_rows", "gate's bias", "opened += gate_bias", "opened += up_bias",
+        "hidden_rows", "gate's bias", "opened += chunk.gate_bias", "opened += chunk.up_bias",
         "the gate has the other bias",
     ),
     (
@@ -240,6 +247,16 @@ _FFN = _in(
     ),
 )  # fmt: skip
 
+_ARGUMENTS = _in(
+    "_triton/arguments.py",
+    FUSED,
+    (
+        "experts_of", "gate", "matrix_of(gate)",
+        "None if gate is None else Matrix(gate, *up.stride()[:2])",
+        "the gate is read with the strides of up",
+    ),
+)  # fmt: skip
+
 _PARTIALS = _in(
     "_triton/partials.py",
     SUMS,
@@ -256,7 +273,7 @@ _PARTIALS = _in(
         "one element is missing",
     ),
     (
-        "store_gradients", "expert of down", "ddown_ptr + e * F * D", "ddown_ptr + e * F",
+        "store_gradients", "expert of down", "gradients.down + e * F * D", "gradients.down + e * F",
         "whole sums go to another expert",
     ),
     (
@@ -272,7 +289,8 @@ _PARTIALS = _in(
         "parts of a share overlap", {"tests": SUMS},
     ),
     (
-        "store_gradients", "wrong bias", "e * F, offs_f, dgate_bias", "e * F, offs_f, dup_bias",
+        "store_gradients", "wrong bias", "e * F, offs_f, sums.gate_bias",
+        "e * F, offs_f, sums.up_bias",
         "the gate's bias has the other gradient", {"tests": FUSED},
     ),
     (
@@ -516,11 +534,11 @@ _SEQUENCES = _in(
     ),
     ("real_steps", "no mask", "if padding_mask_ptr is not None:", "if False:", "padding is real"),
     (
-        "load_rows", "wrong stride", "sequence.to(tl.int64) * stride_b",
-        "sequence.to(tl.int64) * length * stride_t", "takes sequences for dense",
+        "load_rows", "wrong stride", "sequence.to(tl.int64) * x.stride_b",
+        "sequence.to(tl.int64) * length * x.stride_t", "takes sequences for dense",
     ),
     (
-        "load_rows", "choice", "choice.to(tl.int64) * stride_k + ", "",
+        "load_rows", "choice", "choice.to(tl.int64) * x.stride_k + ", "",
         "every choice reads the first's", {"tests": EXPERTS},
     ),
     (
@@ -528,8 +546,8 @@ _SEQUENCES = _in(
         "reads behind a sequence", {"tests": WIDE},
     ),
     (
-        "load_rows", "dense steps", "(cols // D).to(tl.int64) * stride_t + cols % D", "cols",
-        "takes steps for dense", {"tests": WIDE},
+        "load_rows", "dense steps", "(cols // D).to(tl.int64) * x.stride_t + cols % D",
+        "cols", "takes steps for dense", {"tests": WIDE},
     ),
     (
         "load_rows", "padding in a segment", "real &= tl.load", "tl.load", "padding is read",
@@ -882,7 +900,8 @@ _EXPERTS = _in(
         "dpre = (dpre * weights[:, None] * weights[:, None])", "dx is weighted twice",
     ),
     (
-        "expert_ffn_dx_kernel", "gate", "dx = tl.dot(dgate, gate, dx,", "tl.dot(dgate, gate, dx,",
+        "expert_ffn_dx_kernel", "gate", "dx = tl.dot(dgate, chunk.gate, dx,",
+        "tl.dot(dgate, chunk.gate, dx,",
         "dx lacks the gate's share",
     ),
     (
@@ -937,19 +956,15 @@ _EXPERTS_HOST = [
         "stages/experts_launch.py",
         FUSED,
         (
-            "launch_dw", "reduction's rows", "call.rows_per_slot, tile.block_m)",
-            "1, tile.block_m)", "the reduction counts other tiles than the kernel",
+            "launch_dw", "reduction's rows", "call.rows_per_slot, tile.block_m",
+            "1, tile.block_m", "the reduction counts other tiles than the kernel",
         ),
         (
             "launch_dw", "order", "(dup, ddown, dgate, dup_bias, ddown_bias, dgate_bias)",
             "(dup, ddown, dgate, dup_bias, dgate_bias, ddown_bias)", "biases are exchanged",
         ),
         (
-            "Call.weight_strides", "gate", "gate.stride()[:2]", "up.stride()[:2]",
-            "the gate is read with the strides of up",
-        ),
-        (
-            "launch_dx", "strides of dy", "*dy.stride()[:3]", "*call.x.stride()[:3]",
+            "launch_dx", "strides of dy", "rows_of(dy)", "call.x_rows._replace(ptr=dy)",
             "dy is read with the strides of x",
         ),
         (
@@ -1281,7 +1296,7 @@ _SHARED_HOST = [
 ]  # fmt: skip
 
 MUTANTS: list[Mutant] = [
-    *_ACTIVATIONS, *_LAUNCH, *_FFN, *_PARTIALS, *_ROUTER, *_SEQUENCES, *_ROUTE,
+    *_ACTIVATIONS, *_LAUNCH, *_ARGUMENTS, *_FFN, *_PARTIALS, *_ROUTER, *_SEQUENCES, *_ROUTE,
     *_ROUTE_HOST, *_PERMUTE, *_COMBINE, *_EXPERTS,
     *_EXPERTS_HOST, *_GEMM, *_GEMM_HOST, *_SHARED, *_SHARED_HOST,
 ]  # fmt: skip

@@ -87,6 +87,7 @@ ARROWS = {
     "stages.shared_launch": {"stages.combine", "stages.shared_kernels"},
     "_triton": set(),
     "_triton.activations": set(),
+    "_triton.arguments": {"routing"},
     "_triton.ffn": set(),
     "_triton.launch": {"flops"},
     "_triton.partials": set(),

@@ -9,12 +9,15 @@ from segmoe_kernels._triton.activations import activate, activate_with_grad, dro
 
 
 class Chunk(NamedTuple):
-    """Parameters of BLOCK_F hidden columns of one expert, loaded."""
+    """Parameters of BLOCK_F hidden columns of one expert, loaded.
+
+    What an expert doesn't have is anything: Triton 3.6 returns no None from a function.
+    """
 
     up: Any  # (BLOCK_F, BLOCK_D)
-    gate: Any  # (BLOCK_F, BLOCK_D) or None
-    up_bias: Any  # (BLOCK_F,) in ACC, or None
-    gate_bias: Any  # (BLOCK_F,) in ACC, or None
+    gate: Any  # (BLOCK_F, BLOCK_D)
+    up_bias: Any  # (BLOCK_F,) in ACC
+    gate_bias: Any  # (BLOCK_F,) in ACC
 
 
 @triton.jit
@@ -28,19 +31,19 @@ def load_matrix(matrix, e, rows, cols, num_rows, num_cols):
 
 @triton.jit
 def load_bias(ptr, e, cols, num_cols, ACC: tl.constexpr):
-    """Return the bias of expert e in ACC, or None."""
-    bias = None
+    """Return the bias of expert e in ACC; zeros, never added, where there is none."""
     if ptr is not None:
         base = ptr + e * num_cols
-        bias = tl.load(base + cols, mask=cols < num_cols, other=0.0).to(ACC)
-    return bias
+        return tl.load(base + cols, mask=cols < num_cols, other=0.0).to(ACC)
+    else:  # noqa: RET505  the branches are compile-time
+        return tl.zeros((cols.shape[0],), dtype=ACC)
 
 
 @triton.jit
 def load_chunk(experts, e, offs_f, offs_d, D: tl.constexpr, F: tl.constexpr, ACC: tl.constexpr):
     """Return the `Chunk` of columns offs_f of expert e."""
     up = load_matrix(experts.up, e, offs_f, offs_d, F, D)
-    gate = None
+    gate = up
     if experts.gate is not None:
         gate = load_matrix(experts.gate, e, offs_f, offs_d, F, D)
     up_bias = load_bias(experts.up_bias_ptr, e, offs_f, F, ACC)
@@ -51,7 +54,8 @@ def load_chunk(experts, e, offs_f, offs_d, D: tl.constexpr, F: tl.constexpr, ACC
 @triton.jit
 def hidden_rows(
     x,  # (M, BLOCK_D)
-    chunk,  # Chunk
+    experts,
+    chunk,
     dropout,
     row_ids,
     offs_f,
@@ -65,11 +69,11 @@ def hidden_rows(
     # In 16 bits the rounding to x's dtype hides the error of the fast forms.
     FAST: tl.constexpr = x.dtype.primitive_bitwidth == 16
     hidden = tl.dot(x, tl.trans(chunk.up), input_precision=PRECISION, out_dtype=ACC)
-    if chunk.up_bias is not None:
+    if experts.up_bias_ptr is not None:
         hidden += chunk.up_bias[None, :]
-    if chunk.gate is not None:
+    if experts.gate is not None:
         opened = tl.dot(x, tl.trans(chunk.gate), input_precision=PRECISION, out_dtype=ACC)
-        if chunk.gate_bias is not None:
+        if experts.gate_bias_ptr is not None:
             opened += chunk.gate_bias[None, :]
         hidden = activate(opened, ACTIVATION, FAST) * hidden
     else:
@@ -109,7 +113,9 @@ def ffn_rows(
     for f0 in tl.range(0, f_end, BLOCK_F, disable_licm=True):
         offs_f = f0 + tl.arange(0, BLOCK_F)
         chunk = load_chunk(experts, e, offs_f, offs_d, D, F, ACC)
-        hidden = hidden_rows(x, chunk, dropout, row_ids, offs_f, f0, F, ACTIVATION, ACC, PRECISION)
+        hidden = hidden_rows(
+            x, experts, chunk, dropout, row_ids, offs_f, f0, F, ACTIVATION, ACC, PRECISION
+        )
         down = load_matrix(experts.down, e, offs_d, offs_f, D, F)
         out = tl.dot(
             hidden.to(x.dtype), tl.trans(down), out, input_precision=PRECISION, out_dtype=ACC
@@ -124,7 +130,8 @@ def ffn_rows(
 def hidden_with_grads(
     x,  # (BLOCK_M, BLOCK_D)
     dy,  # (BLOCK_M, BLOCK_D), not yet times the routing weight
-    chunk,  # Chunk
+    experts,
+    chunk,
     down,  # (BLOCK_D, BLOCK_F)
     dropout,
     row_ids,
@@ -143,11 +150,11 @@ def hidden_with_grads(
     FAST: tl.constexpr = x.dtype.primitive_bitwidth == 16
     dhidden = tl.dot(dy, down, input_precision=PRECISION, out_dtype=ACC)
     pre = tl.dot(x, tl.trans(chunk.up), input_precision=PRECISION, out_dtype=ACC)
-    if chunk.up_bias is not None:
+    if experts.up_bias_ptr is not None:
         pre += chunk.up_bias[None, :]
-    if chunk.gate is not None:
+    if experts.gate is not None:
         gate_pre = tl.dot(x, tl.trans(chunk.gate), input_precision=PRECISION, out_dtype=ACC)
-        if chunk.gate_bias is not None:
+        if experts.gate_bias_ptr is not None:
             gate_pre += chunk.gate_bias[None, :]
         opened, slope = activate_with_grad(gate_pre, ACTIVATION, FAST)
         hidden = opened * pre

@@ -178,7 +178,8 @@ def expert_ffn_dx_kernel(
         chunk = load_chunk(experts, e, offs_f, offs_d, D, F, ACC)
         down = load_matrix(experts.down, e, offs_d, offs_f, D, F)
         hidden, dhidden, dpre, dgate = hidden_with_grads(
-            x, dy, chunk, down, dropout, row_ids, offs_f, f0, F, ACTIVATION, ACC, PRECISION,
+            x, dy, experts, chunk, down, dropout, row_ids, offs_f, f0, F, ACTIVATION, ACC,
+            PRECISION,
         )  # fmt: skip
         # Rounded before the sum: fused with it, the lanes of a row would have different bits.
         dweight += tl.sum(tl.fma(dhidden, hidden, 0.0), 1)
@@ -279,8 +280,8 @@ def expert_ffn_dw_kernel(
                 weights = tl.load(topk_weights_ptr + slot, mask=mask_m, other=0.0).to(ACC)
                 row_ids = slot * SEGMENT_SIZE + rows % SEGMENT_SIZE
                 hidden, _dhidden, dpre, dgate_pre = hidden_with_grads(
-                    x, dy, chunk, down, dropout, row_ids, offs_f, first_f, F, ACTIVATION, ACC,
-                    PRECISION,
+                    x, dy, experts, chunk, down, dropout, row_ids, offs_f, first_f, F, ACTIVATION,
+                    ACC, PRECISION,
                 )  # fmt: skip
                 hidden = (hidden * weights[:, None]).to(x.dtype)
                 dpre = dpre * weights[:, None]
