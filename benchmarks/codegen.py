@@ -164,8 +164,11 @@ def named_arguments(
             yield name, path, value
 
     values = dict(zip(function.arg_names, args, strict=False)) | kwargs
-    for index, name in enumerate(function.arg_names):
-        yield from fields(name, (index,), values[name])
+    for index, parameter in enumerate(function.params):
+        if parameter.is_constexpr:  # whole
+            yield parameter.name, (index,), values[parameter.name]
+        else:
+            yield from fields(parameter.name, (index,), values[parameter.name])
 
 
 def catch(function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
@@ -190,11 +193,12 @@ def catch(function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             dtype = kind[1:]
     kinds = iter(signature.values())
 
-    def types(value: Any) -> Any:
-        return type(value)(*map(types, value)) if isinstance(value, tuple) else next(kinds)
+    def types(value: Any, constant: bool = False) -> Any:
+        inside = isinstance(value, tuple) and not constant
+        return type(value)(*map(types, value)) if inside else next(kinds)
 
     values = dict(zip(function.arg_names, args, strict=False)) | kwargs
-    nested = {name: types(values[name]) for name in function.arg_names}
+    nested = {p.name: types(values[p.name], p.is_constexpr) for p in function.params}
     return Launch(function, nested, signature, constants, attributes, paths, options, dtype)
 
 

@@ -244,9 +244,9 @@ def route_bwd(launch: KernelLaunch, shape: Shape) -> Work:
 @_kernel
 def grouped_gemm(launch: KernelLaunch, shape: Shape) -> Work:
     n, k = launch["N"], launch["K"]
-    products = 1 + launch.given("b2_ptr")
-    outputs = 1 + launch.given("pre_ptr") + launch.given("pre2_ptr")
-    inputs = 1 + launch.given("a2_ptr")
+    products = 1 + launch.given("second.ptr")
+    outputs = 1 + launch.given("first.pre_ptr") + launch.given("second.pre_ptr")
+    inputs = 1 + launch.given("a2_rows.ptr")
     return _product(launch, shape, n, k, inputs, products, outputs)
 
 

@@ -13,12 +13,25 @@ from segmoe_kernels.routing import FFNWeights
 
 
 class Rows(NamedTuple):
-    """Rows of sequences, (top_k, B, T, D) by strides; the columns are contiguous."""
+    """Rows by strides, of sequences (top_k, B, T, D) or of a sorted matrix (M, K).
+
+    Columns are contiguous.
+    """
 
     ptr: Any
-    stride_k: Any
-    stride_b: Any
-    stride_t: Any
+    stride_k: Any  # None for a sorted matrix
+    stride_b: Any  # None for a sorted matrix
+    stride_t: Any  # of a sorted matrix from row to row
+
+
+class Layout(NamedTuple):
+    """How rows lie in the sequences; a kernel's constant."""
+
+    d_model: int
+    top_k: int
+    segment_size: int
+    rows_per_slot: int
+    concat: bool  # a row is a whole segment
 
 
 class Slots(NamedTuple):
@@ -29,12 +42,32 @@ class Slots(NamedTuple):
     padding_mask_ptr: Any  # (B, T) bool or None
 
 
+class Sequences(NamedTuple):
+    """Where gathered and scattered rows live, as launchers hand it on."""
+
+    slots: Slots
+    segments_per_sequence: int
+    length: int
+    layout: Layout
+
+
 class Matrix(NamedTuple):
     """A matrix for each expert, (E, rows, columns) by strides; the columns are contiguous."""
 
     ptr: Any
     stride_e: Any
     stride_row: Any
+
+
+class Factor(NamedTuple):
+    """What rows are multiplied by, (E, N, K) by strides, and what goes with the product."""
+
+    ptr: Any
+    bias_ptr: Any  # (E, N) or None
+    pre_ptr: Any  # (M, N) or None: takes the product before the activation
+    stride_e: Any
+    stride_n: Any
+    stride_k: Any
 
 
 class Experts(NamedTuple):
@@ -53,6 +86,9 @@ class Dropout(NamedTuple):
 
     seed_ptr: Any  # (1,) int64, or None for no dropout
     probability: Any
+
+
+NO_DROPOUT = Dropout(None, 0.0)
 
 
 class Kept(NamedTuple):
@@ -78,8 +114,18 @@ class Gradients(NamedTuple):
 
 
 def rows_of(x: Tensor) -> Rows:
-    """The tuple of a tensor (top_k, B, T, D)."""
-    return Rows(x, *x.stride()[:3])
+    """The tuple of a tensor (top_k, B, T, D), or of a sorted matrix."""
+    return Rows(x, *x.stride()[:3]) if x.ndim == 4 else Rows(x, None, None, x.stride(0))
+
+
+def sorted_rows(expert_offsets: Tensor) -> Sequences:
+    """What stands for sequences where all rows live in sorted matrices."""
+    return Sequences(Slots(None, expert_offsets, None), 1, 1, Layout(1, 1, 1, 1, concat=False))
+
+
+def factor_of(weight: Tensor, bias: Tensor | None = None, pre: Tensor | None = None) -> Factor:
+    """The tuple of a weight (E, N, K)."""
+    return Factor(weight, bias, pre, *weight.stride())
 
 
 def experts_of(weights: FFNWeights) -> Experts:

@@ -35,10 +35,8 @@ def expert_ffn_fwd_kernel(
     length,
     num_experts,
     num_sequences,
-    D: tl.constexpr,
     F: tl.constexpr,
-    TOP_K: tl.constexpr,
-    SEGMENT_SIZE: tl.constexpr,
+    LAYOUT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -51,6 +49,8 @@ def expert_ffn_fwd_kernel(
 
     Grid: ``(cdiv(R * P, BLOCK_M) + E,)``. Sums in ACC; the hidden layer is rounded to x's dtype.
     """
+    D: tl.constexpr = LAYOUT.d_model
+    SEGMENT_SIZE: tl.constexpr = LAYOUT.segment_size
     pid = tl.program_id(0)
     expert, row_start, row_end = find_group(
         pid, slots.expert_offsets_ptr, num_experts, num_slots, SEGMENT_SIZE, BLOCK_M, GROUPS
@@ -64,16 +64,14 @@ def expert_ffn_fwd_kernel(
         mask_m,
         slots.sorted_to_slot_ptr,
         segments_per_sequence,
-        TOP_K,
-        SEGMENT_SIZE,
-        SEGMENT_SIZE,
+        LAYOUT,
     )
     offs_d = tl.arange(0, BLOCK_D)
     e = expert.to(tl.int64)
     routed = mask_m & (expert < num_experts)
     x = load_rows(
-        x_rows, slots.padding_mask_ptr, choice, sequence, step, routed, offs_d, D, length,
-        D, False,
+        x_rows, slots.padding_mask_ptr, choice, sequence, step, routed, offs_d, D,
+        length, LAYOUT,
     ).to(experts.up.ptr.dtype.element_ty)  # fmt: skip
     weights = tl.load(topk_weights_ptr + slot, mask=routed, other=0.0).to(ACC)
     row_ids = slot * SEGMENT_SIZE + rows % SEGMENT_SIZE
@@ -105,10 +103,8 @@ def expert_ffn_dx_kernel(
     length,
     num_experts,
     num_sequences,
-    D: tl.constexpr,
     F: tl.constexpr,
-    TOP_K: tl.constexpr,
-    SEGMENT_SIZE: tl.constexpr,
+    LAYOUT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -122,6 +118,8 @@ def expert_ffn_dx_kernel(
     Grid: ``(cdiv(R * P, BLOCK_M) + E,)``. The hidden layer is recomputed, so that the outputs of
     the experts need not be kept (the identity is SonicMoE's, arXiv 2512.14080).
     """
+    D: tl.constexpr = LAYOUT.d_model
+    SEGMENT_SIZE: tl.constexpr = LAYOUT.segment_size
     pid = tl.program_id(0)
     expert, row_start, row_end = find_group(
         pid, slots.expert_offsets_ptr, num_experts, num_slots, SEGMENT_SIZE, BLOCK_M, GROUPS
@@ -135,20 +133,18 @@ def expert_ffn_dx_kernel(
         mask_m,
         slots.sorted_to_slot_ptr,
         segments_per_sequence,
-        TOP_K,
-        SEGMENT_SIZE,
-        SEGMENT_SIZE,
+        LAYOUT,
     )
     offs_d = tl.arange(0, BLOCK_D)
     e = expert.to(tl.int64)
     routed = mask_m & (expert < num_experts)
     x = load_rows(
-        x_rows, slots.padding_mask_ptr, choice, sequence, step, routed, offs_d, D, length,
-        D, False,
+        x_rows, slots.padding_mask_ptr, choice, sequence, step, routed, offs_d, D,
+        length, LAYOUT,
     ).to(experts.up.ptr.dtype.element_ty)  # fmt: skip
     dy = load_rows(
-        dy_rows, slots.padding_mask_ptr, choice, sequence, step, routed, offs_d, D, length,
-        D, False,
+        dy_rows, slots.padding_mask_ptr, choice, sequence, step, routed, offs_d, D,
+        length, LAYOUT,
     )  # fmt: skip
     weights = tl.load(topk_weights_ptr + slot, mask=routed, other=0.0).to(ACC)
     row_ids = slot * SEGMENT_SIZE + rows % SEGMENT_SIZE
@@ -170,8 +166,8 @@ def expert_ffn_dx_kernel(
             # rows in each thread. Loaded anew, behind a barrier, it's read from shared memory.
             tl.debug_barrier()
             dy = load_rows(
-                dy_rows, slots.padding_mask_ptr, choice, sequence, step, routed, offs_d, D, length,
-                D, False,
+                dy_rows, slots.padding_mask_ptr, choice, sequence, step, routed, offs_d, D,
+                length, LAYOUT,
             )  # fmt: skip
     for f0 in tl.range(0, f_end, BLOCK_F, disable_licm=True):
         offs_f = f0 + tl.arange(0, BLOCK_F)
@@ -216,10 +212,8 @@ def expert_ffn_dw_kernel(
     num_experts,
     num_splits,
     partial_size,
-    D: tl.constexpr,
     F: tl.constexpr,
-    TOP_K: tl.constexpr,
-    SEGMENT_SIZE: tl.constexpr,
+    LAYOUT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -234,6 +228,8 @@ def expert_ffn_dw_kernel(
     rows grouped by expert; its sum for expert e goes to slot ``i + e``, which no other pair uses,
     or where it belongs if it is the whole.
     """
+    D: tl.constexpr = LAYOUT.d_model
+    SEGMENT_SIZE: tl.constexpr = LAYOUT.segment_size
     HAS_BIAS: tl.constexpr = gradients.up_bias is not None
     WIDE: tl.constexpr = experts.up.ptr.dtype.element_ty.primitive_bitwidth > 16
     split = tl.program_id(0)
@@ -266,16 +262,15 @@ def expert_ffn_dw_kernel(
                 rows = lo + (tile - before) * BLOCK_M + tl.arange(0, BLOCK_M)
                 mask_m = rows < hi
                 slot, choice, sequence, step = find_steps(
-                    rows, mask_m, slots.sorted_to_slot_ptr, segments_per_sequence, TOP_K,
-                    SEGMENT_SIZE, SEGMENT_SIZE,
+                    rows, mask_m, slots.sorted_to_slot_ptr, segments_per_sequence, LAYOUT,
                 )  # fmt: skip
                 x = load_rows(
                     x_rows, slots.padding_mask_ptr, choice, sequence, step, mask_m, offs_d, D,
-                    length, D, False,
+                    length, LAYOUT,
                 ).to(experts.up.ptr.dtype.element_ty)  # fmt: skip
                 dy = load_rows(
                     dy_rows, slots.padding_mask_ptr, choice, sequence, step, mask_m, offs_d, D,
-                    length, D, False,
+                    length, LAYOUT,
                 )  # fmt: skip
                 weights = tl.load(topk_weights_ptr + slot, mask=mask_m, other=0.0).to(ACC)
                 row_ids = slot * SEGMENT_SIZE + rows % SEGMENT_SIZE
