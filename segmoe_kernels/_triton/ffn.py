@@ -16,6 +16,7 @@ class Chunk(NamedTuple):
 
     up: Any  # (BLOCK_F, BLOCK_D)
     gate: Any  # (BLOCK_F, BLOCK_D)
+    down: Any  # (BLOCK_D, BLOCK_F)
     up_bias: Any  # (BLOCK_F,) in ACC
     gate_bias: Any  # (BLOCK_F,) in ACC
 
@@ -40,15 +41,21 @@ def load_bias(ptr, e, cols, num_cols, ACC: tl.constexpr):
 
 
 @triton.jit
-def load_chunk(experts, e, offs_f, offs_d, D: tl.constexpr, F: tl.constexpr, ACC: tl.constexpr):
-    """Return the `Chunk` of columns offs_f of expert e."""
+def load_chunk(
+    experts, e, offs_f, offs_d, D: tl.constexpr, F: tl.constexpr, ACC: tl.constexpr,
+    DOWN: tl.constexpr,
+):  # fmt: skip
+    """Return the `Chunk` of columns offs_f of expert e; forward loads down where it's needed."""
     up = load_matrix(experts.up, e, offs_f, offs_d, F, D)
+    down = up
+    if DOWN:
+        down = load_matrix(experts.down, e, offs_d, offs_f, D, F)
     gate = up
     if experts.gate is not None:
         gate = load_matrix(experts.gate, e, offs_f, offs_d, F, D)
     up_bias = load_bias(experts.up_bias_ptr, e, offs_f, F, ACC)
     gate_bias = load_bias(experts.gate_bias_ptr, e, offs_f, F, ACC)
-    return Chunk(up, gate, up_bias, gate_bias)
+    return Chunk(up, gate, down, up_bias, gate_bias)
 
 
 @triton.jit
@@ -112,7 +119,7 @@ def ffn_rows(
         out += bias.to(ACC)[None, :]
     for f0 in tl.range(0, f_end, BLOCK_F, disable_licm=True):
         offs_f = f0 + tl.arange(0, BLOCK_F)
-        chunk = load_chunk(experts, e, offs_f, offs_d, D, F, ACC)
+        chunk = load_chunk(experts, e, offs_f, offs_d, D, F, ACC, False)
         hidden = hidden_rows(
             x, experts, chunk, dropout, row_ids, offs_f, f0, F, ACTIVATION, ACC, PRECISION
         )
@@ -132,7 +139,6 @@ def hidden_with_grads(
     dy,  # (BLOCK_M, BLOCK_D), not yet times the routing weight
     experts,
     chunk,
-    down,  # (BLOCK_D, BLOCK_F)
     dropout,
     row_ids,
     offs_f,
@@ -148,7 +154,7 @@ def hidden_with_grads(
     is no gate.
     """
     FAST: tl.constexpr = x.dtype.primitive_bitwidth == 16
-    dhidden = tl.dot(dy, down, input_precision=PRECISION, out_dtype=ACC)
+    dhidden = tl.dot(dy, chunk.down, input_precision=PRECISION, out_dtype=ACC)
     pre = tl.dot(x, tl.trans(chunk.up), input_precision=PRECISION, out_dtype=ACC)
     if experts.up_bias_ptr is not None:
         pre += chunk.up_bias[None, :]

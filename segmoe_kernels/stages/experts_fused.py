@@ -9,7 +9,7 @@ sums and added up in a fixed order by `grouped_gemm`.
 import triton.language as tl
 
 from segmoe_kernels._triton.arguments import Gradients
-from segmoe_kernels._triton.ffn import ffn_rows, hidden_with_grads, load_chunk, load_matrix
+from segmoe_kernels._triton.ffn import ffn_rows, hidden_with_grads, load_chunk
 from segmoe_kernels._triton.launch import kernel
 from segmoe_kernels._triton.partials import store_gradients
 from segmoe_kernels._triton.sequences import (
@@ -171,10 +171,9 @@ def expert_ffn_dx_kernel(
             )  # fmt: skip
     for f0 in tl.range(0, f_end, BLOCK_F, disable_licm=True):
         offs_f = f0 + tl.arange(0, BLOCK_F)
-        chunk = load_chunk(experts, e, offs_f, offs_d, D, F, ACC)
-        down = load_matrix(experts.down, e, offs_d, offs_f, D, F)
+        chunk = load_chunk(experts, e, offs_f, offs_d, D, F, ACC, True)
         hidden, dhidden, dpre, dgate = hidden_with_grads(
-            x, dy, experts, chunk, down, dropout, row_ids, offs_f, f0, F, ACTIVATION, ACC,
+            x, dy, experts, chunk, dropout, row_ids, offs_f, f0, F, ACTIVATION, ACC,
             PRECISION,
         )  # fmt: skip
         # Rounded before the sum: fused with it, the lanes of a row would have different bits.
@@ -249,8 +248,7 @@ def expert_ffn_dw_kernel(
         stop = tl.minimum(last, before + tiles)
         if start < stop:
             e = (split * 0 + expert).to(tl.int64)
-            chunk = load_chunk(experts, e, offs_f, offs_d, D, F, ACC)
-            down = load_matrix(experts.down, e, offs_d, offs_f, D, F)
+            chunk = load_chunk(experts, e, offs_f, offs_d, D, F, ACC, True)
             # All (D, F): wgmma wants 64 rows at least, and a chunk of F may have fewer.
             dup = tl.zeros((BLOCK_D, BLOCK_F), dtype=ACC)
             ddown = tl.zeros((BLOCK_D, BLOCK_F), dtype=ACC)
@@ -275,7 +273,7 @@ def expert_ffn_dw_kernel(
                 weights = tl.load(topk_weights_ptr + slot, mask=mask_m, other=0.0).to(ACC)
                 row_ids = slot * SEGMENT_SIZE + rows % SEGMENT_SIZE
                 hidden, _dhidden, dpre, dgate_pre = hidden_with_grads(
-                    x, dy, experts, chunk, down, dropout, row_ids, offs_f, first_f, F, ACTIVATION,
+                    x, dy, experts, chunk, dropout, row_ids, offs_f, first_f, F, ACTIVATION,
                     ACC, PRECISION,
                 )  # fmt: skip
                 hidden = (hidden * weights[:, None]).to(x.dtype)
