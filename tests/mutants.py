@@ -251,6 +251,10 @@ _ARGUMENTS = _in(
     "_triton/arguments.py",
     FUSED,
     (
+        "rows_of", "dense", "None, None, x.stride(0)", "None, None, x.shape[1]",
+        "takes rows for dense", {"tests": GEMM},
+    ),
+    (
         "experts_of", "gate", "matrix_of(gate)",
         "None if gate is None else Matrix(gate, *up.stride()[:2])",
         "the gate is read with the strides of up",
@@ -512,16 +516,20 @@ _SEQUENCES = _in(
         "tiles are counted from the wrong expert", {"tests": SUMS},
     ),
     (
-        "find_steps", "choices", "segment = slot // TOP_K", "segment = slot",
+        "find_steps", "choices", "segment = slot // LAYOUT.top_k", "segment = slot",
         "a slot is not a segment",
     ),
     (
-        "find_steps", "segment's width", "* SEGMENT_SIZE + rows", "* ROWS_PER_SLOT + rows",
+        "find_steps", "segment's width", "* LAYOUT.segment_size + rows",
+        "* LAYOUT.rows_per_slot + rows",
         "whole segments lie too close", {"tests": WIDE},
     ),
-    ("find_steps", "first step only", " + rows % ROWS_PER_SLOT", "", "every row is a first step"),
     (
-        "find_steps", "choice", "slot % TOP_K", "slot % 1",
+        "find_steps", "first step only", " + rows % LAYOUT.rows_per_slot", "",
+        "every row is a first step",
+    ),
+    (
+        "find_steps", "choice", "slot % LAYOUT.top_k", "slot % 1",
         "every choice goes to the first one's place",
     ),
     (
@@ -1008,7 +1016,7 @@ _GEMM = _in(
     "stages/grouped_gemm_kernels.py",
     GEMM,
     (
-        "_load_operand", "wrong stride", "rows.to(tl.int64) * stride_t",
+        "_load_operand", "wrong stride", "rows.to(tl.int64) * x.stride_t",
         "rows.to(tl.int64) * width", "takes rows for dense",
     ),
     (
@@ -1017,13 +1025,13 @@ _GEMM = _in(
     ),
     ("_load_operand", "column mask", "(cols < width)", "(cols >= 0)", "reads columns behind a row"),
     (
-        "_load_weight", "expert's stride", "expert * stride_e", "expert * N * K",
+        "_load_factor", "expert's stride", "expert * factor.stride_e", "expert * N * K",
         "takes experts for dense",
     ),
-    ("_load_weight", "depth mask", "(offs_k < K)", "(offs_k >= 0)", "reads behind a row"),
-    ("_load_weight", "column mask", "(offs_n < N)", "(offs_n >= 0)", "reads behind a matrix"),
+    ("_load_factor", "depth mask", "(offs_k < K)", "(offs_k >= 0)", "reads behind a row"),
+    ("_load_factor", "column mask", "(offs_n < N)", "(offs_n >= 0)", "reads behind a matrix"),
     (
-        "_load_weight", "column's stride", "offs_n[None, :] * stride_n", "offs_n[None, :] * K",
+        "_load_factor", "column's stride", "offs_n[None, :] * factor.stride_n", "offs_n[None, :] * K",
         "takes rows for dense",
     ),
     (
@@ -1052,15 +1060,15 @@ _GEMM = _in(
         {"tests": WIDE},
     ),
     (
-        "grouped_gemm_kernel", "kept gate", "acc2.to(pre2_ptr.dtype.element_ty)",
-        "acc.to(pre2_ptr.dtype.element_ty)", "up's product is kept as the gate's", {"tests": WIDE},
+        "grouped_gemm_kernel", "kept gate", "acc2.to(y.ptr.dtype.element_ty)",
+        "acc.to(y.ptr.dtype.element_ty)", "up's product is kept as the gate's", {"tests": WIDE},
     ),
     (
         "grouped_gemm_kernel", "missing weight", "acc *= tl.load(row_weights_ptr",
         "tl.load(row_weights_ptr", "outputs are not weighted", {"tests": WIDE},
     ),
     (
-        "grouped_gemm_kernel", "choices", "stride_y_k // (length * D)", "1", "choices overlap",
+        "grouped_gemm_kernel", "choices", "y.stride_k // (length * D)", "1", "choices overlap",
         {"tests": WIDE},
     ),
     (
@@ -1142,7 +1150,6 @@ _GEMM_HOST = _in(
         "weight_gradient", "splits of whole experts", "splits = num_experts", "splits = 1",
         "later experts have no program",
     ),
-    ("_row_strides", "dense", "(0, 0, x.stride(0))", "(0, 0, x.shape[1])", "takes rows for dense"),
     (
         "_grouped_gemm_dw", "nothing", "bias.zero_()", "bias.numel()",
         "the gradient of no row is not 0",
