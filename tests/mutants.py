@@ -1023,7 +1023,7 @@ _GEMM = _in(
         "_load_operand", "row mask", "mask = mask_m[:, None] &", "mask = (rows >= 0)[:, None] &",
         "reads rows of others",
     ),
-    ("_load_operand", "column mask", "(cols < width)", "(cols >= 0)", "reads columns behind a row"),
+    ("_load_operand", "column mask", "(cols < width)", "(cols >= 0)", "reads behind a row"),
     (
         "_load_factor", "expert's stride", "expert * factor.stride_e", "expert * N * K",
         "takes experts for dense",
@@ -1031,7 +1031,7 @@ _GEMM = _in(
     ("_load_factor", "depth mask", "(offs_k < K)", "(offs_k >= 0)", "reads behind a row"),
     ("_load_factor", "column mask", "(offs_n < N)", "(offs_n >= 0)", "reads behind a matrix"),
     (
-        "_load_factor", "column's stride", "offs_n[None, :] * factor.stride_n", "offs_n[None, :] * K",
+        "_load_factor", "column's stride", "[None, :] * factor.stride_n", "[None, :] * K",
         "takes rows for dense",
     ),
     (
