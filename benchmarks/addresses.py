@@ -32,7 +32,6 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
-from triton.compiler import ASTSource
 
 from benchmarks.codegen import Launch, caught_launches, pretend_triton_runs
 from benchmarks.codegen_cases import run_layer
@@ -52,13 +51,13 @@ COUNTING |= {rows // SEGMENT_SIZE for rows in (16, 32, 64, 128, 256)}
 # Arguments that count steps or segments; a count of sequences, programs or splits times one of them
 # is such a count, too.
 LENGTHS = re.compile(
-    "%(length|segments_per_sequence|segments_per_block|list_size|num_sequences|blocks_per_split)$"
+    "^(length|segments_per_sequence|segments_per_block|list_size|num_sequences|blocks_per_split)$"
 )
 # Arguments that are distances in memory.
 DISTANCE = re.compile(r"stride_|_size$")
 # Distances within one matrix of weights, whose span in memory is less than 2**31 elements
 # (`launch.within_reach`): a bounded index times one of them is bounded by that.
-MATRIX = re.compile(r"stride_(w_e|up_f|gate_f|down_[dk]|b2?_[nk])$")
+MATRIX = re.compile(r"(stride_(row|w_e|down_d)|(first|second|down)\.stride_[nk])$")
 
 # Operations whose results have the bound of their first operand; the first change shapes alone.
 SHAPES = ("tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "tt.trans")
@@ -88,7 +87,7 @@ def lower(launch: Launch) -> str:
         stages["ttir"] = stop
 
     real = CUDABackend.add_stages
-    source = ASTSource(launch.function, launch.signature, launch.constants, launch.attributes)
+    source = launch.source()
     with (
         mock.patch.object(CUDABackend, "add_stages", add_stages),
         mock.patch.dict(os.environ, TRITON_ALWAYS_COMPILE="1"),
@@ -112,13 +111,13 @@ class _Integers:
         self.matrices: set[str] = set()
         self.lengths: set[str] = set()
 
-    def add_argument(self, name: str) -> None:
-        self.bound[name] = MAX_EXPERTS if name == "%num_experts" else COUNT
+    def add_argument(self, value: str, name: str) -> None:
+        self.bound[value] = MAX_EXPERTS if name == "num_experts" else COUNT
         for pattern, kept in (
             (DISTANCE, self.distances), (MATRIX, self.matrices), (LENGTHS, self.lengths),
         ):  # fmt: skip
             if pattern.search(name):
-                kept.add(name)
+                kept.add(value)
 
     def add_loop(self, index: str, end: str, line: str) -> None:
         self.bound[index] = self.bound.get(end, COUNT)
@@ -185,15 +184,17 @@ class _Integers:
         return COUNT if counting or self.lengths.intersection(operands) else FAR
 
 
-def narrow_addresses(ttir: str) -> list[str]:
+def narrow_addresses(launch: Launch) -> list[str]:
     """Return the lines of TTIR that add something far, computed in 32 bits, to a pointer."""
     integers = _Integers()
     faults = []
-    for full in ttir.splitlines():
+    for full in lower(launch).splitlines():
         line = re.sub(r" loc\(.*", "", full).strip()  # without where it comes from
         if "tt.func" in full:
-            for name in re.findall(rf"({_NAME}): i(?:32|64)", full):
-                integers.add_argument(name)
+            values = re.findall(rf"({_NAME}): (\S+)", full)
+            for (value, kind), name in zip(values, launch.given(), strict=True):
+                if kind in {"i32", "i64"}:
+                    integers.add_argument(value, name)
         loop = _LOOP.search(line)
         if loop:
             integers.add_loop(*loop.groups(), line)
@@ -251,7 +252,7 @@ def check(only: str = "") -> Iterator[tuple[str, str, list[str]]]:
         for launch in launches:
             if launch.key() not in seen:
                 seen.add(launch.key())
-                yield launch.function.__name__, case, narrow_addresses(lower(launch))
+                yield launch.function.__name__, case, narrow_addresses(launch)
 
 
 def main() -> int:

@@ -96,12 +96,17 @@ class Row:
 
 @dataclass
 class Launch:
-    """A launch that was caught: what the compiler needs of it."""
+    """A launch that was caught: what the compiler needs of it.
+
+    Arguments go by name; a field of a tuple has that of the tuple, a dot and its own.
+    """
 
     function: JITFunction
-    signature: dict[str, str]
+    types: dict[str, Any]  # of parameters: names of types, in tuples as the arguments are
+    signature: dict[str, str]  # of arguments
     constants: dict[str, Any]
     attributes: dict[tuple[int, ...], list[list[Any]]]
+    paths: dict[str, tuple[int, ...]]  # where an argument is among the parameters
     options: dict[str, Any]
     dtype: str
 
@@ -109,6 +114,15 @@ class Launch:
         """Equal for launches that compile to the same code."""
         parts = (self.signature, self.constants, self.attributes, self.options)
         return self.function.__name__ + repr(parts)
+
+    def source(self) -> ASTSource:
+        """What ``triton.compile`` takes."""
+        constants = {self.paths[name]: value for name, value in self.constants.items()}
+        return ASTSource(self.function, self.types, constants, self.attributes)
+
+    def given(self) -> list[str]:
+        """The arguments that a GPU gets, in order."""
+        return [name for name, kind in self.signature.items() if kind != "constexpr"]
 
     def narrow(self) -> str:
         """The arguments of a float64 launch that have too few bits."""
@@ -121,13 +135,12 @@ class Launch:
         return " ".join(f"{k}={v}" for k, v in {**blocks, **self.options}.items())
 
 
-def _describe(value: Any, parameter: Any) -> tuple[str, bool]:
+def _describe(value: Any, *, constant: bool, special: bool) -> tuple[str, bool]:
     """Return the compiler's name of an argument's type, and whether it is told that 16 divides it.
 
     As Triton's launcher does.
     """
-    special = not parameter.do_not_specialize
-    if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and special):
+    if constant or value is None or (type(value) is int and value == 1 and special):
         return "constexpr", False
     if isinstance(value, torch.Tensor):
         return POINTER_NAMES[value.dtype], True
@@ -138,26 +151,55 @@ def _describe(value: Any, parameter: Any) -> tuple[str, bool]:
     return "fp32", False
 
 
+def named_arguments(
+    function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[tuple[str, tuple[int, ...], Any]]:
+    """Yield ``(name, path, value)`` of every argument of a launch, of tuples every field."""
+
+    def fields(name: str, path: tuple[int, ...], value: Any) -> Iterator[Any]:
+        if isinstance(value, tuple):
+            for index, field in enumerate(value._fields):
+                yield from fields(f"{name}.{field}", (*path, index), value[index])
+        else:
+            yield name, path, value
+
+    values = dict(zip(function.arg_names, args, strict=False)) | kwargs
+    for index, parameter in enumerate(function.params):
+        if parameter.is_constexpr:  # whole
+            yield parameter.name, (index,), values[parameter.name]
+        else:
+            yield from fields(parameter.name, (index,), values[parameter.name])
+
+
 def catch(function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
     """Describe one launch by what it was called with; kwargs loses what is no argument."""
     names = ("num_warps", "num_stages", "maxnreg")
     options = {name: kwargs.pop(name) for name in names if name in kwargs}
     for name in ("grid", "warmup"):
         kwargs.pop(name, None)
-    values = dict(zip(function.arg_names, args, strict=False)) | kwargs
-    signature, constants, attributes = {}, {}, {}
+    signature, constants, attributes, paths = {}, {}, {}, {}
     dtype = ""
-    for index, parameter in enumerate(function.params):
-        value = values[parameter.name]
-        kind, divisible = _describe(value, parameter)
-        signature[parameter.name] = kind
+    for name, path, value in named_arguments(function, args, kwargs):
+        parameter = function.params[path[0]]
+        # In a tuple Triton specialises every number.
+        special = len(path) > 1 or not parameter.do_not_specialize
+        kind, divisible = _describe(value, constant=parameter.is_constexpr, special=special)
+        signature[name], paths[name] = kind, path
         if kind == "constexpr":
-            constants[parameter.name] = value
+            constants[name] = value
         elif divisible:
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            attributes[path] = [["tt.divisibility", 16]]
         if kind.startswith("*") and kind[1:] not in {"i1", "i32", "i64"} and not dtype:
             dtype = kind[1:]
-    return Launch(function, signature, constants, attributes, options, dtype)
+    kinds = iter(signature.values())
+
+    def types(value: Any, constant: bool = False) -> Any:
+        inside = isinstance(value, tuple) and not constant
+        return type(value)(*map(types, value)) if inside else next(kinds)
+
+    values = dict(zip(function.arg_names, args, strict=False)) | kwargs
+    nested = {p.name: types(values[p.name], p.is_constexpr) for p in function.params}
+    return Launch(function, nested, signature, constants, attributes, paths, options, dtype)
 
 
 @contextmanager
@@ -197,7 +239,7 @@ def describe(launch: Launch, arch: str, case: str) -> Row:
 
 def compile_launch(launch: Launch, arch: str, case: str) -> Row:
     """Compile one launch for ``arch`` and read the result."""
-    source = ASTSource(launch.function, launch.signature, launch.constants, launch.attributes)
+    source = launch.source()
     amd = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch[3:]), 32)
     options = dict(launch.options)

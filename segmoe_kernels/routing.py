@@ -43,7 +43,17 @@ class FFNWeights(NamedTuple):
 
 
 class LayerWeights(NamedTuple):
-    """All tensors of a layer; see `functional.seg_moe`."""
+    """All tensors of a layer; shapes are those of `functional.seg_moe`.
+
+    Attributes:
+        router_weight: of the router.
+        experts: stacked over E.
+        shared: of the shared expert, or None.
+        shared_gate: of its gate, or None.
+        in_proj: weight and bias, or None.
+        out_proj: weight and bias, or None.
+        router_start: what a causal router sees before the first segment, or None.
+    """
 
     router_weight: Tensor
     experts: FFNWeights

@@ -183,12 +183,19 @@ _LAUNCH = _in(
 _FFN = _in(
     "_triton/ffn.py",
     FUSED,
-    ("load_tile", "row mask", "(rows < num_rows)", "(rows >= 0)", "reads rows behind a matrix"),
-    ("load_tile", "column mask", "(cols < num_cols)", "(cols >= 0)", "reads columns behind a row"),
-    ("load_tile", "next expert", "e * stride_e", "(e + 1) * stride_e", "the next expert's matrix"),
+    ("load_matrix", "row mask", "(rows < num_rows)", "(rows >= 0)", "reads rows behind a matrix"),
+    ("load_matrix", "column mask", "(cols < num_cols)", "(cols >= 0)", "reads behind a row"),
     (
-        "load_tile", "wrong stride", "rows[:, None] * stride_row", "rows[:, None] * num_cols",
+        "load_matrix", "next expert", "e * matrix.stride_e", "(e + 1) * matrix.stride_e",
+        "the next expert's matrix",
+    ),
+    (
+        "load_matrix", "wrong stride", "[:, None] * matrix.stride_row", "[:, None] * num_cols",
         "takes rows for dense",
+    ),
+    (
+        "load_chunk", "gate", "load_matrix(experts.gate,", "load_matrix(experts.up,",
+        "the gate's weight is never read",
     ),
     ("load_bias", "expert", "ptr + e * num_cols", "ptr + e", "another place's bias"),
     ("load_bias", "mask", "mask=cols < num_cols", "mask=cols >= 0", "reads behind the bias"),
@@ -198,7 +205,7 @@ _FFN = _in(
         "activate(hidden, ACTIVATION, FAST) * opened", "the activation is on the wrong product",
     ),
     (
-        "hidden_rows", "gate's bias", "opened += gate_bias", "opened += up_bias",
+        "hidden_rows", "gate's bias", "opened += chunk.gate_bias", "opened += chunk.up_bias",
         "the gate has the other bias",
     ),
     (
@@ -240,6 +247,20 @@ _FFN = _in(
     ),
 )  # fmt: skip
 
+_ARGUMENTS = _in(
+    "_triton/arguments.py",
+    FUSED,
+    (
+        "rows_of", "dense", "None, None, x.stride(0)", "None, None, x.shape[1]",
+        "takes rows for dense", {"tests": GEMM},
+    ),
+    (
+        "experts_of", "gate", "matrix_of(gate)",
+        "None if gate is None else Matrix(gate, *up.stride()[:2])",
+        "the gate is read with the strides of up",
+    ),
+)  # fmt: skip
+
 _PARTIALS = _in(
     "_triton/partials.py",
     SUMS,
@@ -256,7 +277,7 @@ _PARTIALS = _in(
         "one element is missing",
     ),
     (
-        "store_gradients", "expert of down", "ddown_ptr + e * F * D", "ddown_ptr + e * F",
+        "store_gradients", "expert of down", "gradients.down + e * F * D", "gradients.down + e * F",
         "whole sums go to another expert",
     ),
     (
@@ -272,7 +293,8 @@ _PARTIALS = _in(
         "parts of a share overlap", {"tests": SUMS},
     ),
     (
-        "store_gradients", "wrong bias", "e * F, offs_f, dgate_bias", "e * F, offs_f, dup_bias",
+        "store_gradients", "wrong bias", "e * F, offs_f, sums.gate_bias",
+        "e * F, offs_f, sums.up_bias",
         "the gate's bias has the other gradient", {"tests": FUSED},
     ),
     (
@@ -494,16 +516,20 @@ _SEQUENCES = _in(
         "tiles are counted from the wrong expert", {"tests": SUMS},
     ),
     (
-        "find_steps", "choices", "segment = slot // TOP_K", "segment = slot",
+        "find_steps", "choices", "segment = slot // LAYOUT.top_k", "segment = slot",
         "a slot is not a segment",
     ),
     (
-        "find_steps", "segment's width", "* SEGMENT_SIZE + rows", "* ROWS_PER_SLOT + rows",
+        "find_steps", "segment's width", "* LAYOUT.segment_size + rows",
+        "* LAYOUT.rows_per_slot + rows",
         "whole segments lie too close", {"tests": WIDE},
     ),
-    ("find_steps", "first step only", " + rows % ROWS_PER_SLOT", "", "every row is a first step"),
     (
-        "find_steps", "choice", "slot % TOP_K", "slot % 1",
+        "find_steps", "first step only", " + rows % LAYOUT.rows_per_slot", "",
+        "every row is a first step",
+    ),
+    (
+        "find_steps", "choice", "slot % LAYOUT.top_k", "slot % 1",
         "every choice goes to the first one's place",
     ),
     (
@@ -516,11 +542,11 @@ _SEQUENCES = _in(
     ),
     ("real_steps", "no mask", "if padding_mask_ptr is not None:", "if False:", "padding is real"),
     (
-        "load_rows", "wrong stride", "sequence.to(tl.int64) * stride_b",
-        "sequence.to(tl.int64) * length * stride_t", "takes sequences for dense",
+        "load_rows", "wrong stride", "sequence.to(tl.int64) * x.stride_b",
+        "sequence.to(tl.int64) * length * x.stride_t", "takes sequences for dense",
     ),
     (
-        "load_rows", "choice", "choice.to(tl.int64) * stride_k + ", "",
+        "load_rows", "choice", "choice.to(tl.int64) * x.stride_k + ", "",
         "every choice reads the first's", {"tests": EXPERTS},
     ),
     (
@@ -528,8 +554,8 @@ _SEQUENCES = _in(
         "reads behind a sequence", {"tests": WIDE},
     ),
     (
-        "load_rows", "dense steps", "(cols // D).to(tl.int64) * stride_t + cols % D", "cols",
-        "takes steps for dense", {"tests": WIDE},
+        "load_rows", "dense steps", "(cols // D).to(tl.int64) * x.stride_t + cols % D",
+        "cols", "takes steps for dense", {"tests": WIDE},
     ),
     (
         "load_rows", "padding in a segment", "real &= tl.load", "tl.load", "padding is read",
@@ -882,7 +908,8 @@ _EXPERTS = _in(
         "dpre = (dpre * weights[:, None] * weights[:, None])", "dx is weighted twice",
     ),
     (
-        "expert_ffn_dx_kernel", "gate", "dx = tl.dot(dgate, gate, dx,", "tl.dot(dgate, gate, dx,",
+        "expert_ffn_dx_kernel", "gate", "dx = tl.dot(dgate, chunk.gate, dx,",
+        "tl.dot(dgate, chunk.gate, dx,",
         "dx lacks the gate's share",
     ),
     (
@@ -937,19 +964,15 @@ _EXPERTS_HOST = [
         "stages/experts/launch.py",
         FUSED,
         (
-            "launch_dw", "reduction's rows", "call.rows_per_slot, tile.block_m)",
-            "1, tile.block_m)", "the reduction counts other tiles than the kernel",
+            "launch_dw", "reduction's rows", "call.rows_per_slot, tile.block_m",
+            "1, tile.block_m", "the reduction counts other tiles than the kernel",
         ),
         (
             "launch_dw", "order", "(dup, ddown, dgate, dup_bias, ddown_bias, dgate_bias)",
             "(dup, ddown, dgate, dup_bias, dgate_bias, ddown_bias)", "biases are exchanged",
         ),
         (
-            "Call.weight_strides", "gate", "gate.stride()[:2]", "up.stride()[:2]",
-            "the gate is read with the strides of up",
-        ),
-        (
-            "launch_dx", "strides of dy", "*dy.stride()[:3]", "*call.x.stride()[:3]",
+            "launch_dx", "strides of dy", "rows_of(dy)", "call.x_rows._replace(ptr=dy)",
             "dy is read with the strides of x",
         ),
         (
@@ -993,22 +1016,22 @@ _GEMM = _in(
     "stages/grouped_gemm/kernels.py",
     GEMM,
     (
-        "_load_operand", "wrong stride", "rows.to(tl.int64) * stride_t",
+        "_load_operand", "wrong stride", "rows.to(tl.int64) * x.stride_t",
         "rows.to(tl.int64) * width", "takes rows for dense",
     ),
     (
         "_load_operand", "row mask", "mask = mask_m[:, None] &", "mask = (rows >= 0)[:, None] &",
         "reads rows of others",
     ),
-    ("_load_operand", "column mask", "(cols < width)", "(cols >= 0)", "reads columns behind a row"),
+    ("_load_operand", "column mask", "(cols < width)", "(cols >= 0)", "reads behind a row"),
     (
-        "_load_weight", "expert's stride", "expert * stride_e", "expert * N * K",
+        "_load_factor", "expert's stride", "expert * factor.stride_e", "expert * N * K",
         "takes experts for dense",
     ),
-    ("_load_weight", "depth mask", "(offs_k < K)", "(offs_k >= 0)", "reads behind a row"),
-    ("_load_weight", "column mask", "(offs_n < N)", "(offs_n >= 0)", "reads behind a matrix"),
+    ("_load_factor", "depth mask", "(offs_k < K)", "(offs_k >= 0)", "reads behind a row"),
+    ("_load_factor", "column mask", "(offs_n < N)", "(offs_n >= 0)", "reads behind a matrix"),
     (
-        "_load_weight", "column's stride", "offs_n[None, :] * stride_n", "offs_n[None, :] * K",
+        "_load_factor", "column's stride", "[None, :] * factor.stride_n", "[None, :] * K",
         "takes rows for dense",
     ),
     (
@@ -1037,15 +1060,15 @@ _GEMM = _in(
         {"tests": WIDE},
     ),
     (
-        "grouped_gemm_kernel", "kept gate", "acc2.to(pre2_ptr.dtype.element_ty)",
-        "acc.to(pre2_ptr.dtype.element_ty)", "up's product is kept as the gate's", {"tests": WIDE},
+        "grouped_gemm_kernel", "kept gate", "acc2.to(y.ptr.dtype.element_ty)",
+        "acc.to(y.ptr.dtype.element_ty)", "up's product is kept as the gate's", {"tests": WIDE},
     ),
     (
         "grouped_gemm_kernel", "missing weight", "acc *= tl.load(row_weights_ptr",
         "tl.load(row_weights_ptr", "outputs are not weighted", {"tests": WIDE},
     ),
     (
-        "grouped_gemm_kernel", "choices", "stride_y_k // (length * D)", "1", "choices overlap",
+        "grouped_gemm_kernel", "choices", "y.stride_k // (length * D)", "1", "choices overlap",
         {"tests": WIDE},
     ),
     (
@@ -1127,7 +1150,6 @@ _GEMM_HOST = _in(
         "weight_gradient", "splits of whole experts", "splits = num_experts", "splits = 1",
         "later experts have no program",
     ),
-    ("_row_strides", "dense", "(0, 0, x.stride(0))", "(0, 0, x.shape[1])", "takes rows for dense"),
     (
         "_grouped_gemm_dw", "nothing", "bias.zero_()", "bias.numel()",
         "the gradient of no row is not 0",
@@ -1281,7 +1303,7 @@ _SHARED_HOST = [
 ]  # fmt: skip
 
 MUTANTS: list[Mutant] = [
-    *_ACTIVATIONS, *_LAUNCH, *_FFN, *_PARTIALS, *_ROUTER, *_SEQUENCES, *_ROUTE,
+    *_ACTIVATIONS, *_LAUNCH, *_ARGUMENTS, *_FFN, *_PARTIALS, *_ROUTER, *_SEQUENCES, *_ROUTE,
     *_ROUTE_HOST, *_PERMUTE, *_COMBINE, *_EXPERTS,
     *_EXPERTS_HOST, *_GEMM, *_GEMM_HOST, *_SHARED, *_SHARED_HOST,
 ]  # fmt: skip

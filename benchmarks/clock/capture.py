@@ -97,7 +97,7 @@ class KernelLaunch:
                 constants[name] = value
             elif name in scalars:
                 scalars[name] = value
-                place = (self.launch.function.arg_names.index(name),)
+                place = self.launch.paths[name]
                 attributes.pop(place, None)
                 if value % 16 == 0:
                     attributes[place] = [["tt.divisibility", 16]]
@@ -236,12 +236,12 @@ def caught(note: Callable[[KernelLaunch], None]) -> Iterator[None]:
 
     def run(self: JITFunction, *args: Any, **kwargs: Any) -> None:
         launch = codegen.catch(self, args, dict(kwargs))
-        values = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        values = {n: v for n, _, v in codegen.named_arguments(self, args, kwargs)}
         grid = kwargs["grid"](values) if callable(kwargs["grid"]) else kwargs["grid"]
         scalars = {
             n: v
             for n, v in values.items()
-            if isinstance(v, int | float) and n in self.arg_names and not isinstance(v, bool)
+            if isinstance(v, int | float) and not isinstance(v, bool)
         }
         tensors = {n: aten.distinct_bytes(v) for n, v in values.items() if isinstance(v, Tensor)}
         note(KernelLaunch(launch, tuple(int(g) for g in grid), scalars, tensors))

@@ -13,7 +13,6 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from benchmarks.clock import sass
 from benchmarks.clock.cache import CACHE, write_whole
@@ -58,7 +57,7 @@ def _compiled(digest: str, launch: Launch) -> sass.Kernel:
 
 
 def _compile(launch: Launch) -> dict[str, Any]:
-    source = ASTSource(launch.function, launch.signature, launch.constants, launch.attributes)
+    source = launch.source()
     os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE / "triton"))
     result = triton.compile(source, target=TARGET, options=dict(launch.options))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -108,7 +108,7 @@ def _row(launch: KernelLaunch, shape: Shape) -> int:
 
 def _expert(launch: KernelLaunch, shape: Shape) -> int:
     """Bytes of the matrices of one expert."""
-    matrices = 3 if launch.given("gate_ptr") else 2
+    matrices = 3 if launch.given("experts.gate.ptr") else 2
     return matrices * shape.d_model * shape.d_ff * _itemsize(launch)
 
 
@@ -177,7 +177,7 @@ def expert_ffn_dx(launch: KernelLaunch, shape: Shape) -> Work:
     tiles = _row_tiles(launch, shape)
     rows, k = _row(launch, shape), shape.top_k
     moved = (3 if launch.given("dx_ptr") else 2) * k * rows
-    kept = sum(launch.given(name) for name in ("hidden_ptr", "dpre_ptr", "dgate_ptr"))
+    kept = sum(launch.given(f"kept.{name}_ptr") for name in ("hidden", "dpre", "dgate"))
     moved += kept * k * shape.steps * shape.d_ff * _itemsize(launch)
     trips = {"f0": cdiv(shape.d_ff, launch["BLOCK_F"])}
     l2 = moved + tiles * _expert(launch, shape)
@@ -191,7 +191,7 @@ def expert_ffn_dw(launch: KernelLaunch, shape: Shape) -> Work:
     spanned = (experts + splits - 1) / splits
     tiles = math.ceil(_row_tiles(launch, shape) / splits)
     rows = _row(launch, shape)
-    gated = 3 if launch.given("gate_ptr") else 2
+    gated = 3 if launch.given("experts.gate.ptr") else 2
     sums = (splits + experts) * gated * shape.d_model * shape.d_ff * 4
     moved = 2 * shape.top_k * rows
     trips = {"expert": spanned, "tile": tiles / spanned}
@@ -246,9 +246,9 @@ def route_bwd(launch: KernelLaunch, shape: Shape) -> Work:
 @_kernel
 def grouped_gemm(launch: KernelLaunch, shape: Shape) -> Work:
     n, k = launch["N"], launch["K"]
-    products = 1 + launch.given("b2_ptr")
-    outputs = 1 + launch.given("pre_ptr") + launch.given("pre2_ptr")
-    inputs = 1 + launch.given("a2_ptr")
+    products = 1 + launch.given("second.ptr")
+    outputs = 1 + launch.given("first.pre_ptr") + launch.given("second.pre_ptr")
+    inputs = 1 + launch.given("a2_rows.ptr")
     return _product(launch, shape, n, k, inputs, products, outputs)
 
 

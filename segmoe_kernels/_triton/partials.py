@@ -87,18 +87,8 @@ def store_gradients(
     whole,  # whether these are sums over all rows of the expert
     e,
     slot_ptr,  # room for a share: up | down | gate | up bias | down bias | gate bias
-    dup_ptr,  # (E, F, D)
-    ddown_ptr,  # (E, D, F)
-    dgate_ptr,  # (E, F, D) or None
-    dup_bias_ptr,  # (E, F) or None, as the next two
-    ddown_bias_ptr,  # (E, D)
-    dgate_bias_ptr,  # (E, F)
-    dup,
-    ddown,
-    dgate,
-    dup_bias,
-    ddown_bias,
-    dgate_bias,
+    gradients,
+    sums,  # Gradients of values: (BLOCK_D, BLOCK_F), and (BLOCK_F,) or (BLOCK_D,) for biases
     offs_fd,  # where elements of dup and dgate go in a matrix
     offs_df,  # those of ddown
     offs_f,
@@ -109,32 +99,31 @@ def store_gradients(
     mask_down_bias,
     D: tl.constexpr,
     F: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
 ):
     """Store the gradients of one expert's weights where they belong, or as a split's share."""
     if whole:
-        store_sum(dup_ptr + e * F * D, offs_fd, dup, mask_fd)
-        store_sum(ddown_ptr + e * F * D, offs_df, ddown, mask_df)
-        if dgate_ptr is not None:
-            store_sum(dgate_ptr + e * F * D, offs_fd, dgate, mask_fd)
-        if HAS_BIAS:
-            store_sum(dup_bias_ptr + e * F, offs_f, dup_bias, mask_f)
-            store_sum(ddown_bias_ptr + e * D, offs_d, ddown_bias, mask_down_bias)
-            if dgate_ptr is not None:
-                store_sum(dgate_bias_ptr + e * F, offs_f, dgate_bias, mask_f)
+        store_sum(gradients.up + e * F * D, offs_fd, sums.up, mask_fd)
+        store_sum(gradients.down + e * F * D, offs_df, sums.down, mask_df)
+        if gradients.gate is not None:
+            store_sum(gradients.gate + e * F * D, offs_fd, sums.gate, mask_fd)
+        if gradients.up_bias is not None:
+            store_sum(gradients.up_bias + e * F, offs_f, sums.up_bias, mask_f)
+            store_sum(gradients.down_bias + e * D, offs_d, sums.down_bias, mask_down_bias)
+            if gradients.gate is not None:
+                store_sum(gradients.gate_bias + e * F, offs_f, sums.gate_bias, mask_f)
     else:
-        store_sum(slot_ptr, offs_fd, dup, mask_fd)
+        store_sum(slot_ptr, offs_fd, sums.up, mask_fd)
         slot_ptr += F * D
-        store_sum(slot_ptr, offs_df, ddown, mask_df)
+        store_sum(slot_ptr, offs_df, sums.down, mask_df)
         slot_ptr += F * D
-        if dgate_ptr is not None:
-            store_sum(slot_ptr, offs_fd, dgate, mask_fd)
+        if gradients.gate is not None:
+            store_sum(slot_ptr, offs_fd, sums.gate, mask_fd)
             slot_ptr += F * D
-        if HAS_BIAS:
-            store_sum(slot_ptr, offs_f, dup_bias, mask_f)
-            store_sum(slot_ptr + F, offs_d, ddown_bias, mask_down_bias)
-            if dgate_ptr is not None:
-                store_sum(slot_ptr + F + D, offs_f, dgate_bias, mask_f)
+        if gradients.up_bias is not None:
+            store_sum(slot_ptr, offs_f, sums.up_bias, mask_f)
+            store_sum(slot_ptr + F, offs_d, sums.down_bias, mask_down_bias)
+            if gradients.gate is not None:
+                store_sum(slot_ptr + F + D, offs_f, sums.gate_bias, mask_f)
 
 
 @kernel

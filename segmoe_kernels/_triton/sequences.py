@@ -106,15 +106,13 @@ def find_steps(
     mask_m,
     sorted_to_slot_ptr,  # (R,) int32
     segments_per_sequence,
-    TOP_K: tl.constexpr,
-    SEGMENT_SIZE: tl.constexpr,
-    ROWS_PER_SLOT: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     """Return ``(slot, choice, sequence, step)`` of sorted rows; step is a row's first time step."""
-    slot = tl.load(sorted_to_slot_ptr + rows // ROWS_PER_SLOT, mask=mask_m, other=0)
-    segment = slot // TOP_K
-    step = (segment % segments_per_sequence) * SEGMENT_SIZE + rows % ROWS_PER_SLOT
-    return slot, slot % TOP_K, segment // segments_per_sequence, step
+    slot = tl.load(sorted_to_slot_ptr + rows // LAYOUT.rows_per_slot, mask=mask_m, other=0)
+    segment = slot // LAYOUT.top_k
+    step = (segment % segments_per_sequence) * LAYOUT.segment_size + rows % LAYOUT.rows_per_slot
+    return slot, slot % LAYOUT.top_k, segment // segments_per_sequence, step
 
 
 @triton.jit
@@ -138,7 +136,7 @@ def real_steps(
 
 @triton.jit
 def load_rows(
-    ptr,  # (top_k, B, T, D)
+    x,  # Rows
     padding_mask_ptr,
     choice,
     sequence,
@@ -147,30 +145,27 @@ def load_rows(
     cols,  # (N,), up to D, or P * D where rows are whole segments
     width,
     length,
-    stride_k,
-    stride_b,
-    stride_t,
-    D: tl.constexpr,
-    CONCAT: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     """Return rows of sequences, (M, N); 0 where a step is missing or masked.
 
-    With ``CONCAT`` a row is a whole segment and its columns run over the steps.
+    With ``concat`` a row is a whole segment and its columns run over the steps.
     """
-    base = choice.to(tl.int64) * stride_k + sequence.to(tl.int64) * stride_b
-    base += step.to(tl.int64) * stride_t
-    if CONCAT:
+    D: tl.constexpr = LAYOUT.d_model
+    base = choice.to(tl.int64) * x.stride_k + sequence.to(tl.int64) * x.stride_b
+    base += step.to(tl.int64) * x.stride_t
+    if LAYOUT.concat:
         steps = step[:, None] + (cols // D)[None, :]
         real = (mask_m[:, None] & (cols < width)[None, :]) & (steps < length)
         if padding_mask_ptr is not None:
             flags = (padding_mask_ptr + sequence.to(tl.int64) * length)[:, None] + steps
             real &= tl.load(flags, mask=real, other=0) != 0
-        offs = (cols // D).to(tl.int64) * stride_t + cols % D
+        offs = (cols // D).to(tl.int64) * x.stride_t + cols % D
     else:
         rows_real = real_steps(padding_mask_ptr, sequence, step, mask_m, length)
         real = rows_real[:, None] & (cols < width)[None, :]
         offs = cols
-    return tl.load((ptr + base)[:, None] + offs[None, :], mask=real, other=0.0)
+    return tl.load((x.ptr + base)[:, None] + offs[None, :], mask=real, other=0.0)
 
 
 @triton.jit

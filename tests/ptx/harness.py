@@ -25,7 +25,6 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
-from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from benchmarks import codegen
@@ -53,7 +52,7 @@ def compile_to_ptx(launch: codegen.Launch, arch: str) -> tuple[str, int]:
     """PTX of a launch, and the bytes of shared memory that it takes."""
     key = (arch, launch.function.src + launch.key())
     if key not in _compiled:
-        source = ASTSource(launch.function, launch.signature, launch.constants, launch.attributes)
+        source = launch.source()
         target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
         with (
             mock.patch.object(CUDABackend, "make_cubin", return_value=b""),
@@ -124,10 +123,12 @@ def run(
     launch = codegen.catch(function, args, dict(kwargs))
     values = {**dict(zip(function.arg_names, args, strict=False)), **kwargs}
     grid = tuple(grid(values) if callable(grid) else grid)
-    given = {name: values[name] for name, kind in launch.signature.items() if kind != "constexpr"}
-    for index, name in enumerate(function.arg_names):
-        if isinstance(given.get(name), torch.Tensor) and given[name].data_ptr() % 16:
-            launch.attributes.pop((index,), None)
+    given = {}
+    for name, path, value in codegen.named_arguments(function, args, kwargs):
+        if launch.signature[name] != "constexpr":
+            given[name] = value
+        if isinstance(value, torch.Tensor) and value.data_ptr() % 16:
+            launch.attributes.pop(path, None)
     ptx, shared_bytes = compile_to_ptx(launch, arch)
     if change is not None:
         ptx = change(launch, ptx)

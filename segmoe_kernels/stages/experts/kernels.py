@@ -8,7 +8,8 @@ sums and added up in a fixed order by `grouped_gemm`.
 
 import triton.language as tl
 
-from segmoe_kernels._triton.ffn import ffn_rows, hidden_with_grads, load_bias, load_tile
+from segmoe_kernels._triton.arguments import Gradients
+from segmoe_kernels._triton.ffn import ffn_rows, hidden_with_grads, load_chunk
 from segmoe_kernels._triton.launch import kernel
 from segmoe_kernels._triton.partials import store_gradients
 from segmoe_kernels._triton.sequences import (
@@ -23,38 +24,19 @@ from segmoe_kernels._triton.sequences import (
 
 @kernel
 def expert_ffn_fwd_kernel(
-    x_ptr,  # (top_k, B, T, D)
+    x_rows,  # Rows (top_k, B, T, D)
     topk_weights_ptr,  # (S, top_k)
-    up_ptr,  # (E, F, D)
-    gate_ptr,  # (E, F, D) or None
-    down_ptr,  # (E, D, F)
-    up_bias_ptr,  # (E, F) or None
-    gate_bias_ptr,  # (E, F) or None
-    down_bias_ptr,  # (E, D) or None
+    experts,
     out_ptr,  # (top_k, B, T, D) contiguous, every row is written
-    sorted_to_slot_ptr,  # (R,) int32
-    expert_offsets_ptr,  # (E + 1,) int32
-    padding_mask_ptr,  # (B, T) bool or None
-    seed_ptr,  # (1,) int64 or None
+    slots,
+    dropout,
     num_slots,
     segments_per_sequence,
     length,
     num_experts,
-    stride_x_k,
-    stride_x_b,
-    stride_x_t,
-    stride_up_e,
-    stride_up_f,
-    stride_gate_e,
-    stride_gate_f,
-    stride_down_e,
-    stride_down_d,
     num_sequences,
-    dropout,
-    D: tl.constexpr,
     F: tl.constexpr,
-    TOP_K: tl.constexpr,
-    SEGMENT_SIZE: tl.constexpr,
+    LAYOUT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -67,80 +49,62 @@ def expert_ffn_fwd_kernel(
 
     Grid: ``(cdiv(R * P, BLOCK_M) + E,)``. Sums in ACC; the hidden layer is rounded to x's dtype.
     """
+    D: tl.constexpr = LAYOUT.d_model
+    SEGMENT_SIZE: tl.constexpr = LAYOUT.segment_size
     pid = tl.program_id(0)
     expert, row_start, row_end = find_group(
-        pid, expert_offsets_ptr, num_experts, num_slots, SEGMENT_SIZE, BLOCK_M, GROUPS
+        pid, slots.expert_offsets_ptr, num_experts, num_slots, SEGMENT_SIZE, BLOCK_M, GROUPS
     )
     if expert > num_experts:
         return
     rows = row_start + tl.arange(0, BLOCK_M)
     mask_m = rows < row_end
     slot, choice, sequence, step = find_steps(
-        rows, mask_m, sorted_to_slot_ptr, segments_per_sequence, TOP_K, SEGMENT_SIZE, SEGMENT_SIZE
+        rows,
+        mask_m,
+        slots.sorted_to_slot_ptr,
+        segments_per_sequence,
+        LAYOUT,
     )
     offs_d = tl.arange(0, BLOCK_D)
     e = expert.to(tl.int64)
     routed = mask_m & (expert < num_experts)
     x = load_rows(
-        x_ptr, padding_mask_ptr, choice, sequence, step, routed, offs_d, D, length,
-        stride_x_k, stride_x_b, stride_x_t, D, False,
-    ).to(up_ptr.dtype.element_ty)  # fmt: skip
+        x_rows, slots.padding_mask_ptr, choice, sequence, step, routed, offs_d, D,
+        length, LAYOUT,
+    ).to(experts.up.ptr.dtype.element_ty)  # fmt: skip
     weights = tl.load(topk_weights_ptr + slot, mask=routed, other=0.0).to(ACC)
     row_ids = slot * SEGMENT_SIZE + rows % SEGMENT_SIZE
-    place = place_steps(padding_mask_ptr, choice, sequence, step, mask_m, num_sequences, length)
+    place = place_steps(
+        slots.padding_mask_ptr, choice, sequence, step, mask_m, num_sequences, length
+    )
 
     # Rows without an expert have no hidden layer: their outputs are 0.
     f_end = tl.where(expert < num_experts, F, 0)
     out = ffn_rows(
-        x, row_ids, e, f_end, up_ptr, gate_ptr, down_ptr, up_bias_ptr, gate_bias_ptr,
-        down_bias_ptr, seed_ptr, stride_up_e, stride_up_f, stride_gate_e, stride_gate_f,
-        stride_down_e, stride_down_d, dropout, D, F, ACTIVATION, ACC, PRECISION, BLOCK_F, BLOCK_D,
-    )  # fmt: skip
+        x, row_ids, e, f_end, experts, dropout, D, F, ACTIVATION, ACC, PRECISION, BLOCK_F, BLOCK_D
+    )
     store_steps(out_ptr, out * weights[:, None], place, offs_d, D)
 
 
 @kernel
 def expert_ffn_dx_kernel(
-    x_ptr,  # (top_k, B, T, D)
-    dy_ptr,  # (top_k, B, T, D)
+    x_rows,  # Rows (top_k, B, T, D)
+    dy_rows,  # Rows (top_k, B, T, D)
     topk_weights_ptr,  # (S, top_k)
-    up_ptr,  # (E, F, D)
-    gate_ptr,  # (E, F, D) or None
-    down_ptr,  # (E, D, F)
-    up_bias_ptr,  # (E, F) or None
-    gate_bias_ptr,  # (E, F) or None
-    down_bias_ptr,  # (E, D) or None
+    experts,
     dx_ptr,  # (top_k, B, T, D) contiguous or None, every row is written
     drow_weights_ptr,  # (R, P) by slot, every element is written
-    hidden_ptr,  # (R * P, F) sorted, or None: the hidden layer times the routing weight
-    dpre_ptr,  # (R * P, F) sorted, or None: gradients of what the activation saw
-    dgate_ptr,  # (R * P, F) sorted, or None
-    sorted_to_slot_ptr,  # (R,) int32
-    expert_offsets_ptr,  # (E + 1,) int32
-    padding_mask_ptr,  # (B, T) bool or None
-    seed_ptr,  # (1,) int64 or None
+    kept,  # Kept or None
+    slots,
+    dropout,
     num_slots,
     segments_per_sequence,
     length,
     num_experts,
-    stride_x_k,
-    stride_x_b,
-    stride_x_t,
-    stride_dy_k,
-    stride_dy_b,
-    stride_dy_t,
-    stride_up_e,
-    stride_up_f,
-    stride_gate_e,
-    stride_gate_f,
-    stride_down_e,
-    stride_down_d,
     num_sequences,
-    dropout,
-    D: tl.constexpr,
     F: tl.constexpr,
-    TOP_K: tl.constexpr,
-    SEGMENT_SIZE: tl.constexpr,
+    LAYOUT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -154,77 +118,79 @@ def expert_ffn_dx_kernel(
     Grid: ``(cdiv(R * P, BLOCK_M) + E,)``. The hidden layer is recomputed, so that the outputs of
     the experts need not be kept (the identity is SonicMoE's, arXiv 2512.14080).
     """
+    D: tl.constexpr = LAYOUT.d_model
+    SEGMENT_SIZE: tl.constexpr = LAYOUT.segment_size
     pid = tl.program_id(0)
     expert, row_start, row_end = find_group(
-        pid, expert_offsets_ptr, num_experts, num_slots, SEGMENT_SIZE, BLOCK_M, GROUPS
+        pid, slots.expert_offsets_ptr, num_experts, num_slots, SEGMENT_SIZE, BLOCK_M, GROUPS
     )
     if expert > num_experts:
         return
     rows = row_start + tl.arange(0, BLOCK_M)
     mask_m = rows < row_end
     slot, choice, sequence, step = find_steps(
-        rows, mask_m, sorted_to_slot_ptr, segments_per_sequence, TOP_K, SEGMENT_SIZE, SEGMENT_SIZE
+        rows,
+        mask_m,
+        slots.sorted_to_slot_ptr,
+        segments_per_sequence,
+        LAYOUT,
     )
     offs_d = tl.arange(0, BLOCK_D)
     e = expert.to(tl.int64)
     routed = mask_m & (expert < num_experts)
     x = load_rows(
-        x_ptr, padding_mask_ptr, choice, sequence, step, routed, offs_d, D, length,
-        stride_x_k, stride_x_b, stride_x_t, D, False,
-    ).to(up_ptr.dtype.element_ty)  # fmt: skip
+        x_rows, slots.padding_mask_ptr, choice, sequence, step, routed, offs_d, D,
+        length, LAYOUT,
+    ).to(experts.up.ptr.dtype.element_ty)  # fmt: skip
     dy = load_rows(
-        dy_ptr, padding_mask_ptr, choice, sequence, step, routed, offs_d, D, length,
-        stride_dy_k, stride_dy_b, stride_dy_t, D, False,
+        dy_rows, slots.padding_mask_ptr, choice, sequence, step, routed, offs_d, D,
+        length, LAYOUT,
     )  # fmt: skip
     weights = tl.load(topk_weights_ptr + slot, mask=routed, other=0.0).to(ACC)
     row_ids = slot * SEGMENT_SIZE + rows % SEGMENT_SIZE
-    place = place_steps(padding_mask_ptr, choice, sequence, step, mask_m, num_sequences, length)
+    place = place_steps(
+        slots.padding_mask_ptr, choice, sequence, step, mask_m, num_sequences, length
+    )
 
     row_offs = rows.to(tl.int64) * F
     dx = tl.zeros((BLOCK_M, BLOCK_D), dtype=ACC)
     dweight = tl.zeros((BLOCK_M,), dtype=ACC)
     f_end = tl.where(expert < num_experts, F, 0)
-    if down_bias_ptr is not None:
+    if experts.down_bias_ptr is not None:
         # Before the loop: dy need not stay in registers through it.
-        bias = tl.load(down_bias_ptr + e * D + offs_d, mask=(offs_d < D) & (f_end > 0), other=0.0)
+        bias_ptr = experts.down_bias_ptr + e * D
+        bias = tl.load(bias_ptr + offs_d, mask=(offs_d < D) & (f_end > 0), other=0.0)
         dweight += tl.sum(tl.fma(dy.to(ACC), bias.to(ACC)[None, :], 0.0), 1)
         if dy.dtype.primitive_bitwidth > 16:
             # Without tensor cores the sum and the products below would share dy in registers, whole
             # rows in each thread. Loaded anew, behind a barrier, it's read from shared memory.
             tl.debug_barrier()
             dy = load_rows(
-                dy_ptr, padding_mask_ptr, choice, sequence, step, routed, offs_d, D, length,
-                stride_dy_k, stride_dy_b, stride_dy_t, D, False,
+                dy_rows, slots.padding_mask_ptr, choice, sequence, step, routed, offs_d, D,
+                length, LAYOUT,
             )  # fmt: skip
     for f0 in tl.range(0, f_end, BLOCK_F, disable_licm=True):
         offs_f = f0 + tl.arange(0, BLOCK_F)
-        up = load_tile(up_ptr, e, offs_f, offs_d, F, D, stride_up_e, stride_up_f)
-        down = load_tile(down_ptr, e, offs_d, offs_f, D, F, stride_down_e, stride_down_d)
-        gate = up
-        if gate_ptr is not None:
-            gate = load_tile(gate_ptr, e, offs_f, offs_d, F, D, stride_gate_e, stride_gate_f)
-        up_bias = load_bias(up_bias_ptr, e, offs_f, F, ACC)
-        gate_bias = load_bias(gate_bias_ptr, e, offs_f, F, ACC)
+        chunk = load_chunk(experts, e, offs_f, offs_d, D, F, ACC, True)
         hidden, dhidden, dpre, dgate = hidden_with_grads(
-            x, dy, up, gate, down, up_bias, gate_bias, seed_ptr, row_ids, offs_f, dropout, F,
-            gate_ptr is not None, up_bias_ptr is not None, gate_bias_ptr is not None,
-            ACTIVATION, ACC, PRECISION, f0,
+            x, dy, experts, chunk, dropout, row_ids, offs_f, f0, F, ACTIVATION, ACC,
+            PRECISION,
         )  # fmt: skip
         # Rounded before the sum: fused with it, the lanes of a row would have different bits.
         dweight += tl.sum(tl.fma(dhidden, hidden, 0.0), 1)
         dpre = (dpre * weights[:, None]).to(x.dtype)
         dgate = (dgate * weights[:, None]).to(x.dtype)
         if dx_ptr is not None:
-            dx = tl.dot(dpre, up, dx, input_precision=PRECISION, out_dtype=ACC)
-            if gate_ptr is not None:
-                dx = tl.dot(dgate, gate, dx, input_precision=PRECISION, out_dtype=ACC)
-        if hidden_ptr is not None:
-            kept = row_offs[:, None] + offs_f[None, :]
+            dx = tl.dot(dpre, chunk.up, dx, input_precision=PRECISION, out_dtype=ACC)
+            if experts.gate is not None:
+                dx = tl.dot(dgate, chunk.gate, dx, input_precision=PRECISION, out_dtype=ACC)
+        if kept is not None:
+            offs = row_offs[:, None] + offs_f[None, :]
             mask = mask_m[:, None] & (offs_f < F)[None, :]
-            tl.store(hidden_ptr + kept, (hidden * weights[:, None]).to(x.dtype), mask=mask)
-            tl.store(dpre_ptr + kept, dpre, mask=mask)
-            if gate_ptr is not None:
-                tl.store(dgate_ptr + kept, dgate, mask=mask)
+            tl.store(kept.hidden_ptr + offs, (hidden * weights[:, None]).to(x.dtype), mask=mask)
+            tl.store(kept.dpre_ptr + offs, dpre, mask=mask)
+            if experts.gate is not None:
+                tl.store(kept.dgate_ptr + offs, dgate, mask=mask)
     tl.store(drow_weights_ptr + row_ids, dweight, mask=mask_m)
     if dx_ptr is not None:
         store_steps(dx_ptr, dx, place, offs_d, D)
@@ -232,49 +198,22 @@ def expert_ffn_dx_kernel(
 
 @kernel
 def expert_ffn_dw_kernel(
-    x_ptr,  # (top_k, B, T, D)
-    dy_ptr,  # (top_k, B, T, D)
+    x_rows,  # Rows (top_k, B, T, D)
+    dy_rows,  # Rows (top_k, B, T, D)
     topk_weights_ptr,  # (S, top_k)
-    up_ptr,  # (E, F, D)
-    gate_ptr,  # (E, F, D) or None
-    down_ptr,  # (E, D, F)
-    up_bias_ptr,  # (E, F) or None
-    gate_bias_ptr,  # (E, F) or None
-    dup_ptr,  # (E, F, D), written where one split has all rows of an expert, as the next five
-    ddown_ptr,  # (E, D, F)
-    dgate_ptr,  # (E, F, D) or None
-    dup_bias_ptr,  # (E, F) or None
-    ddown_bias_ptr,  # (E, D) or None
-    dgate_bias_ptr,  # (E, F) or None
-    partials_ptr,  # (splits + E - 1, up | down | gate | biases), slots that are read are written
-    sorted_to_slot_ptr,  # (R,) int32
-    expert_offsets_ptr,  # (E + 1,) int32
-    padding_mask_ptr,  # (B, T) bool or None
-    seed_ptr,  # (1,) int64 or None
+    experts,
+    gradients,  # written where one split has all rows of an expert
+    partials_ptr,  # (splits + E - 1, elements of gradients), slots that are read are written
+    slots,
+    dropout,
     segments_per_sequence,
     length,
     num_experts,
     num_splits,
     partial_size,
-    stride_x_k,
-    stride_x_b,
-    stride_x_t,
-    stride_dy_k,
-    stride_dy_b,
-    stride_dy_t,
-    stride_up_e,
-    stride_up_f,
-    stride_gate_e,
-    stride_gate_f,
-    stride_down_e,
-    stride_down_d,
-    dropout,
-    D: tl.constexpr,
     F: tl.constexpr,
-    TOP_K: tl.constexpr,
-    SEGMENT_SIZE: tl.constexpr,
+    LAYOUT: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -288,7 +227,10 @@ def expert_ffn_dw_kernel(
     rows grouped by expert; its sum for expert e goes to slot ``i + e``, which no other pair uses,
     or where it belongs if it is the whole.
     """
-    WIDE: tl.constexpr = up_ptr.dtype.element_ty.primitive_bitwidth > 16
+    D: tl.constexpr = LAYOUT.d_model
+    SEGMENT_SIZE: tl.constexpr = LAYOUT.segment_size
+    HAS_BIAS: tl.constexpr = gradients.up_bias is not None
+    WIDE: tl.constexpr = experts.up.ptr.dtype.element_ty.primitive_bitwidth > 16
     split = tl.program_id(0)
     first_f = tl.program_id(1) * BLOCK_F
     offs_f = first_f + tl.arange(0, BLOCK_F)
@@ -296,23 +238,17 @@ def expert_ffn_dw_kernel(
     mask_f = offs_f < F
     mask_d = offs_d < D
     first, last, first_expert, end_expert, before = find_split(
-        split, num_splits, expert_offsets_ptr, num_experts, SEGMENT_SIZE, BLOCK_M, GROUPS
+        split, num_splits, slots.expert_offsets_ptr, num_experts, SEGMENT_SIZE, BLOCK_M, GROUPS
     )
     for expert in tl.range(first_expert, end_expert, disable_licm=True):
-        lo = tl.load(expert_offsets_ptr + expert) * SEGMENT_SIZE
-        hi = tl.load(expert_offsets_ptr + expert + 1) * SEGMENT_SIZE
+        lo = tl.load(slots.expert_offsets_ptr + expert) * SEGMENT_SIZE
+        hi = tl.load(slots.expert_offsets_ptr + expert + 1) * SEGMENT_SIZE
         tiles = (hi - lo + BLOCK_M - 1) // BLOCK_M
         start = tl.maximum(first, before)
         stop = tl.minimum(last, before + tiles)
         if start < stop:
             e = (split * 0 + expert).to(tl.int64)
-            up = load_tile(up_ptr, e, offs_f, offs_d, F, D, stride_up_e, stride_up_f)
-            down = load_tile(down_ptr, e, offs_d, offs_f, D, F, stride_down_e, stride_down_d)
-            gate = up
-            if gate_ptr is not None:
-                gate = load_tile(gate_ptr, e, offs_f, offs_d, F, D, stride_gate_e, stride_gate_f)
-            up_bias = load_bias(up_bias_ptr, e, offs_f, F, ACC)
-            gate_bias = load_bias(gate_bias_ptr, e, offs_f, F, ACC)
+            chunk = load_chunk(experts, e, offs_f, offs_d, D, F, ACC, True)
             # All (D, F): wgmma wants 64 rows at least, and a chunk of F may have fewer.
             dup = tl.zeros((BLOCK_D, BLOCK_F), dtype=ACC)
             ddown = tl.zeros((BLOCK_D, BLOCK_F), dtype=ACC)
@@ -324,23 +260,21 @@ def expert_ffn_dw_kernel(
                 rows = lo + (tile - before) * BLOCK_M + tl.arange(0, BLOCK_M)
                 mask_m = rows < hi
                 slot, choice, sequence, step = find_steps(
-                    rows, mask_m, sorted_to_slot_ptr, segments_per_sequence, TOP_K, SEGMENT_SIZE,
-                    SEGMENT_SIZE,
+                    rows, mask_m, slots.sorted_to_slot_ptr, segments_per_sequence, LAYOUT,
                 )  # fmt: skip
                 x = load_rows(
-                    x_ptr, padding_mask_ptr, choice, sequence, step, mask_m, offs_d, D, length,
-                    stride_x_k, stride_x_b, stride_x_t, D, False,
-                ).to(up_ptr.dtype.element_ty)  # fmt: skip
+                    x_rows, slots.padding_mask_ptr, choice, sequence, step, mask_m, offs_d, D,
+                    length, LAYOUT,
+                ).to(experts.up.ptr.dtype.element_ty)  # fmt: skip
                 dy = load_rows(
-                    dy_ptr, padding_mask_ptr, choice, sequence, step, mask_m, offs_d, D, length,
-                    stride_dy_k, stride_dy_b, stride_dy_t, D, False,
+                    dy_rows, slots.padding_mask_ptr, choice, sequence, step, mask_m, offs_d, D,
+                    length, LAYOUT,
                 )  # fmt: skip
                 weights = tl.load(topk_weights_ptr + slot, mask=mask_m, other=0.0).to(ACC)
                 row_ids = slot * SEGMENT_SIZE + rows % SEGMENT_SIZE
                 hidden, _dhidden, dpre, dgate_pre = hidden_with_grads(
-                    x, dy, up, gate, down, up_bias, gate_bias, seed_ptr, row_ids, offs_f, dropout,
-                    F, gate_ptr is not None, up_bias_ptr is not None, gate_bias_ptr is not None,
-                    ACTIVATION, ACC, PRECISION, first_f,
+                    x, dy, experts, chunk, dropout, row_ids, offs_f, first_f, F, ACTIVATION,
+                    ACC, PRECISION,
                 )  # fmt: skip
                 hidden = (hidden * weights[:, None]).to(x.dtype)
                 dpre = dpre * weights[:, None]
@@ -356,7 +290,7 @@ def expert_ffn_dw_kernel(
                 ddown = tl.dot(
                     tl.trans(dy), hidden, ddown, input_precision=PRECISION, out_dtype=ACC
                 )
-                if gate_ptr is not None:
+                if experts.gate is not None:
                     dgate = tl.dot(
                         tl.trans(x), dgate_pre.to(x.dtype), dgate, input_precision=PRECISION,
                         out_dtype=ACC,
@@ -374,8 +308,8 @@ def expert_ffn_dw_kernel(
             # Every chunk of F has the same sum; the first one stores it.
             first_chunk = mask_d & (tl.program_id(1) == 0)
             store_gradients(
-                whole, e, out, dup_ptr, ddown_ptr, dgate_ptr, dup_bias_ptr, ddown_bias_ptr,
-                dgate_bias_ptr, dup, ddown, dgate, dup_bias, ddown_bias, dgate_bias, offs_fd,
-                offs_df, offs_f, offs_d, mask_df, mask_df, mask_f, first_chunk, D, F, HAS_BIAS,
+                whole, e, out, gradients,
+                Gradients(dup, ddown, dgate, dup_bias, ddown_bias, dgate_bias),
+                offs_fd, offs_df, offs_f, offs_d, mask_df, mask_df, mask_f, first_chunk, D, F,
             )  # fmt: skip
         before += tiles

@@ -6,10 +6,20 @@ import torch
 import triton
 from torch import Tensor
 
+from segmoe_kernels._triton.arguments import (
+    Gradients,
+    Kept,
+    Layout,
+    Sequences,
+    Slots,
+    dropout_of,
+    experts_of,
+    factor_of,
+    rows_of,
+)
 from segmoe_kernels._triton.launch import (
     accumulator,
     accumulator_dtype,
-    exact,
     input_precision,
     padded,
     within_reach,
@@ -73,67 +83,45 @@ class Call:
             "extras": biased or padding_mask is not None or seed is not None,
         }
         self.fused = self.width <= MAX_FUSED_WIDTH and not concat
-        self.sequences: dict[str, Any] = {
-            "sorted_to_slot": sorted_to_slot,
-            "padding_mask": padding_mask,
-            "segments_per_sequence": self.segments_per_sequence,
-            "length": self.length,
-            "constants": {
-                "D": self.d_model,
-                "TOP_K": self.top_k,
-                "SEGMENT_SIZE": segment_size,
-                "ROWS_PER_SLOT": self.rows_per_slot,
-                "CONCAT": concat,
-            },
-        }
+        layout = Layout(self.d_model, self.top_k, segment_size, self.rows_per_slot, concat)
         self.numerics = {
             "ACC": accumulator(self.dtype),
             "PRECISION": input_precision(self.dtype),
         }
         self.fused_constants = {
-            "D": self.d_model,
             "F": self.d_ff,
-            "TOP_K": self.top_k,
-            "SEGMENT_SIZE": segment_size,
+            "LAYOUT": layout,
             "ACTIVATION": activation,
+            **self.numerics,
         }
-
-    def weight_strides(self) -> tuple[int, ...]:
-        """Outer strides of up, gate and down."""
-        up, down, gate = self.weights[:3]
-        gate_strides = (0, 0) if gate is None else gate.stride()[:2]
-        return (*up.stride()[:2], *gate_strides, *down.stride()[:2])
+        self.sequences = Sequences(
+            Slots(sorted_to_slot, expert_offsets, padding_mask),
+            self.segments_per_sequence,
+            self.length,
+            layout,
+        )
+        self.slots = self.sequences.slots
+        self.x_rows, self.experts = rows_of(x), experts_of(weights)
+        self.hidden_dropout = dropout_of(seed, dropout, self.dtype)
 
 
 def forward_fused(call: Call, out: Tensor) -> None:
     """Weighted outputs of every slot, hidden layer on chip: out is (top_k, B, T, D)."""
-    up, down, gate, up_bias, gate_bias, down_bias = call.weights
     tile = expert_ffn_fwd_tile(call.width, call.d_ff, call.dtype, **call.fused_in)
     grid = gemm_grid(call.num_rows, call.num_experts, 1, tile)
     expert_ffn_fwd_kernel[grid](
-        call.x,
+        call.x_rows,
         call.topk_weights,
-        up,
-        gate,
-        down,
-        up_bias,
-        gate_bias,
-        down_bias,
+        call.experts,
         out,
-        call.sorted_to_slot,
-        call.expert_offsets,
-        call.padding_mask,
-        call.seed,
+        call.slots,
+        call.hidden_dropout,
         call.num_slots,
         call.segments_per_sequence,
         call.length,
         call.num_experts,
-        *call.x.stride()[:3],
-        *call.weight_strides(),
         call.batch,
-        exact(call.dropout, call.dtype),
         **call.fused_constants,
-        **call.numerics,
         GROUPS=padded(call.num_experts + 1),
         BLOCK_M=tile.block_m,
         BLOCK_F=tile.block_n,
@@ -150,33 +138,21 @@ def forward_two_products(
     hidden = call.x.new_empty(call.num_rows, call.d_ff)
     product(
         call.x,
-        up,
+        factor_of(up, up_bias, pre),
         hidden,
-        call.expert_offsets,
         call.num_rows,
-        widths=(call.d_ff, call.width),
-        b2=gate,
-        bias=up_bias,
-        bias2=gate_bias,
-        pre=pre,
-        pre2=gate_pre,
-        seed=call.seed,
-        dropout=call.dropout,
+        call.sequences,
+        second=None if gate is None else factor_of(gate, gate_bias, gate_pre),
+        dropout=call.hidden_dropout,
         activation=call.activation,
-        gather=True,
-        sequences=call.sequences,
     )
     product(
         hidden,
-        down,
+        factor_of(down, down_bias),
         out,
-        call.expert_offsets,
         call.num_rows,
-        widths=(call.width, call.d_ff),
-        bias=down_bias,
+        call.sequences,
         row_weights=call.topk_weights,
-        scatter=True,
-        sequences=call.sequences,
     )
 
 
@@ -185,43 +161,30 @@ def launch_dx(
     dy: Tensor,
     dx: Tensor | None,
     drow_weights: Tensor,
-    kept: tuple[Tensor, Tensor, Tensor | None] | None,
+    kept: Kept | None,
 ) -> None:
     """Gradients of x, for each choice, of the routing weights, one share for each step, and kept.
 
     kept is from `new_kept`, for `weight_gradients`, or None.
     """
-    up, down, gate, up_bias, gate_bias, down_bias = call.weights
     tile = expert_ffn_dx_tile(call.width, call.d_ff, call.dtype, **call.fused_in)
     grid = gemm_grid(call.num_rows, call.num_experts, 1, tile)
     expert_ffn_dx_kernel[grid](
-        call.x,
-        dy,
+        call.x_rows,
+        rows_of(dy),
         call.topk_weights,
-        up,
-        gate,
-        down,
-        up_bias,
-        gate_bias,
-        down_bias,
+        call.experts,
         dx,
         drow_weights,
-        *(kept or (None, None, None)),
-        call.sorted_to_slot,
-        call.expert_offsets,
-        call.padding_mask,
-        call.seed,
+        kept,
+        call.slots,
+        call.hidden_dropout,
         call.num_slots,
         call.segments_per_sequence,
         call.length,
         call.num_experts,
-        *call.x.stride()[:3],
-        *dy.stride()[:3],
-        *call.weight_strides(),
         call.batch,
-        exact(call.dropout, call.dtype),
         **call.fused_constants,
-        **call.numerics,
         GROUPS=padded(call.num_experts + 1),
         BLOCK_M=tile.block_m,
         BLOCK_F=tile.block_n,
@@ -232,60 +195,47 @@ def launch_dx(
 
 def launch_dw(call: Call, dy: Tensor, dweights: FFNWeights) -> None:
     """Weight gradients of experts of a width that is fused."""
-    up, down, gate, up_bias, gate_bias, _ = call.weights
     tile = expert_ffn_dw_tile(call.width, call.d_ff, call.dtype, **call.fused_in)
     columns = triton.cdiv(call.d_ff, tile.block_n)
     splits = num_row_splits(call.num_rows, tile, columns)
-    biased = any(bias is not None for bias in dweights[3:])
-    if biased:  # the kernel writes the gradients of all biases or of none
-        matrices = dweights[:3]
-        room = [None if w is None else w.new_empty(w.shape[:2]) for w in (up, gate, down)]
-        found = [r if b is None else b for b, r in zip(dweights[3:], room, strict=True)]
-        dweights = FFNWeights(*matrices, *found)
-    # In the order in which a slot of partial sums holds them.
     dup, ddown, dgate, dup_bias, dgate_bias, ddown_bias = dweights
-    parts = (dup, ddown, dgate, dup_bias, ddown_bias, dgate_bias)
-    partials = new_partials(parts, splits, call.num_experts, accumulator_dtype(call.dtype))
+    gradients = Gradients(dup, ddown, dgate, dup_bias, ddown_bias, dgate_bias)
+    if any(bias is not None for bias in dweights[3:]):
+        # The kernel writes the gradients of all biases or of none.
+        room = [None if w is None else w.new_empty(w.shape[:2]) for w in gradients[:3]]
+        found = [r if b is None else b for b, r in zip(gradients[3:], room, strict=True)]
+        gradients = Gradients(*gradients[:3], *found)
+    partials = new_partials(gradients, splits, call.num_experts, accumulator_dtype(call.dtype))
     expert_ffn_dw_kernel[(splits, columns)](
-        call.x,
-        dy,
+        call.x_rows,
+        rows_of(dy),
         call.topk_weights,
-        up,
-        gate,
-        down,
-        up_bias,
-        gate_bias,
-        *parts,
+        call.experts,
+        gradients,
         partials,
-        call.sorted_to_slot,
-        call.expert_offsets,
-        call.padding_mask,
-        call.seed,
+        call.slots,
+        call.hidden_dropout,
         call.segments_per_sequence,
         call.length,
         call.num_experts,
         splits,
         partials.shape[1],
-        *call.x.stride()[:3],
-        *dy.stride()[:3],
-        *call.weight_strides(),
-        exact(call.dropout, call.dtype),
         **call.fused_constants,
-        **call.numerics,
-        HAS_BIAS=biased,
         GROUPS=padded(call.num_experts),
         BLOCK_M=tile.block_m,
         BLOCK_F=tile.block_n,
         BLOCK_D=tile.block_k,
         **tile.options(),
     )
-    reduce_partials(partials, parts, call.expert_offsets, splits, call.rows_per_slot, tile.block_m)
+    reduce_partials(
+        partials, gradients, call.expert_offsets, splits, call.rows_per_slot, tile.block_m
+    )
 
 
-def new_kept(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+def new_kept(call: Call) -> Kept:
     """Room for the hidden layer and the gradients of what the activation saw, (M, F) each."""
     hidden, dpre = (call.x.new_empty(call.num_rows, call.d_ff, dtype=call.dtype) for _ in range(2))
-    return hidden, dpre, torch.empty_like(dpre) if call.gated else None
+    return Kept(hidden, dpre, torch.empty_like(dpre) if call.gated else None)
 
 
 def backward_two_products(
@@ -300,35 +250,28 @@ def backward_two_products(
     """Gradients of wide rows, their routing weights and, where dweights is given, the weights."""
     up, down, gate, _, _, down_bias = call.weights
     hidden, dpre = torch.empty_like(pre), torch.empty_like(pre)
-    dgate = None if gate_pre is None else torch.empty_like(gate_pre)
+    kept = Kept(hidden, dpre, None if gate_pre is None else torch.empty_like(gate_pre))
     tile = _dhidden_tile(call)
     grid = gemm_grid(call.num_rows, call.num_experts, call.d_ff, tile)
     grouped_gemm_dhidden_kernel[grid](
-        dy,
-        down,
+        rows_of(dy),
+        factor_of(down.transpose(1, 2)),
+        down_bias,
         pre,
         gate_pre,
         call.topk_weights,
-        down_bias,
-        hidden,
-        dpre,
-        dgate,
+        kept,
         drow_weights,
-        call.sorted_to_slot,
-        call.expert_offsets,
-        call.padding_mask,
-        call.seed,
+        call.slots,
+        call.hidden_dropout,
         call.num_slots,
         call.segments_per_sequence,
         call.length,
         call.num_experts,
-        *dy.stride()[:3],
-        *down.stride()[:2],
-        exact(call.dropout, call.dtype),
         N=call.d_ff,
         K=call.width,
+        LAYOUT=call.sequences.layout,
         ACTIVATION=call.activation,
-        **call.sequences["constants"],
         **call.numerics,
         GROUPS=padded(call.num_experts + 1),
         BLOCK_M=tile.block_m,
@@ -340,52 +283,35 @@ def backward_two_products(
     if dx is not None:
         product(
             dpre,
-            up.transpose(1, 2),
+            factor_of(up.transpose(1, 2)),
             dx,
-            call.expert_offsets,
             call.num_rows,
-            widths=(call.width, call.d_ff),
-            a2=dgate,
-            b2=None if gate is None else gate.transpose(1, 2),
-            scatter=True,
-            sequences=call.sequences,
+            call.sequences,
+            a2=kept.dgate_ptr,
+            second=None if gate is None else factor_of(gate.transpose(1, 2)),
         )
     if dweights is not None:
-        weight_gradients(call, dy, dweights, hidden, dpre, dgate)
+        weight_gradients(call, dy, dweights, *kept)
 
 
 def weight_gradients(
     call: Call, dy: Tensor, dweights: FFNWeights, hidden: Tensor, dpre: Tensor, dgate: Tensor | None
 ) -> None:
     """Weight gradients as products: hidden holds the routing weights, as dpre and dgate do."""
-    offsets, rows = call.expert_offsets, call.num_rows
     for d, weight, bias in (
         (dpre, dweights.up_proj, dweights.up_proj_bias),
         (dgate, dweights.gate_proj, dweights.gate_proj_bias),
     ):
         if d is not None and weight is not None:
-            weight_gradient(
-                d,
-                call.x,
-                offsets,
-                weight,
-                bias,
-                rows,
-                widths=(call.d_ff, call.width),
-                gather=(False, True),
-                sequences=call.sequences,
-            )
+            weight_gradient(d, call.x, weight, bias, call.num_rows, call.sequences)
     weight_gradient(
         dy,
         hidden,
-        offsets,
         dweights.down_proj,
         dweights.down_proj_bias,
-        rows,
-        widths=(call.width, call.d_ff),
-        gather=(True, False),
+        call.num_rows,
+        call.sequences,
         row_weights=call.topk_weights,
-        sequences=call.sequences,
     )
 
 

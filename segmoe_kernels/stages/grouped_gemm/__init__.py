@@ -12,11 +12,19 @@ import triton
 from torch import Tensor
 
 from segmoe_kernels import validation as check
+from segmoe_kernels._triton.arguments import (
+    NO_DROPOUT,
+    Dropout,
+    Factor,
+    Sequences,
+    factor_of,
+    rows_of,
+    sorted_rows,
+)
 from segmoe_kernels._triton.launch import (
     accumulator,
     accumulator_dtype,
     define_operator,
-    exact,
     input_precision,
     padded,
     refuse_double_backward,
@@ -39,33 +47,25 @@ from segmoe_kernels.stages.grouped_gemm.kernels import grouped_gemm_dw_kernel, g
 def weight_gradient(
     a: Tensor,
     b: Tensor,
-    expert_offsets: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     num_rows: int,
+    sequences: Sequences,
     *,
-    widths: tuple[int, int],
-    gather: tuple[bool, bool] = (False, False),
     row_weights: Tensor | None = None,
-    sequences: dict[str, Any] | None = None,
 ) -> None:
-    """Write ``a.T @ b`` of each expert's rows to weight (E, N, K), and the sums of a to bias.
+    """Write ``a.T @ b`` of each expert's rows to weight, and the sums of a to bias.
 
     Args:
-        a: (M, N) sorted, or (top_k, B, T, D) where ``gather[0]``.
-        b: (M, K) sorted, or (top_k, B, T, D) where ``gather[1]``.
-        expert_offsets: (E + 1,) int32.
+        a: (M, N) sorted, or (top_k, B, T, D) gathered.
+        b: (M, K) sorted, or (top_k, B, T, D) gathered.
         weight: (E, N, K) contiguous, every element is written.
         bias: (E, N) contiguous or None, every element is written.
         num_rows: M.
-        widths: (N, K).
-        gather: which operands are gathered.
+        sequences: where gathered rows live, and which rows an expert has.
         row_weights: (R,) by slot, or None; scales the rows of a in bias.
-        sequences: the keywords that say where gathered rows live; see `experts`.
     """
-    where = sequences or NO_SEQUENCES
-    n, k = widths
-    num_experts = expert_offsets.shape[0] - 1
+    num_experts, n, k = weight.shape
     tile = grouped_gemm_dw_tile(n, k, a.dtype, bias=bias is not None)
     columns = triton.cdiv(n, tile.block_n) * triton.cdiv(k, tile.block_k)
     splits = num_row_splits(num_rows, tile, columns)
@@ -77,32 +77,26 @@ def weight_gradient(
         [weight, bias], 1 if whole else splits, num_experts, accumulator_dtype(a.dtype)
     )
     check.check_programs("grouped_gemm", splits * columns)
+    slots, layout = sequences.slots, sequences.layout
     grouped_gemm_dw_kernel[(splits * columns,)](
-        a,
-        b,
+        rows_of(a),
+        rows_of(b),
         row_weights,
         weight,
         bias,
         partials,
-        where["sorted_to_slot"],
-        expert_offsets,
-        where["padding_mask"],
-        where["segments_per_sequence"],
-        where["length"],
+        slots,
+        sequences.segments_per_sequence,
+        sequences.length,
         num_experts,
         splits,
         partials.shape[1],
-        *_row_strides(a, gather=gather[0]),
-        *_row_strides(b, gather=gather[1]),
         N=n,
         K=k,
-        HAS_BIAS=bias is not None,
+        LAYOUT=layout,
         WHOLE=whole,
-        GATHER_A=gather[0],
-        GATHER_B=gather[1],
-        GROUPS=padded(num_experts),
-        **where["constants"],
         **_numerics(a.dtype),
+        GROUPS=padded(num_experts),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
@@ -110,124 +104,69 @@ def weight_gradient(
         **tile.options(),
     )
     if not whole:
-        rows = where["constants"]["ROWS_PER_SLOT"]
-        reduce_partials(partials, [weight, bias], expert_offsets, splits, rows, tile.block_m)
-
-
-# Rows that live in a sorted matrix only.
-NO_SEQUENCES: dict[str, Any] = {
-    "sorted_to_slot": None,
-    "padding_mask": None,
-    "segments_per_sequence": 1,
-    "length": 1,
-    "constants": {
-        "D": 1,
-        "TOP_K": 1,
-        "SEGMENT_SIZE": 1,
-        "ROWS_PER_SLOT": 1,
-        "CONCAT": False,
-    },
-}
+        outputs, offsets = [weight, bias], slots.expert_offsets_ptr
+        reduce_partials(partials, outputs, offsets, splits, layout.rows_per_slot, tile.block_m)
 
 
 def _numerics(dtype: torch.dtype) -> dict[str, Any]:
     return {"ACC": accumulator(dtype), "PRECISION": input_precision(dtype)}
 
 
-def _row_strides(x: Tensor, *, gather: bool) -> tuple[int, int, int]:
-    """Strides of (top_k, B, T, D), or of (M, K) with the row's in the place of the step's."""
-    return (x.stride(0), x.stride(1), x.stride(2)) if gather else (0, 0, x.stride(0))
-
-
 def product(
     a: Tensor,
-    b: Tensor,
+    first: Factor,
     y: Tensor,
-    expert_offsets: Tensor,
     num_rows: int,
+    sequences: Sequences,
     *,
-    widths: tuple[int, int],
     a2: Tensor | None = None,
-    b2: Tensor | None = None,
-    bias: Tensor | None = None,
-    bias2: Tensor | None = None,
+    second: Factor | None = None,
     row_weights: Tensor | None = None,
-    pre: Tensor | None = None,
-    pre2: Tensor | None = None,
-    seed: Tensor | None = None,
-    dropout: float = 0.0,
+    dropout: Dropout = NO_DROPOUT,
     activation: str = "none",
-    gather: bool = False,
-    scatter: bool = False,
-    sequences: dict[str, Any] | None = None,
 ) -> None:
-    """Launch `grouped_gemm_kernel`; the arguments are its own.
+    """Launch `grouped_gemm_kernel`.
 
     Args:
-        a: (M, K) sorted, or (top_k, B, T, D) where ``gather``.
-        b: (E, N, K) by strides.
-        y: (M, N) sorted, or (top_k, B, T, D) contiguous where ``scatter``.
-        expert_offsets: (E + 1,) int32.
+        a: (M, K) sorted, or (top_k, B, T, D) gathered.
+        first: its factor.
+        y: (M, N) sorted, or (top_k, B, T, D) contiguous, to which rows are scattered.
         num_rows: M, slots without an expert included.
-        widths: (N, K).
+        sequences: where gathered and scattered rows live, and which rows an expert has.
         a2: see the kernel, as for all that follow.
-        b2: see the kernel.
-        bias: see the kernel.
-        bias2: see the kernel.
+        second: see the kernel.
         row_weights: see the kernel.
-        pre: see the kernel.
-        pre2: see the kernel.
-        seed: see the kernel.
         dropout: see the kernel.
         activation: see the kernel.
-        gather: a is gathered from the sequences.
-        scatter: y is scattered to the sequences.
-        sequences: the keywords that say where gathered and scattered rows live.
     """
-    where = sequences or NO_SEQUENCES
-    n, k = widths
-    num_experts = expert_offsets.shape[0] - 1
-    rows_per_slot = where["constants"]["ROWS_PER_SLOT"]
+    num_experts, n, k = first.ptr.shape
     tile = grouped_gemm_tile(
         n,
         k,
         num_rows // max(1, num_experts),
         a.dtype,
-        gated=b2 is not None and a2 is None,
+        gated=second is not None and a2 is None,
         activated=activation != "none" or a2 is not None,
-        dropout=seed is not None,
+        dropout=dropout.seed_ptr is not None,
     )
     grid = gemm_grid(num_rows, num_experts, n, tile)
     grouped_gemm_kernel[grid](
-        a,
-        a2,
-        b,
-        b2,
-        bias,
-        bias2,
+        rows_of(a),
+        None if a2 is None else rows_of(a2),
+        first,
+        second,
         row_weights,
-        y,
-        pre,
-        pre2,
-        where["sorted_to_slot"],
-        expert_offsets,
-        where["padding_mask"],
-        seed,
-        num_rows // rows_per_slot,
-        where["segments_per_sequence"],
-        where["length"],
+        rows_of(y),
+        sequences.slots,
+        dropout,
+        num_rows // sequences.layout.rows_per_slot,
+        sequences.segments_per_sequence,
+        sequences.length,
         num_experts,
-        *_row_strides(a, gather=gather),
-        *b.stride(),
-        *((0, 0, 0) if b2 is None else b2.stride()),
-        y.stride(0) if scatter else 0,
-        exact(dropout, a.dtype),
         N=n,
         K=k,
-        GATHER=gather,
-        SCATTER=scatter,
+        LAYOUT=sequences.layout,
         ACTIVATION=activation,
-        **where["constants"],
         **_numerics(a.dtype),
         GROUPS=padded(num_experts + 1),
         BLOCK_M=tile.block_m,
@@ -253,16 +192,8 @@ def _grouped_gemm_fwd(
 ) -> Tensor:
     y = _grouped_gemm_fwd_fake(x, weight, expert_offsets, bias, activation)
     if x.shape[0]:
-        product(
-            x,
-            weight,
-            y,
-            expert_offsets,
-            x.shape[0],
-            widths=(weight.shape[1], weight.shape[2]),
-            bias=bias,
-            activation=activation,
-        )
+        where = sorted_rows(expert_offsets)
+        product(x, factor_of(weight, bias), y, x.shape[0], where, activation=activation)
     return y
 
 
@@ -281,9 +212,8 @@ def _grouped_gemm_dw(
 ) -> tuple[Tensor, Tensor]:
     weight, bias = _grouped_gemm_dw_fake(dy, x, expert_offsets, has_bias)
     if x.shape[0]:
-        widths = (dy.shape[1], x.shape[1])
         out = bias if has_bias else None
-        weight_gradient(dy, x, expert_offsets, weight, out, x.shape[0], widths=widths)
+        weight_gradient(dy, x, weight, out, x.shape[0], sorted_rows(expert_offsets))
     else:
         weight.zero_()
         bias.zero_()

@@ -24,7 +24,7 @@ from segmoe_kernels._triton.sequences import (
 
 @triton.jit
 def _load_operand(
-    ptr,
+    x,  # Rows
     padding_mask_ptr,
     rows,
     choice,
@@ -34,41 +34,25 @@ def _load_operand(
     cols,
     width,
     length,
-    stride_k,
-    stride_b,
-    stride_t,
-    D: tl.constexpr,
-    CONCAT: tl.constexpr,
-    GATHER: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
-    """Return (M, N) of a sorted matrix (stride_t apart), or gathered from the sequences."""
-    if GATHER:
+    """Return (M, N) of a sorted matrix, or gathered from the sequences."""
+    if x.stride_k is not None:
         return load_rows(
-            ptr, padding_mask_ptr, choice, sequence, step, mask_m, cols, width, length,
-            stride_k, stride_b, stride_t, D, CONCAT,
-        )  # fmt: skip
+            x, padding_mask_ptr, choice, sequence, step, mask_m, cols, width, length, LAYOUT
+        )
     else:  # noqa: RET505  the branches are compile-time
         mask = mask_m[:, None] & (cols < width)[None, :]
-        base = ptr + rows.to(tl.int64) * stride_t
+        base = x.ptr + rows.to(tl.int64) * x.stride_t
         return tl.load(base[:, None] + cols[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def _load_weight(
-    ptr,  # (E, N, K) by strides
-    expert,  # int64
-    offs_n,
-    offs_k,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    stride_e,
-    stride_n,
-    stride_k,
-):
+def _load_factor(factor, expert, offs_n, offs_k, N: tl.constexpr, K: tl.constexpr):
     """Return the tile (BLOCK_K, BLOCK_N) of an expert's matrix, transposed; 0 outside of it."""
-    offs = expert * stride_e + offs_k[:, None] * stride_k
+    offs = expert * factor.stride_e + offs_k[:, None] * factor.stride_k
     mask = (offs_k < K)[:, None] & (offs_n < N)[None, :]
-    return tl.load(ptr + offs + offs_n[None, :] * stride_n, mask=mask, other=0.0)
+    return tl.load(factor.ptr + offs + offs_n[None, :] * factor.stride_n, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -88,44 +72,21 @@ def _swizzled_tile(COLUMN_TILES: tl.constexpr, GROUP_M: tl.constexpr):
 
 @kernel
 def grouped_gemm_kernel(
-    a_ptr,  # (M, K) sorted, or (top_k, B, T, D) gathered
-    a2_ptr,  # shape of a, or None: a second product is added, a2 @ b2
-    b_ptr,  # (E, N, K) by strides
-    b2_ptr,  # the same, or None; without a2 it is the gate's weight
-    bias_ptr,  # (E, N) or None
-    bias2_ptr,  # (E, N) or None
+    a_rows,  # Rows
+    a2_rows,  # Rows as a, or None: a second product is added, a2 @ second
+    first,  # Factor
+    second,  # Factor or None; without a2 it is the gate's weight
     row_weights_ptr,  # (R,) by slot, or None
-    y_ptr,  # (M, N) sorted, or (top_k, B, T, D) scattered; every row is written
-    pre_ptr,  # (M, N) or None: a @ b before the activation
-    pre2_ptr,  # (M, N) or None: the same of the gate
-    sorted_to_slot_ptr,  # (R,) int32, or None where nothing needs the slot
-    expert_offsets_ptr,  # (E + 1,) int32
-    padding_mask_ptr,  # (B, T) bool or None
-    seed_ptr,  # (1,) int64 or None
+    y,  # Rows: a sorted matrix, or sequences to which rows are scattered; every row is written
+    slots,  # sorted_to_slot_ptr is None where nothing needs the slot
+    dropout,
     num_slots,
     segments_per_sequence,
     length,
     num_experts,
-    stride_a_k,
-    stride_a_b,
-    stride_a_t,
-    stride_b_e,
-    stride_b_n,
-    stride_b_k,
-    stride_b2_e,
-    stride_b2_n,
-    stride_b2_k,
-    stride_y_k,
-    dropout,
     N: tl.constexpr,
     K: tl.constexpr,
-    D: tl.constexpr,
-    TOP_K: tl.constexpr,
-    SEGMENT_SIZE: tl.constexpr,
-    ROWS_PER_SLOT: tl.constexpr,
-    CONCAT: tl.constexpr,
-    GATHER: tl.constexpr,
-    SCATTER: tl.constexpr,
+    LAYOUT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -139,9 +100,12 @@ def grouped_gemm_kernel(
 
     Grid: ``((cdiv(M, BLOCK_M) + E) * cdiv(N, BLOCK_N),)``. Sums in ACC, rounded at the store.
     """
+    D: tl.constexpr = LAYOUT.d_model
+    GATED: tl.constexpr = second is not None and a2_rows is None
+    ROWS_PER_SLOT: tl.constexpr = LAYOUT.rows_per_slot
     row_tile, column_tile = _swizzled_tile((N + BLOCK_N - 1) // BLOCK_N, GROUP_M)
     expert, row_start, row_end = find_group(
-        row_tile, expert_offsets_ptr, num_experts, num_slots, ROWS_PER_SLOT, BLOCK_M, GROUPS
+        row_tile, slots.expert_offsets_ptr, num_experts, num_slots, ROWS_PER_SLOT, BLOCK_M, GROUPS
     )
     if expert > num_experts:
         return
@@ -151,11 +115,10 @@ def grouped_gemm_kernel(
     choice = rows
     sequence = rows
     step = rows
-    if sorted_to_slot_ptr is not None:
+    if slots.sorted_to_slot_ptr is not None:
         slot, choice, sequence, step = find_steps(
-            rows, mask_m, sorted_to_slot_ptr, segments_per_sequence, TOP_K, SEGMENT_SIZE,
-            ROWS_PER_SLOT,
-        )  # fmt: skip
+            rows, mask_m, slots.sorted_to_slot_ptr, segments_per_sequence, LAYOUT
+        )
     first_n = column_tile * BLOCK_N
     offs_n = first_n + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
@@ -168,95 +131,87 @@ def grouped_gemm_kernel(
     for k0 in range(0, k_end, BLOCK_K):
         offs_k = k0 + tl.arange(0, BLOCK_K)
         a = _load_operand(
-            a_ptr, padding_mask_ptr, rows, choice, sequence, step, routed, offs_k, K, length,
-            stride_a_k, stride_a_b, stride_a_t, D, CONCAT, GATHER,
+            a_rows, slots.padding_mask_ptr, rows, choice, sequence, step, routed, offs_k, K,
+            length, LAYOUT,
         )  # fmt: skip
-        b = _load_weight(b_ptr, e, offs_n, offs_k, N, K, stride_b_e, stride_b_n, stride_b_k)
+        b = _load_factor(first, e, offs_n, offs_k, N, K)
         acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
-        if b2_ptr is not None and a2_ptr is None:
-            b = _load_weight(b2_ptr, e, offs_n, offs_k, N, K, stride_b2_e, stride_b2_n, stride_b2_k)
+        if GATED:
+            b = _load_factor(second, e, offs_n, offs_k, N, K)
             acc2 = tl.dot(a, b, acc2, input_precision=PRECISION, out_dtype=ACC)
-    if a2_ptr is not None:
+    if a2_rows is not None:
         # A loop of its own: two products into one accumulator in one loop miscompile on sm_10x.
         for k0 in range(0, k_end, BLOCK_K):
             offs_k = k0 + tl.arange(0, BLOCK_K)
             a = _load_operand(
-                a2_ptr, padding_mask_ptr, rows, choice, sequence, step, routed, offs_k, K, length,
-                stride_a_k, stride_a_b, stride_a_t, D, CONCAT, GATHER,
+                a2_rows, slots.padding_mask_ptr, rows, choice, sequence, step, routed, offs_k, K,
+                length, LAYOUT,
             )  # fmt: skip
-            b = _load_weight(b2_ptr, e, offs_n, offs_k, N, K, stride_b2_e, stride_b2_n, stride_b2_k)
+            b = _load_factor(second, e, offs_n, offs_k, N, K)
             acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
 
     mask_b = mask_n & (k_end > 0)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + e * N + offs_n, mask=mask_b, other=0.0).to(ACC)[None, :]
-    if bias2_ptr is not None:
-        acc2 += tl.load(bias2_ptr + e * N + offs_n, mask=mask_b, other=0.0).to(ACC)[None, :]
+    if first.bias_ptr is not None:
+        acc += tl.load(first.bias_ptr + e * N + offs_n, mask=mask_b, other=0.0).to(ACC)[None, :]
+    if GATED and second.bias_ptr is not None:
+        bias = tl.load(second.bias_ptr + e * N + offs_n, mask=mask_b, other=0.0)
+        acc2 += bias.to(ACC)[None, :]
     offs = rows.to(tl.int64)[:, None] * N + offs_n[None, :]
     mask_mn = mask_m[:, None] & mask_n[None, :]
-    if pre_ptr is not None:
-        tl.store(pre_ptr + offs, acc.to(pre_ptr.dtype.element_ty), mask=mask_mn)
-    if pre2_ptr is not None:
-        tl.store(pre2_ptr + offs, acc2.to(pre2_ptr.dtype.element_ty), mask=mask_mn)
+    if first.pre_ptr is not None:
+        tl.store(first.pre_ptr + offs, acc.to(y.ptr.dtype.element_ty), mask=mask_mn)
+    if GATED and second.pre_ptr is not None:
+        tl.store(second.pre_ptr + offs, acc2.to(y.ptr.dtype.element_ty), mask=mask_mn)
     # In 16 bits the rounding of the result hides the error of the fast forms.
-    FAST: tl.constexpr = y_ptr.dtype.element_ty.primitive_bitwidth == 16
-    if b2_ptr is not None and a2_ptr is None:
-        acc = activate(acc2, ACTIVATION, FAST) * acc
-    else:
-        acc = activate(acc, ACTIVATION, FAST)
-    if seed_ptr is not None:
+    FAST: tl.constexpr = y.ptr.dtype.element_ty.primitive_bitwidth == 16
+    acc = activate(acc2, ACTIVATION, FAST) * acc if GATED else activate(acc, ACTIVATION, FAST)
+    if dropout.seed_ptr is not None:
         row_ids = slot * ROWS_PER_SLOT + rows % ROWS_PER_SLOT
-        acc *= dropout_scale(tl.load(seed_ptr), row_ids, offs_n, N, dropout, ACC, first_n)
+        acc *= dropout_scale(
+            tl.load(dropout.seed_ptr), row_ids, offs_n, N, dropout.probability, ACC, first_n
+        )
     if row_weights_ptr is not None:
         acc *= tl.load(row_weights_ptr + slot, mask=routed, other=0.0).to(ACC)[:, None]
-    if SCATTER:
-        if CONCAT:
+    if y.stride_k is not None:
+        if LAYOUT.concat:
             store_segments(
-                y_ptr, acc, padding_mask_ptr, choice, sequence, step, mask_m, offs_n, N, length,
-                stride_y_k, D,
+                y.ptr, acc, slots.padding_mask_ptr, choice, sequence, step, mask_m, offs_n, N,
+                length, y.stride_k, D,
             )  # fmt: skip
         else:
             place = place_steps(
-                padding_mask_ptr, choice, sequence, step, mask_m, stride_y_k // (length * D), length
+                slots.padding_mask_ptr,
+                choice,
+                sequence,
+                step,
+                mask_m,
+                y.stride_k // (length * D),
+                length,
             )
-            store_steps(y_ptr, acc, place, offs_n, D)
+            store_steps(y.ptr, acc, place, offs_n, D)
     else:
-        tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask_mn)
+        tl.store(y.ptr + offs, acc.to(y.ptr.dtype.element_ty), mask=mask_mn)
 
 
 @kernel
 def grouped_gemm_dhidden_kernel(
-    dy_ptr,  # (top_k, B, T, D)
-    down_ptr,  # (E, K, N): K the row's width, N = F
+    dy_rows,  # Rows (top_k, B, T, D)
+    down,  # Factor (E, N, K), by strides the transpose of down: K the row's width, N = F
+    down_bias_ptr,  # (E, K) or None
     pre_ptr,  # (M, N)
     gate_pre_ptr,  # (M, N) or None
     topk_weights_ptr,  # (S, top_k)
-    down_bias_ptr,  # (E, K) or None
-    hidden_ptr,  # (M, N), every row is written: hidden layer times the routing weight
-    dpre_ptr,  # (M, N), every row is written
-    dgate_ptr,  # (M, N) or None, every row is written
-    drow_weights_ptr,  # (column tiles, R * ROWS_PER_SLOT) by slot, every element is written
-    sorted_to_slot_ptr,  # (R,) int32
-    expert_offsets_ptr,  # (E + 1,) int32
-    padding_mask_ptr,  # (B, T) bool or None
-    seed_ptr,  # (1,) int64 or None
+    kept,  # Kept, every row is written
+    drow_weights_ptr,  # (column tiles, R * rows_per_slot) by slot, every element is written
+    slots,
+    dropout,
     num_slots,
     segments_per_sequence,
     length,
     num_experts,
-    stride_dy_k,
-    stride_dy_b,
-    stride_dy_t,
-    stride_down_e,
-    stride_down_k,
-    dropout,
     N: tl.constexpr,
     K: tl.constexpr,
-    D: tl.constexpr,
-    TOP_K: tl.constexpr,
-    SEGMENT_SIZE: tl.constexpr,
-    ROWS_PER_SLOT: tl.constexpr,
-    CONCAT: tl.constexpr,
+    LAYOUT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -271,16 +226,17 @@ def grouped_gemm_dhidden_kernel(
     Grid: as `grouped_gemm_kernel`. Each column tile gives its share of the routing weights'
     gradient, ``<dhidden, hidden>``, to its own row of drow_weights.
     """
+    ROWS_PER_SLOT: tl.constexpr = LAYOUT.rows_per_slot
     row_tile, column_tile = _swizzled_tile((N + BLOCK_N - 1) // BLOCK_N, GROUP_M)
     expert, row_start, row_end = find_group(
-        row_tile, expert_offsets_ptr, num_experts, num_slots, ROWS_PER_SLOT, BLOCK_M, GROUPS
+        row_tile, slots.expert_offsets_ptr, num_experts, num_slots, ROWS_PER_SLOT, BLOCK_M, GROUPS
     )
     if expert > num_experts:
         return
     rows = row_start + tl.arange(0, BLOCK_M)
     mask_m = rows < row_end
     slot, choice, sequence, step = find_steps(
-        rows, mask_m, sorted_to_slot_ptr, segments_per_sequence, TOP_K, SEGMENT_SIZE, ROWS_PER_SLOT
+        rows, mask_m, slots.sorted_to_slot_ptr, segments_per_sequence, LAYOUT
     )
     first_n = column_tile * BLOCK_N
     offs_n = first_n + tl.arange(0, BLOCK_N)
@@ -297,10 +253,10 @@ def grouped_gemm_dhidden_kernel(
         offs_k = k0 + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
         dy = load_rows(
-            dy_ptr, padding_mask_ptr, choice, sequence, step, routed, offs_k, K, length,
-            stride_dy_k, stride_dy_b, stride_dy_t, D, CONCAT,
+            dy_rows, slots.padding_mask_ptr, choice, sequence, step, routed, offs_k, K, length,
+            LAYOUT,
         )  # fmt: skip
-        w = _load_weight(down_ptr, e, offs_n, offs_k, N, K, stride_down_e, 1, stride_down_k)
+        w = _load_factor(down, e, offs_n, offs_k, N, K)
         dhidden = tl.dot(dy, w, dhidden, input_precision=PRECISION, out_dtype=ACC)
         if down_bias_ptr is not None:
             bias = tl.load(
@@ -315,16 +271,18 @@ def grouped_gemm_dhidden_kernel(
     pre = tl.load(pre_ptr + offs, mask=mask_in, other=0.0).to(ACC)
     row_ids = slot * ROWS_PER_SLOT + rows % ROWS_PER_SLOT
     scale = tl.full((BLOCK_M, BLOCK_N), 1.0, dtype=ACC)
-    if seed_ptr is not None:
-        scale *= dropout_scale(tl.load(seed_ptr), row_ids, offs_n, N, dropout, ACC, first_n)
+    if dropout.seed_ptr is not None:
+        scale *= dropout_scale(
+            tl.load(dropout.seed_ptr), row_ids, offs_n, N, dropout.probability, ACC, first_n
+        )
     weights = tl.load(topk_weights_ptr + slot, mask=routed, other=0.0).to(ACC)[:, None]
-    FAST: tl.constexpr = hidden_ptr.dtype.element_ty.primitive_bitwidth == 16
+    FAST: tl.constexpr = kept.hidden_ptr.dtype.element_ty.primitive_bitwidth == 16
     if gate_pre_ptr is not None:
         gate_pre = tl.load(gate_pre_ptr + offs, mask=mask_in, other=0.0).to(ACC)
         opened, slope = activate_with_grad(gate_pre, ACTIVATION, FAST)
         hidden = opened * pre * scale
         dgate = dhidden * scale * pre * slope * weights
-        tl.store(dgate_ptr + offs, dgate.to(dgate_ptr.dtype.element_ty), mask=mask_mn)
+        tl.store(kept.dgate_ptr + offs, dgate.to(kept.dgate_ptr.dtype.element_ty), mask=mask_mn)
         dpre = dhidden * scale * opened * weights
     else:
         hidden, slope = activate_with_grad(pre, ACTIVATION, FAST)
@@ -332,45 +290,30 @@ def grouped_gemm_dhidden_kernel(
         dpre = dhidden * scale * slope * weights
     hidden = tl.where(mask_in, hidden, 0.0)
     dweight += tl.sum(tl.fma(dhidden, hidden, 0.0), 1)
-    tl.store(dpre_ptr + offs, dpre.to(dpre_ptr.dtype.element_ty), mask=mask_mn)
-    hidden = (hidden * weights).to(hidden_ptr.dtype.element_ty)
-    tl.store(hidden_ptr + offs, hidden, mask=mask_mn)
+    tl.store(kept.dpre_ptr + offs, dpre.to(kept.dpre_ptr.dtype.element_ty), mask=mask_mn)
+    hidden = (hidden * weights).to(kept.hidden_ptr.dtype.element_ty)
+    tl.store(kept.hidden_ptr + offs, hidden, mask=mask_mn)
     out = drow_weights_ptr + column_tile.to(tl.int64) * num_slots * ROWS_PER_SLOT + row_ids
     tl.store(out, dweight, mask=mask_m)
 
 
 @kernel
 def grouped_gemm_dw_kernel(
-    a_ptr,  # (M, N) sorted, or (top_k, B, T, D) gathered
-    b_ptr,  # (M, K) sorted, or (top_k, B, T, D) gathered
+    a_rows,  # Rows of N columns
+    b_rows,  # Rows of K columns
     row_weights_ptr,  # (R,) by slot, or None: scales rows of a in the bias gradient
     dw_ptr,  # (E, N, K), written where one split has all rows of an expert
     dbias_ptr,  # (E, N) or None, likewise
     partials_ptr,  # (splits + E - 1, N * K + N), slots that are read are written
-    sorted_to_slot_ptr,  # (R,) int32, or None where both are sorted
-    expert_offsets_ptr,  # (E + 1,) int32
-    padding_mask_ptr,  # (B, T) bool or None
+    slots,  # sorted_to_slot_ptr is None where both are sorted
     segments_per_sequence,
     length,
     num_experts,
     num_splits,
     partial_size,
-    stride_a_k,
-    stride_a_b,
-    stride_a_t,
-    stride_b_k,
-    stride_b_b,
-    stride_b_t,
     N: tl.constexpr,
     K: tl.constexpr,
-    D: tl.constexpr,
-    TOP_K: tl.constexpr,
-    SEGMENT_SIZE: tl.constexpr,
-    ROWS_PER_SLOT: tl.constexpr,
-    CONCAT: tl.constexpr,
-    GATHER_A: tl.constexpr,
-    GATHER_B: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    LAYOUT: tl.constexpr,
     WHOLE: tl.constexpr,  # one expert for each split
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -386,6 +329,8 @@ def grouped_gemm_dw_kernel(
     ``[i * tiles // splits, ...)`` of the rows; its sum for expert e goes to slot ``i + e``, or
     where it belongs if it is the whole. With WHOLE split e owns the tiles of expert e.
     """
+    ROWS_PER_SLOT: tl.constexpr = LAYOUT.rows_per_slot
+    HAS_BIAS: tl.constexpr = dbias_ptr is not None
     # The programs of a split lie next to each other: they read the same rows.
     n_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     k_tiles: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
@@ -402,11 +347,11 @@ def grouped_gemm_dw_kernel(
         first, last, before = split * 0, split * 0 + 2147483647, split * 0
     else:
         first, last, first_expert, end_expert, before = find_split(
-            split, num_splits, expert_offsets_ptr, num_experts, ROWS_PER_SLOT, BLOCK_M, GROUPS
+            split, num_splits, slots.expert_offsets_ptr, num_experts, ROWS_PER_SLOT, BLOCK_M, GROUPS
         )
     for expert in tl.range(first_expert, end_expert, disable_licm=True):
-        lo = tl.load(expert_offsets_ptr + expert) * ROWS_PER_SLOT
-        hi = tl.load(expert_offsets_ptr + expert + 1) * ROWS_PER_SLOT
+        lo = tl.load(slots.expert_offsets_ptr + expert) * ROWS_PER_SLOT
+        hi = tl.load(slots.expert_offsets_ptr + expert + 1) * ROWS_PER_SLOT
         tiles = (hi - lo + BLOCK_M - 1) // BLOCK_M
         start = tl.maximum(first, before)
         stop = tl.minimum(last, before + tiles)
@@ -422,18 +367,17 @@ def grouped_gemm_dw_kernel(
                 choice = rows
                 sequence = rows
                 step = rows
-                if sorted_to_slot_ptr is not None:
+                if slots.sorted_to_slot_ptr is not None:
                     slot, choice, sequence, step = find_steps(
-                        rows, mask_m, sorted_to_slot_ptr, segments_per_sequence, TOP_K,
-                        SEGMENT_SIZE, ROWS_PER_SLOT,
-                    )  # fmt: skip
+                        rows, mask_m, slots.sorted_to_slot_ptr, segments_per_sequence, LAYOUT
+                    )
                 a = _load_operand(
-                    a_ptr, padding_mask_ptr, rows, choice, sequence, step, mask_m, offs_n, N,
-                    length, stride_a_k, stride_a_b, stride_a_t, D, CONCAT, GATHER_A,
+                    a_rows, slots.padding_mask_ptr, rows, choice, sequence, step, mask_m, offs_n, N,
+                    length, LAYOUT,
                 )  # fmt: skip
                 b = _load_operand(
-                    b_ptr, padding_mask_ptr, rows, choice, sequence, step, mask_m, offs_k, K,
-                    length, stride_b_k, stride_b_b, stride_b_t, D, CONCAT, GATHER_B,
+                    b_rows, slots.padding_mask_ptr, rows, choice, sequence, step, mask_m, offs_k, K,
+                    length, LAYOUT,
                 ).to(a.dtype)  # fmt: skip
                 dw = tl.dot(tl.trans(a), b, dw, input_precision=PRECISION, out_dtype=ACC)
                 if HAS_BIAS:
