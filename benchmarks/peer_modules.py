@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from segmoe_kernels import SegMoE
 from segmoe_kernels.composed_ffn import ACTIVATION_FUNCTIONS, dense_ffn
-from segmoe_kernels.grouped_mm import gather_rows
+from segmoe_kernels.grouped_ffn import gather_rows
 
 __all__ = [
     "GroupedMM",

@@ -18,14 +18,12 @@ from torch import Tensor
 from segmoe_kernels import exported
 from segmoe_kernels.composed_ffn import (
     ACTIVATION_FUNCTIONS,
-    composed_ffn,
     crop,
     dense_ffn,
     segments,
     valid_steps,
 )
-from segmoe_kernels.grouped_ffn import grouped_ffn
-from segmoe_kernels.grouped_mm import grouped_linear
+from segmoe_kernels.grouped_ffn import composed_ffn, grouped_ffn
 from segmoe_kernels.routing import FFNWeights, Permutation, RouterOutput, Routing
 
 __all__ = ["combine", "expert_ffn", "grouped_gemm", "permute", "route", "seg_moe"]
@@ -156,9 +154,11 @@ def grouped_gemm(
     activation: str | None = None,
 ) -> Tensor:
     """Stage 3': rows of expert e times its matrix. See `functional.grouped_gemm`."""
-    linear = exported.grouped_linear if torch.compiler.is_exporting() else grouped_linear
-    y = linear(x, weight, bias, expert_offsets)
-    return y if activation is None else ACTIVATION_FUNCTIONS[activation](y)
+    if torch.compiler.is_exporting():
+        y = exported.grouped_linear(x, weight, bias, expert_offsets)
+        return y if activation is None else ACTIVATION_FUNCTIONS[activation](y)
+    weights = (weight, None, None, bias, None, None)
+    return grouped_ffn(x, weights, None, expert_offsets, activation)
 
 
 def expert_ffn(
@@ -185,8 +185,6 @@ def expert_ffn(
     if torch.compiler.is_exporting():
         inputs = (x, topk_weights, experts, permutation, real)
         out = exported.expert_ffn(*inputs, **options, dropout=dropout)
-    elif x.device.type == "cpu" and not dropout:
-        out = grouped_ffn(x, topk_weights, experts, sorted_to_slot, expert_offsets, real, **options)
     else:
         out = composed_ffn(
             x,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # The kernels and the plain PyTorch that they are compared with.
-MEASURED = ("stages/*.py", "_triton/*.py", "reference.py", "composed_ffn.py", "grouped_*.py")
+MEASURED = ("stages/*.py", "_triton/*.py", "reference.py", "composed_ffn.py", "grouped_ffn.py")
 
 
 def digests():

@@ -16,7 +16,7 @@ ARROWS = {
     "adapters": {"layer", "validation"},
     "advise": {"series", "validation"},
     "called": {"composed_ffn", "functional", "modules", "routing", "validation"},
-    "composed_ffn": {"grouped_mm", "routing"},
+    "composed_ffn": {"routing"},
     "convert": {"layer", "modules", "validation"},
     "dense_ffn": set(),
     "exported": {"composed_ffn", "routing"},
@@ -24,8 +24,7 @@ ARROWS = {
     "dtensor": {"routing", "validation"},
     "flops": set(),
     "functional": {"flops", "reference", "routing", "stages", "validation"},
-    "grouped_ffn": {"composed_ffn", "grouped_mm", "routing"},
-    "grouped_mm": {"flops", "validation"},
+    "grouped_ffn": {"composed_ffn", "flops", "routing", "validation"},
     "huggingface": {"dense_ffn", "functional", "routing", "validation"},
     "layer": {
         "called",
@@ -40,7 +39,7 @@ ARROWS = {
     },
     "losses": {"routing", "validation"},
     "modules": {"composed_ffn", "routing", "validation"},
-    "reference": {"composed_ffn", "exported", "grouped_ffn", "grouped_mm", "routing"},
+    "reference": {"composed_ffn", "exported", "grouped_ffn", "routing"},
     "places": {"dense_ffn", "layer", "validation"},
     "probe": {"adapters", "dense_ffn", "layer", "validation"},
     "parallel": {
