@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from segmoe_kernels import SegMoE
 from segmoe_kernels.activations import ACTIVATIONS
-from segmoe_kernels.composed_ffn import dense_ffn
-from segmoe_kernels.grouped_mm import gather_rows
+from segmoe_kernels.reference.experts import dense_ffn, gather_rows
 
 __all__ = [
     "GroupedMM",

@@ -79,15 +79,16 @@ def _grouped_gemm(a: Shape, b: Shape, *_: Any, **__: Any) -> int:
     return 2 * math.prod(a) * b[1]
 
 
-def _grouped_ffn(x: Shape, weights: Shape, up: Shape, *rest: Any, **__: Any) -> int:
-    rows = math.prod(x[:-1]) * weights[1]
-    return _ffn(rows, up, rest[1], dx=False, dw=False, backward=False)
+def _grouped_ffn(rows: Shape, up: Shape, down: Shape | None, gate: Shape | None, *_: Any) -> int:
+    products = 1 + (down is not None) + (gate is not None)
+    return 2 * rows[0] * math.prod(up[1:]) * products
 
 
-def _grouped_ffn_bwd(dout: Shape, x: Shape, *rest: Any, **__: Any) -> int:  # noqa: ARG001
-    weights, up, _, gate, *_, need = rest
-    rows = math.prod(x[:-1]) * int(weights[1])
-    return _ffn(rows, up, gate, dx=need[0], dw=any(need[2:5]), backward=True)
+def _grouped_ffn_bwd(dout: Shape, rows: Shape, *rest: Any) -> int:  # noqa: ARG001
+    up, down, gate, *_, need = rest
+    if down is None:
+        return _grouped_ffn(rows, up, down, gate) * (int(need[0]) + int(need[1]))
+    return _ffn(rows[0], up, gate, dx=need[0], dw=any(need[1:4]), backward=True)
 
 
 FORMULAS: dict[str, Callable[..., int]] = {
@@ -97,8 +98,6 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "grouped_ffn_bwd": _grouped_ffn_bwd,
     "grouped_gemm_dw": _grouped_gemm,
     "grouped_gemm_fwd": _grouped_gemm,
-    "grouped_mm": _grouped_gemm,
-    "grouped_mm_contract": _grouped_gemm,
     "route_bwd": _route_bwd,
     "route_fwd": _route_fwd,
     "shared_combine_bwd": _shared_combine_bwd,

@@ -48,7 +48,7 @@ def test_the_accuracy_report_says_what_has_changed_since():
 
 def test_a_report_knows_the_code_that_it_measured():
     now = report_code.digests()
-    assert {"stages/block_kernels.py", "_triton/ffn.py", "reference.py", "grouped_mm.py"} <= set(
+    assert {"stages/block_kernels.py", "_triton/ffn.py", "reference.py", "grouped_ffn.py"} <= set(
         now
     )
     assert report_code.changed_since(now) == []

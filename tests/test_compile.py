@@ -167,7 +167,7 @@ def test_layer_on_meta_gives_shapes(name, shape):
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_layer_on_fake_tensors_needs_no_value(name, padded):
-    """What would make the host wait for a GPU raises here; grouped_mm alone is opaque."""
+    """What would make the host wait for a GPU raises here; grouped_ffn alone is opaque."""
     with FakeTensorMode():
         layer = make_layer(**CASES[name], dropout=0.1, router_dropout=0.1)
         x = torch.randn(2, 12, 4, requires_grad=True)

@@ -48,9 +48,8 @@ def test_counter_sees_what_the_layer_needs(case, backend, device):
         pytest.importorskip("triton")
     layer = SegMoE(D, F, E, segment_size=P, **options, backend=backend, device=device)
     x = torch.randn(B, T, D, device=device, requires_grad=True)
-    # With dropout the reference computes the padding of the last segment, too.
-    padded = case == "dropout" and backend == "reference"
-    needed = forward_flops(steps=SEGMENTS * P if padded else STEPS, **options)
+    # The reference computes the padding of the last segment, too.
+    needed = forward_flops(steps=SEGMENTS * P if backend == "reference" else STEPS, **options)
     counter = FlopCounterMode(display=False)
     layer(x)  # loads the kernels, of which the counter did not know
     with counter:
@@ -68,7 +67,7 @@ def test_frozen_parts_are_not_counted(device):
     y = layer(x)
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
-    experts = STEPS * 2 * 2 * D * F
+    experts = SEGMENTS * P * 2 * 2 * D * F
     # x's gradient takes as much as forward, the router's two products twice.
     assert counter.get_total_flops() == experts + 2 * 2 * SEGMENTS * P * D * E
 
@@ -96,7 +95,7 @@ with FlopCounterMode(display=False) as counter:
 print(counter.get_total_flops())
 """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
-    assert int(found.stdout) == forward_flops(top_k=1)
+    assert int(found.stdout) == forward_flops(top_k=1, steps=SEGMENTS * P)
 
 
 def test_every_operator_with_products_has_a_formula():

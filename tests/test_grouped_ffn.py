@@ -1,13 +1,15 @@
-"""The reference's experts as one operator: equal to the plain form, forward and backward."""
+"""The reference's loop over experts: against single rows, to any order, and as an operator."""
+
+import contextlib
 
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.flop_counter import FlopCounterMode
 
-from segmoe_kernels import grouped_ffn as module
-from segmoe_kernels.composed_ffn import composed_ffn
-from segmoe_kernels.grouped_ffn import grouped_ffn
+from segmoe_kernels import functional
 from segmoe_kernels.reference import permute
+from segmoe_kernels.reference.experts import composed_ffn, dense_ffn, gather_rows, grouped_ffn
 from segmoe_kernels.routing import FFNWeights
 
 OPS = torch.ops.segmoe_reference
@@ -56,43 +58,49 @@ def make_inputs(name, routing="random", masked=False, dtype=torch.float64):
     return tensors, permutation, mask, {"segment_size": size, "activation": activation}
 
 
-def run(function, tensors, permutation, mask, options):
+def run(tensors, permutation, mask, options):
     x, topk_weights, *weights = tensors
-    maps = [permutation.sorted_to_slot, permutation.slot_to_sorted, permutation.expert_offsets]
-    if function is grouped_ffn:
-        del maps[1]
-    return function(x, topk_weights, FFNWeights(*weights), *maps, mask, **options)
+    maps = (permutation.sorted_to_slot, permutation.slot_to_sorted, permutation.expert_offsets)
+    return composed_ffn(x, topk_weights, FFNWeights(*weights), *maps, mask, **options)
+
+
+def step_by_step(tensors, permutation, mask, options):
+    """Every step by itself, at its place among zeros."""
+    x, topk_weights, *weights = tensors
+    size = options["segment_size"]
+    per_sequence, top_k = -(-x.shape[1] // size), topk_weights.shape[1]
+    owners = torch.bucketize(
+        permutation.slot_to_sorted, permutation.expert_offsets[1:], right=True
+    ).tolist()
+    out = x.new_zeros(top_k, *x.shape) + 0 * sum(t.sum() for t in weights if t is not None)
+    out = out + 0 * topk_weights.sum() + 0 * torch.where(x.isnan(), 0, x).sum()
+    for slot, owner in enumerate(owners):
+        segment, choice = divmod(slot, top_k)
+        batch, j = divmod(segment, per_sequence)
+        for t in range(j * size, min(x.shape[1], (j + 1) * size)):
+            if owner < len(weights[0]) and (mask is None or mask[batch, t]):
+                own = FFNWeights(*(None if w is None else w[owner] for w in weights))
+                y = dense_ffn(x[batch, t], own, options["activation"])
+                place = torch.zeros(out.shape[:3], dtype=x.dtype)
+                place[choice, batch, t] = 1
+                out = out + place[..., None] * y * topk_weights[segment, choice]
+    return out
 
 
 def differentiate(function, tensors, *args):
-    out = run(function, tensors, *args)
+    out = function(tensors, *args)
     dout = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
     leaves = [t for t in tensors if t is not None and t.requires_grad]
-    return out, torch.autograd.grad(out, leaves, dout, allow_unused=True)
+    return out, torch.autograd.grad(out, leaves, dout)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("name", CASES)
-def test_grouped_ffn_equals_plain_form(name, routing, masked):
+def test_composed_ffn_equals_single_steps(name, routing, masked):
     inputs = make_inputs(name, routing, masked)
-    out, grads = differentiate(grouped_ffn, *inputs)
-    expected, expected_grads = differentiate(composed_ffn, *inputs)
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
-    for actual, grad in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(actual, grad, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", ["ragged", "top2", "gated"])
-def test_grouped_ffn_in_many_chunks_equals_plain_form(name, monkeypatch):
-    inputs = make_inputs(name)
-    expected, expected_grads = differentiate(composed_ffn, *inputs)
-    monkeypatch.setattr(module, "_CHUNK_BYTES", 2 * F * 8 // torch.get_num_threads())
-    sorted_to_slot, offsets = inputs[1].sorted_to_slot, inputs[1].expert_offsets
-    rows = module._rows(inputs[0][0], CASES[name][1], sorted_to_slot, offsets, None, CASES[name][2])
-    chunks = module._chunks(*inputs[0][:3], *rows)
-    assert len(chunks) > len({c.expert for c in chunks}) + 1
-    out, grads = differentiate(grouped_ffn, *inputs)
+    out, grads = differentiate(run, *inputs)
+    expected, expected_grads = differentiate(step_by_step, *inputs)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     for actual, grad in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(actual, grad, rtol=1e-12, atol=1e-12)
@@ -100,13 +108,13 @@ def test_grouped_ffn_in_many_chunks_equals_plain_form(name, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["ragged", "top2", "gated"])
-def test_grouped_ffn_in_16_bits_is_as_close_as_plain_form(name, dtype):
+def test_composed_ffn_in_16_bits_is_as_close_as_single_steps(name, dtype):
     tensors, *where = make_inputs(name)
     short = tuple(None if t is None else t.detach().to(dtype).requires_grad_() for t in tensors)
     exact = [None if t is None else t.detach().double().requires_grad_() for t in short]
-    oracle, oracle_grads = differentiate(composed_ffn, exact, *where)
-    out, grads = differentiate(grouped_ffn, short, *where)
-    plain, plain_grads = differentiate(composed_ffn, short, *where)
+    oracle, oracle_grads = differentiate(step_by_step, exact, *where)
+    out, grads = differentiate(run, short, *where)
+    plain, plain_grads = differentiate(step_by_step, short, *where)
     for value, other, right in zip(
         (out, *grads), (plain, *plain_grads), (oracle, *oracle_grads), strict=True
     ):
@@ -114,66 +122,118 @@ def test_grouped_ffn_in_16_bits_is_as_close_as_plain_form(name, dtype):
         assert (value - right).square().mean().sqrt() <= 1.5 * allowed
 
 
-def test_grouped_ffn_reads_nothing_behind_a_mask():
+def test_composed_ffn_reads_nothing_behind_a_mask():
     tensors, permutation, mask, options = make_inputs("top2", masked=True)
     with torch.no_grad():
         tensors[0][~mask] = torch.nan
-    out, grads = differentiate(grouped_ffn, tensors, permutation, mask, options)
+    out, grads = differentiate(run, tensors, permutation, mask, options)
     assert not out[:, ~mask].any()
     assert all(grad.isfinite().all() for grad in (out, *grads))
     assert not grads[0][~mask].any()
 
 
 @pytest.mark.parametrize("position", range(8))
-def test_grouped_ffn_gradient_of_one_tensor(position):
+def test_composed_ffn_gradient_of_one_tensor(position):
     tensors, *where = make_inputs("gated")
-    _, expected = differentiate(composed_ffn, tensors, *where)
+    _, expected = differentiate(step_by_step, tensors, *where)
     frozen = [t.detach().requires_grad_(i == position) for i, t in enumerate(tensors)]
-    _, grads = differentiate(grouped_ffn, frozen, *where)
+    _, grads = differentiate(run, frozen, *where)
     torch.testing.assert_close(grads[0], expected[position], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
 @pytest.mark.parametrize("name", ["ragged", "top2", "gated"])
-def test_grouped_ffn_gradients(check, name):
+def test_composed_ffn_gradients(check, name):
     tensors, *where = make_inputs(name, masked=name == "top2")
     leaves = [t for t in tensors if t is not None]
 
     def function(*given):
         rest = iter(given)
-        return run(grouped_ffn, [None if t is None else next(rest) for t in tensors], *where)
+        return run([None if t is None else next(rest) for t in tensors], *where)
 
     assert check(function, leaves, nondet_tol=0.0)
 
 
-@pytest.mark.parametrize("save", [False, True])
-@pytest.mark.parametrize("name", ["ragged", "gated"])
-def test_operators_pass_opcheck(name, save):
-    tensors, permutation, mask, options = make_inputs(name)
-    maps = (permutation.sorted_to_slot, permutation.expert_offsets, mask)
-    where = (*maps, *options.values())
-    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(OPS.grouped_ffn.default, (*tensors, *where, save), test_utils=tests)
-    inputs = [None if t is None else t.detach() for t in tensors]
-    out, *saved = OPS.grouped_ffn(*inputs, *where, save)
-    need = [t is not None for t in tensors]
-    arguments = (torch.ones_like(out), *inputs, *maps, *saved, *options.values(), need)
-    torch.library.opcheck(OPS.grouped_ffn_bwd.default, arguments, test_utils=tests)
-
-
-def test_backward_recomputes_what_was_not_saved():
-    tensors, permutation, mask, options = make_inputs("gated")
-    maps = (permutation.sorted_to_slot, permutation.expert_offsets, mask)
-    inputs = [t.detach() for t in tensors]
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("down", [False, True])
+def test_operator_equals_the_loop_that_autograd_sees(down, counted):
+    """Bit for bit: compiled layers are compared so. Also while a mode watches."""
+    (_, _, *weights), *_ = make_inputs("gated", dtype=torch.float32)
+    weights = weights if down else [weights[0], None, None, weights[3], None, None]
+    rows = torch.randn(7, D, requires_grad=True)
+    scale = torch.rand(7, F, requires_grad=True) if down else None
+    leaves = [t for t in (rows, *weights, scale) if t is not None]
     found = []
-    for save in (False, True):
-        out, *saved = OPS.grouped_ffn(*inputs, *maps, *options.values(), save)
-        assert all(bool(t.numel()) == save for t in saved)
-        need = [True] * 8
-        found.append(
-            OPS.grouped_ffn_bwd(
-                torch.ones_like(out), *inputs, *maps, *saved, *options.values(), need
-            )
-        )
-    for lean, full in zip(*found, strict=True):
-        assert torch.equal(lean, full)
+    for function in (OPS.grouped_ffn, grouped_ffn):
+        given = weights if function is OPS.grouped_ffn else [weights]
+        with FlopCounterMode(display=False) if counted else contextlib.nullcontext():
+            out = function(rows, *given, scale, torch.tensor([0, 3, 3, 6]), "silu")
+            dout = torch.linspace(-1, 1, out.numel()).reshape(out.shape)
+            found.append((out, *torch.autograd.grad(out, leaves, dout)))
+    for actual, expected in zip(*found, strict=True):
+        # A counter takes operators apart, which rounds the loop otherwise.
+        assert torch.allclose(actual, expected) if counted else torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("down", [False, True])
+def test_operators_pass_opcheck(down):
+    (_, _, *weights), *_ = make_inputs("gated")
+    weights = [None if w is None else w.detach() for w in weights]
+    weights = weights if down else [weights[0], None, None, weights[3], None, None]
+    args = (torch.randn(7, D).double(), *weights, None, torch.tensor([0, 3, 3, 6]), "silu")
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(OPS.grouped_ffn.default, args, test_utils=tests)
+    out = OPS.grouped_ffn(*args)
+    need = [t is not None for t in args[:8]]
+    torch.library.opcheck(OPS.grouped_ffn_bwd.default, (out, *args, need), test_utils=tests)
+
+
+def test_operator_refuses_a_second_derivative():
+    (_, _, *weights), *_ = make_inputs("gated")
+    rows = torch.randn(7, D).double().requires_grad_()
+    out = OPS.grouped_ffn(rows, *weights, None, torch.tensor([0, 3, 3, 6]), "silu")
+    with pytest.raises(NotImplementedError, match="no second one"):
+        torch.autograd.grad(out.sum(), rows, create_graph=True)
+
+
+def test_rows_of_no_expert_are_not_read():
+    x, w = torch.randn(6, 3), torch.randn(2, 4, 3, requires_grad=True)
+    x[4:] = torch.nan
+    x.requires_grad_()
+    out = functional.grouped_gemm(x, w, torch.tensor([0, 2, 4], dtype=torch.int32))
+    out.sum().backward()
+    assert not out[4:].any()
+    assert not x.grad[4:].any()
+    assert w.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_grouped_ffn_takes_strided_operands(dtype):
+    offsets = torch.tensor([0, 2, 6], dtype=torch.int32)
+    a, b = torch.randn(3, 6).to(dtype).t(), torch.randn(2, 3, 8).to(dtype)[..., ::2].transpose(1, 2)
+    # Not bit for bit: some BLAS sum in another order for other strides.
+    found = (
+        grouped_ffn(x, (w, *[None] * 5), None, offsets, None)
+        for x, w in ((a, b), (a.contiguous(), b.contiguous()))
+    )
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_gather_rows_equals_indexing(rows):
+    index = torch.randperm(rows)
+    inverse = torch.argsort(index)
+    x = torch.randn(rows, 3).double().requires_grad_()
+    out = gather_rows(x, index.int(), inverse.int())
+    dout = torch.randn(rows, 3).double()
+    out.backward(dout)
+    assert torch.equal(out, x[index])
+    assert torch.equal(x.grad, dout[inverse])
+    assert gradgradcheck(lambda z: gather_rows(z, index.int(), inverse.int()), x)
+
+
+@pytest.mark.parametrize("offsets", [[1, 2, 4], [0, 3, 2], [0, -1, 4], [0, 2, 5]])
+def test_offsets_that_leave_rows_unwritten_are_refused(offsets):
+    a, b = torch.randn(4, 3), torch.randn(2, 5, 3)
+    with pytest.raises(ValueError, match="expert_offsets to ascend from 0 to at most M=4, got"):
+        functional.grouped_gemm(a, b, torch.tensor(offsets, dtype=torch.int32))

@@ -16,7 +16,7 @@ FLOORS = (
     {"validation"},
     {"losses", "series", "_triton", "options"},
     {"pipeline"},
-    {"reference", "composed_ffn", "exported", "grouped_ffn", "grouped_mm"},
+    {"reference"},
     {"stages"},
     {"functional"},
     {"layer"},

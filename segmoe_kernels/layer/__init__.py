@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from segmoe_kernels import validation as check
-from segmoe_kernels.composed_ffn import dense_ffn
 from segmoe_kernels.functional import resolve_backend, run_layer
 from segmoe_kernels.layer.modules import (
     Experts,
@@ -26,6 +25,7 @@ from segmoe_kernels.losses import (
 )
 from segmoe_kernels.options import Options
 from segmoe_kernels.pipeline import autocast_weights
+from segmoe_kernels.reference.experts import dense_ffn
 from segmoe_kernels.routing import FFNWeights, LayerWeights, Routing
 
 __all__ = ["SegMoE", "set_loss_scaler"]

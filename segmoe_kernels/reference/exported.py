@@ -1,6 +1,6 @@
 """What the reference does otherwise in an exported program, to hold only what every runtime has.
 
-`grouped_ffn` and `composed_ffn` run operators of this package, which a saved program would find
+`grouped_ffn` runs an operator of this package in a program, which a saved one would find
 only where the package is imported, and other runtimes have no stable sort. Here each expert runs on
 the rows that chose it, found by ``nonzero``: the same FLOPs, in a graph that grows with the number
 of experts.
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from segmoe_kernels.composed_ffn import dense_ffn
+from segmoe_kernels.reference.experts import dense_ffn
 from segmoe_kernels.routing import FFNWeights, Permutation
 from segmoe_kernels.segments import crop, segments
 
@@ -53,7 +53,7 @@ def _by_expert(
 
 
 def grouped_linear(a: Tensor, b: Tensor, bias: Tensor | None, expert_offsets: Tensor) -> Tensor:
-    """`grouped_mm.grouped_linear`."""
+    """`reference.grouped_gemm` without an activation."""
 
     def run(expert: int, rows: Tensor) -> Tensor:
         return F.linear(a[rows], b[expert], None if bias is None else bias[expert])
@@ -73,7 +73,7 @@ def expert_ffn(
     activation: str,
     dropout: float,
 ) -> Tensor:
-    """`composed_ffn`, expert by expert."""
+    """`grouped_ffn.composed_ffn`."""
     top_k = topk_weights.shape[-1]
     rows = segments(x, segment_size, padding_mask).flatten(0, 1)
     weights = topk_weights.flatten().to(x.dtype)

@@ -13,13 +13,11 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
-from segmoe_kernels import exported
 from segmoe_kernels.activations import ACTIVATIONS
-from segmoe_kernels.composed_ffn import composed_ffn, dense_ffn
-from segmoe_kernels.grouped_ffn import grouped_ffn
-from segmoe_kernels.grouped_mm import grouped_linear
 from segmoe_kernels.options import Options
 from segmoe_kernels.pipeline import autocast_weights, no_autocast, run_stages
+from segmoe_kernels.reference import exported
+from segmoe_kernels.reference.experts import composed_ffn, dense_ffn, grouped_ffn
 from segmoe_kernels.routing import (
     FFNWeights,
     LayerWeights,
@@ -145,9 +143,11 @@ def grouped_gemm(
     activation: str | None = None,
 ) -> Tensor:
     """Stage 3': rows of expert e times its matrix. See `functional.grouped_gemm`."""
-    linear = exported.grouped_linear if torch.compiler.is_exporting() else grouped_linear
-    y = linear(x, weight, bias, expert_offsets)
-    return y if activation is None else ACTIVATIONS[activation].function(y)
+    if torch.compiler.is_exporting():
+        y = exported.grouped_linear(x, weight, bias, expert_offsets)
+        return y if activation is None else ACTIVATIONS[activation].function(y)
+    weights = (weight, None, None, bias, None, None)
+    return grouped_ffn(x, weights, None, expert_offsets, activation)
 
 
 def expert_ffn(
@@ -174,8 +174,6 @@ def expert_ffn(
     if torch.compiler.is_exporting():
         inputs = (x, topk_weights, experts, permutation, real)
         out = exported.expert_ffn(*inputs, **options, dropout=dropout)
-    elif x.device.type == "cpu" and not dropout:
-        out = grouped_ffn(x, topk_weights, experts, sorted_to_slot, expert_offsets, real, **options)
     else:
         out = composed_ffn(
             x,

@@ -1,0 +1,231 @@
+"""The experts' FFN in plain PyTorch: a loop over experts, differentiable to any order.
+
+One expert's rows at a time stay in cache between its products. Compilers and tensors without values
+can't be asked how many rows an expert has: for them the loop is an operator, as is its gradient.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import _C, Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from segmoe_kernels import validation as check
+from segmoe_kernels.activations import ACTIVATIONS
+from segmoe_kernels.flops import register_flops
+from segmoe_kernels.routing import FFNWeights
+from segmoe_kernels.segments import segments
+
+
+def dense_ffn(
+    x: Tensor, weights: FFNWeights, activation: str, dropout: float | Tensor = 0.0
+) -> Tensor:
+    """One FFN on every row: (..., D) -> (..., D); dropout is a probability or a drawn scale."""
+    function = ACTIVATIONS[activation].function
+    hidden = F.linear(x, weights.up_proj, weights.up_proj_bias)
+    if weights.gate_proj is None:
+        hidden = function(hidden)
+    else:
+        hidden = function(F.linear(x, weights.gate_proj, weights.gate_proj_bias)) * hidden
+    drop: Callable[..., Tensor] = torch.mul if isinstance(dropout, Tensor) else F.dropout
+    hidden = drop(hidden, dropout)
+    return F.linear(hidden, weights.down_proj, weights.down_proj_bias)
+
+
+_INPUTS = (
+    "Tensor rows, Tensor up_proj, Tensor? down_proj, Tensor? gate_proj, Tensor? up_proj_bias, "
+    "Tensor? gate_proj_bias, Tensor? down_proj_bias, Tensor? scale, Tensor offsets, str? activation"
+)
+_LIBRARY = torch.library.Library("segmoe_reference", "FRAGMENT")
+_LIBRARY.define(f"grouped_ffn({_INPUTS}) -> Tensor")
+_LIBRARY.define(f"grouped_ffn_bwd(Tensor dout, {_INPUTS}, bool[] need) -> Tensor[]")
+
+
+def _loop(rows: Any, *args: Any) -> Tensor:
+    *weights, scale, expert_offsets, activation = args
+    offsets = expert_offsets.tolist()
+    if offsets[0] != 0 or offsets != sorted(offsets) or offsets[-1] > rows.shape[0]:
+        rule = f"ascend from 0 to at most M={rows.shape[0]}"
+        check.fail_value("grouped_gemm", "expert_offsets", rule, offsets)
+    sizes = [hi - lo for lo, hi in itertools.pairwise([*offsets, rows.shape[0]])]
+    scales = itertools.repeat(0.0) if scale is None else scale.split(sizes)
+    # Not w[e], whose gradient is as large as w for each expert.
+    experts = zip(
+        *(itertools.repeat(None) if w is None else w.unbind() for w in weights), strict=False
+    )
+    out = []
+    for part, kept, expert in zip(rows.split(sizes), scales, experts, strict=False):
+        if expert[1] is None:
+            y = F.linear(part, expert[0], expert[3])
+            out.append(y if activation is None else ACTIVATIONS[activation].function(y))
+        else:
+            out.append(dense_ffn(part, FFNWeights(*expert), activation, kept))
+    return torch.cat([*out, rows.new_zeros(sizes[-1], out[0].shape[1])])
+
+
+def _loop_fake(rows: Tensor, up: Tensor, down: Tensor | None, *_: Any) -> Tensor:
+    return rows.new_empty(rows.shape[0], (up if down is None else down).shape[1])
+
+
+def _loop_bwd(dout: Tensor, *args: Any) -> list[Tensor]:
+    *inputs, offsets, activation, need = args
+    # Operators run below autograd, at least under a mode such as a counter of FLOPs.
+    included, excluded = _C._dispatch_tls_local_include_set(), _C._dispatch_tls_local_exclude_set()
+    for key in (_C.DispatchKey.AutogradCPU, _C.DispatchKey.AutogradCUDA):
+        excluded = excluded.remove(key)
+    with _C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        leaves = [
+            None if t is None else t.detach().requires_grad_(n)
+            for t, n in zip(inputs, need, strict=True)
+        ]
+        out = _loop(*leaves, offsets, activation)
+        asked = [t for t in leaves if t is not None and t.requires_grad]
+        found = iter(torch.autograd.grad(out, asked, dout.detach()))
+    return [next(found).contiguous() if n else dout.new_empty(0) for n in need]
+
+
+def _loop_bwd_fake(dout: Tensor, *args: Any) -> list[Tensor]:
+    return [dout.new_empty(t.shape if n else 0) for t, n in zip(args, args[-1], strict=False)]
+
+
+for _name, _kernel, _fake in (
+    ("grouped_ffn", _loop, _loop_fake),
+    ("grouped_ffn_bwd", _loop_bwd, _loop_bwd_fake),
+):
+    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"segmoe_reference::{_name}", _fake, lib=_LIBRARY)
+    register_flops(getattr(torch.ops.segmoe_reference, _name), _name)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise NotImplementedError("compiled code and tensors without values have no second one.")
+    need = list(ctx.needs_input_grad[:8])
+    operator = torch.ops.segmoe_reference.grouped_ffn_bwd
+    found = operator(dout, *ctx.saved_tensors, ctx.activation, need)
+    return *(g if n else None for g, n in zip(found, need, strict=True)), None, None
+
+
+torch.library.register_autograd(
+    "segmoe_reference::grouped_ffn", _backward, setup_context=_setup_context, lib=_LIBRARY
+)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:  # noqa: ARG004
+        return x.index_select(0, index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG004
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        index, inverse = ctx.saved_tensors
+        return gather_rows(grads[0], inverse, index), None, None
+
+
+def grouped_ffn(
+    rows: Tensor,
+    weights: Sequence[Tensor | None],
+    scale: Tensor | None,
+    expert_offsets: Tensor,
+    activation: str | None,
+) -> Tensor:
+    """Each expert's FFN on its rows; rows of no expert give zeros.
+
+    Args:
+        rows: (M, K), sorted by expert.
+        weights: the fields of `FFNWeights`, stacked over E; without a down_proj the hidden layer is
+            the result.
+        scale: (M, F) or None: what dropout multiplies the hidden layer by.
+        expert_offsets: (E + 1,) int32.
+        activation: a name, or None without a down_proj.
+
+    Returns:
+        (M, K), or (M, F) without a down_proj.
+    """
+    blind = torch.compiler.is_compiling() or rows.is_meta or isinstance(rows, FakeTensor)
+    run = torch.ops.segmoe_reference.grouped_ffn if blind else _loop
+    out: Tensor = run(rows, *weights, scale, expert_offsets, activation)
+    return out
+
+
+def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """Rows of x in another order, ``x[index]``; a gather backwards too, as ``inverse`` is known.
+
+    The gradient of ``index_select`` is a scatter-add, which is slower and, on a GPU, not
+    deterministic.
+
+    Args:
+        x: (R, W).
+        index: (R,) int32, a permutation.
+        inverse: (R,) int32, its inverse.
+
+    Returns:
+        (R, W).
+    """
+    out: Tensor = _GatherRows.apply(x, index, inverse)
+    return out
+
+
+def composed_ffn(
+    x: Tensor,
+    topk_weights: Tensor,
+    experts: FFNWeights,
+    sorted_to_slot: Tensor,
+    slot_to_sorted: Tensor,
+    expert_offsets: Tensor,
+    padding_mask: Tensor | None,
+    *,
+    segment_size: int,
+    activation: str,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Each slot's steps through its expert, times the slot's weight.
+
+    Args:
+        x: (B, T, D).
+        topk_weights: (S, top_k).
+        experts: weights stacked over E.
+        sorted_to_slot: (R,) int32.
+        slot_to_sorted: (R,) int32.
+        expert_offsets: (E + 1,) int32, in slots.
+        padding_mask: (B, T) bool or None.
+        segment_size: P.
+        activation: see `functional.expert_ffn`.
+        dropout: probability, after the activation.
+
+    Returns:
+        (top_k, B, T, D), 0 where masked and for the slots of no expert.
+    """
+    batch, length, d_model = x.shape
+    top_k = topk_weights.shape[-1]
+    slots = rearrange(segments(x, segment_size, padding_mask), "b j p d -> (b j) (p d)")
+    if top_k > 1:
+        slots = repeat(slots, "s w -> (s k) w", k=top_k)
+    rows = gather_rows(slots, sorted_to_slot, slot_to_sorted).reshape(-1, d_model)
+    scale = None
+    if dropout:
+        scale = rows.new_empty(rows.shape[0], experts.up_proj.shape[1])
+        scale = scale.bernoulli_(1 - dropout).div_(1 - dropout)
+    rows = grouped_ffn(rows, experts, scale, expert_offsets * segment_size, activation)
+
+    slots = gather_rows(rows.reshape(slots.shape), slot_to_sorted, sorted_to_slot)
+    shape = (batch, -(-length // segment_size), top_k, segment_size, d_model)
+    slots = rearrange(slots.reshape(shape), "b j k p d -> k b (j p) d")
+    weights = topk_weights.to(slots.dtype).reshape(shape[:3])
+    weights = repeat(weights, "b j k -> k b (j p) 1", p=segment_size)
+    # Cropped before the product, so that its result is the only copy.
+    out = slots[:, :, :length] * weights[:, :, :length]
+    return out if padding_mask is None else out.masked_fill(~padding_mask[..., None], 0)
