@@ -402,7 +402,8 @@ def test_tensors_changed_between_forward_and_backward_are_noticed_or_not_needed(
         try:
             y.backward(dy)
         except RuntimeError as error:
-            assert "modified by an inplace operation" in str(error)  # noqa: PT017  one good end
+            # The second is how PyTorch says it of one expert's view.
+            assert re.search("modified (by an )?inplace", str(error))  # noqa: PT017  one good end
             noticed.add(changed)
             continue
         # Backward had no use for it: the step is that of the tensors that forward saw.

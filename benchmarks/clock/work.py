@@ -307,22 +307,26 @@ def combine_bwd(launch: KernelLaunch, shape: Shape) -> Work:
     return Work((Programs(count, trips),), moved, moved)
 
 
-def _shared_pass(launch: KernelLaunch, shape: Shape, width: int, matrices: int) -> Work:
-    """A pass over the shared expert's rows, ``width`` wide, or over steps, BLOCK_D at a time."""
+def _shared_pass(
+    launch: KernelLaunch, shape: Shape, width: int, matrices: int, tiles: int = 1
+) -> Work:
+    """A pass over the shared expert's rows, ``width`` wide, by programs of so many column tiles."""
     moved = matrices * shape.segments * width * _itemsize(launch)
-    count = math.prod(launch.grid)
-    columns = launch["BLOCK_N"] if "BLOCK_N" in launch.launch.constants else width
+    by_steps = "BLOCK_N" not in launch.launch.constants
+    count = cdiv(shape.steps if by_steps else shape.segments, launch["BLOCK_M"]) * tiles
+    columns = width if by_steps else launch["BLOCK_N"]
     return Work((Programs(count, {"n0": cdiv(width, columns)}),), moved, moved)
 
 
 @_kernel
 def shared_rows(launch: KernelLaunch, shape: Shape) -> Work:
-    return _shared_pass(launch, shape, launch["W"], 2)
+    return _shared_pass(launch, shape, launch["W"], 1 + launch.given("rows_ptr"))
 
 
 @_kernel
 def shared_activate(launch: KernelLaunch, shape: Shape) -> Work:
-    return _shared_pass(launch, shape, launch["H"], 2 + launch.given("gate_pre_ptr"))
+    tiles = cdiv(launch["H"], launch["BLOCK_N"])
+    return _shared_pass(launch, shape, launch["H"], 2 + launch.given("gate_pre_ptr"), tiles)
 
 
 @_kernel
@@ -332,4 +336,5 @@ def shared_activate_bwd(launch: KernelLaunch, shape: Shape) -> Work:
 
 @_kernel
 def shared_dx(launch: KernelLaunch, shape: Shape) -> Work:
-    return _shared_pass(launch, shape, shape.segment_size * shape.d_model, 2)
+    tiles = cdiv(shape.d_model, launch["BLOCK_D"])
+    return _shared_pass(launch, shape, shape.segment_size * shape.d_model, 2, tiles)
