@@ -110,9 +110,14 @@ def find_steps(
     SEGMENT_SIZE: tl.constexpr,
     ROWS_PER_SLOT: tl.constexpr,
 ):
-    """Return ``(slot, choice, sequence, step)`` of sorted rows; step is a row's first time step."""
+    """Return ``(slot, choice, sequence, step)`` of sorted rows; step is a row's first time step.
+
+    Where every step is a segment launchers make one sequence of all: nothing is divided.
+    """
     slot = tl.load(sorted_to_slot_ptr + rows // ROWS_PER_SLOT, mask=mask_m, other=0)
     segment = slot // TOP_K
+    if SEGMENT_SIZE == 1:
+        return slot, slot % TOP_K, segment * 0, segment
     step = (segment % segments_per_sequence) * SEGMENT_SIZE + rows % ROWS_PER_SLOT
     return slot, slot % TOP_K, segment // segments_per_sequence, step
 

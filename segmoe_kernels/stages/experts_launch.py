@@ -54,11 +54,12 @@ class Call:
         activation: str,
         dropout: float,
     ) -> None:
-        self.x, self.topk_weights, self.weights = x, topk_weights, weights
+        self.shape, self.segment_size = x.shape, segment_size
+        self.x, self.topk_weights, self.weights = self.rows_of(x), topk_weights, weights
         self.sorted_to_slot, self.expert_offsets = sorted_to_slot, expert_offsets
         self.padding_mask, self.seed = padding_mask, seed
         self.activation, self.dropout = activation, dropout
-        self.top_k, self.batch, self.length, self.d_model = x.shape
+        self.top_k, self.batch, self.length, self.d_model = self.x.shape
         self.num_slots = topk_weights.shape[0] * topk_weights.shape[1]
         self.segments_per_sequence = -(-self.length // segment_size)
         self.rows_per_slot = 1 if concat else segment_size
@@ -97,6 +98,10 @@ class Call:
             "SEGMENT_SIZE": segment_size,
             "ACTIVATION": activation,
         }
+
+    def rows_of(self, x: Tensor) -> Tensor:
+        """As `find_steps` wants (top_k, B, T, D): where P = 1 as one sequence, (top_k, 1, B T, D)."""
+        return x.flatten(1, 2)[:, None] if self.segment_size == 1 else x
 
     def weight_strides(self) -> tuple[int, ...]:
         """Outer strides of up, gate and down."""
