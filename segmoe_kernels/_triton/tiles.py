@@ -56,7 +56,7 @@ def route_bwd_tile(d_model: int, num_experts: int, dtype: torch.dtype) -> TileCo
     """block_m segments and block_n columns."""
     # 128 columns spill 36 bytes at 4 warps.
     most = 16 if num_experts > 256 else 32 if num_experts > 64 else 64
-    warps = 8 if num_experts > 64 or dtype.itemsize > 2 else 4
+    warps = 8 if num_experts > 128 or dtype.itemsize > 2 else 4
     return TileConfig(32, power(d_model, 16, most), 0, warps, 2)
 
 
@@ -207,7 +207,7 @@ def grouped_gemm_tile(
         rows_per_expert: on average.
         dtype: of the operands.
         gated: two products side by side.
-        activated: an activation, or a second product into the same sum.
+        activated: an activation.
         dropout: behind the activation.
 
     Returns:
@@ -243,8 +243,8 @@ def grouped_gemm_dw_tile(n: int, k: int, dtype: torch.dtype, *, bias: bool) -> T
         return TileConfig(16, 16, 16, 4, 1)
     if dtype == torch.float32:
         return TileConfig(16 if bias else 32, power(n, 16, 64), power(k, 16, 64), 8, 2, 128)
-    # Two programs of 4 warps fit a multiprocessor.
-    warps = 4 if architecture() == "sm_90" else 8
+    # Two programs of 4 warps fit a multiprocessor; with a bias they spill.
+    warps = 4 if architecture() == "sm_90" and not bias else 8
     return TileConfig(64, power(n, 16, 128), power(k, 16, 128), warps, 3)
 
 
