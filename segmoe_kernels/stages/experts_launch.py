@@ -100,7 +100,7 @@ class Call:
         }
 
     def rows_of(self, x: Tensor) -> Tensor:
-        """As `find_steps` wants (top_k, B, T, D): where P = 1 as one sequence, (top_k, 1, B T, D)."""
+        """Make one sequence of (top_k, B, T, D) where P = 1, as `find_steps` wants."""
         return x.flatten(1, 2)[:, None] if self.segment_size == 1 else x
 
     def weight_strides(self) -> tuple[int, ...]:
