@@ -180,6 +180,7 @@ def cases() -> dict[str, Callable[[], None]]:
     for pooling in ("mean", "max", "first", "last"):
         found[f"bfloat16 {pooling}"] = _layer_case(bf16, pooling=pooling, masked=True)
     found["bfloat16 causal"] = _layer_case(bf16, causal=True, shared_expert="token")
+    found["bfloat16 E=128"] = _layer_case(bf16, d_model=2048, num_experts=128, top_k=8)
     found["bfloat16 E=512"] = _layer_case(bf16, num_experts=512, top_k=2)
     found["bfloat16 D=2048"] = _layer_case(bf16, d_model=2048, segment_size=1, num_experts=8)
     found["bfloat16 gated D=512"] = _layer_case(bf16, d_model=512, gated=True, activation="silu")

@@ -79,12 +79,14 @@ def _grouped_gemm(a: Shape, b: Shape, *_: Any, **__: Any) -> int:
     return 2 * math.prod(a) * b[1]
 
 
-def _grouped_ffn(rows: Shape, up: Shape, down: Shape | None, gate: Shape | None, *_: Any) -> int:
+def _grouped_ffn(
+    rows: Shape, up: Shape, down: Shape | None, gate: Shape | None, *_: Any, **__: Any
+) -> int:
     products = 1 + (down is not None) + (gate is not None)
     return 2 * rows[0] * math.prod(up[1:]) * products
 
 
-def _grouped_ffn_bwd(dout: Shape, rows: Shape, *rest: Any) -> int:  # noqa: ARG001
+def _grouped_ffn_bwd(dout: Shape, rows: Shape, *rest: Any, **__: Any) -> int:  # noqa: ARG001
     up, down, gate, *_, need = rest
     if down is None:
         return _grouped_ffn(rows, up, down, gate) * (int(need[0]) + int(need[1]))

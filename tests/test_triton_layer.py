@@ -168,9 +168,14 @@ def strided(x):
     yield long[:, 2:-3]
 
 
-@pytest.mark.parametrize("scope", ["token", "segment"])
-def test_layer_reads_any_strides(scope, device):
-    layer = make_layer(torch.float64, device, expert_scope=scope)
+@pytest.mark.parametrize(
+    "options",
+    [{"expert_scope": "token"}, {"expert_scope": "segment"}, {"segment_size": 1, "top_k": 2}],
+    ids=name_of,
+)
+def test_layer_reads_any_strides(options, device):
+    """Steps that are segments are one sequence to the kernels, which not all strides can be."""
+    layer = make_layer(torch.float64, device, **options)
     x, dy, _ = make_inputs(*SHAPE, dtype=torch.float64, device=device)
     expected = run_layer(layer, x, dy)
     for x_strided, dy_strided in zip(strided(x), strided(dy), strict=True):

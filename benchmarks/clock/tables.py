@@ -32,12 +32,16 @@ __all__ = [
 PROVIDERS = ("segmoe", "scattermoe")
 _SPEC = re.compile(r"(\d+)-(\d+)-(\d+)-(\d+)-([\d.e]+)")
 
-# D-E-k-P-rows of the committed table: F = 2 D, sequences of 60 steps.
-TARGETS = tuple(
-    f"{d}-{e}-{k}-5-{rows}"
-    for d in (64, 128, 256)
-    for e, k in ((4, 1), (8, 1), (8, 2))
-    for rows in ("1e4", "1e5", "1e6")
+# The committed table: D-E-k-P-rows, with F = 2 D and sequences of 60 steps, then language models.
+TARGETS = (
+    *(
+        f"{d}-{e}-{k}-5-{rows}"
+        for d in (64, 128, 256)
+        for e, k in ((4, 1), (8, 1), (8, 2))
+        for rows in ("1e4", "1e5", "1e6")
+    ),
+    *(f"{d}-{e}-2-{p}-1e5" for d in (64, 128, 256) for e, p in ((4, 3), (8, 4))),
+    *("qwen3-8k", "qwen3-32k", "mixtral-8k"),
 )
 
 

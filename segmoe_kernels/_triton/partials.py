@@ -14,6 +14,7 @@ from torch import Tensor
 
 from segmoe_kernels._triton.launch import accumulator, kernel, padded
 from segmoe_kernels._triton.sequences import expert_tiles, split_starts
+from segmoe_kernels._triton.tiles import NUM_SMS
 
 
 def new_partials(
@@ -57,8 +58,9 @@ def reduce_partials(
     num_experts = expert_offsets.shape[0] - 1
     outputs = [*outputs, *[None] * (6 - len(outputs))]
     sizes = [0 if out is None else out[0].numel() for out in outputs]
-    # Loads of several splits are in flight at once.
-    grid = (triton.cdiv(partials.shape[1], 512), num_experts)
+    # Programs find their splits, which costs more than to add them up: few where there are many.
+    block = 2048 if num_experts * partials.shape[1] >= 2048 * NUM_SMS else 512
+    grid = (triton.cdiv(partials.shape[1], block), num_experts)
     reduce_partials_kernel[grid](
         partials,
         *outputs,
@@ -71,8 +73,8 @@ def reduce_partials(
         BLOCK_M=block_m,
         GROUPS=padded(num_experts),
         ACC=accumulator(partials.dtype),
-        SPLITS=8,
-        BLOCK=512,
+        SPLITS=8,  # their loads are in flight at once
+        BLOCK=block,
     )
 
 

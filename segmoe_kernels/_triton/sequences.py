@@ -108,9 +108,14 @@ def find_steps(
     segments_per_sequence,
     LAYOUT: tl.constexpr,
 ):
-    """Return ``(slot, choice, sequence, step)`` of sorted rows; step is a row's first time step."""
+    """Return ``(slot, choice, sequence, step)`` of sorted rows; step is a row's first time step.
+
+    Where every step is a segment launchers make one sequence of all: nothing is divided.
+    """
     slot = tl.load(sorted_to_slot_ptr + rows // LAYOUT.rows_per_slot, mask=mask_m, other=0)
     segment = slot // LAYOUT.top_k
+    if LAYOUT.segment_size == 1:
+        return slot, slot % LAYOUT.top_k, segment * 0, segment
     step = (segment % segments_per_sequence) * LAYOUT.segment_size + rows % LAYOUT.rows_per_slot
     return slot, slot % LAYOUT.top_k, segment // segments_per_sequence, step
 

@@ -183,12 +183,12 @@ SMALLEST: Tile = (16, 16, 4, 1, 255)
 
 # The grouped products: (operation, kind of dtype, architecture or "any") -> experts with so many
 # rows, rounded up to a power of two between 16 and 128 -> tile. "product" is one sum that is stored
-# as it is, "activated" one with an epilogue or two products in it, "gated" two sums.
+# as it is, "activated" one with an epilogue, "gated" two sums.
 GEMM_TILES: dict[tuple[str, str, str], dict[int, TileConfig]] = {
     ("product", "16-bit", "sm_90"): {
-        128: TileConfig(128, 256, 64, 8, 3),
+        128: TileConfig(128, 128, 32, 4, 4),
         64: TileConfig(64, 128, 64, 4, 3),
-        32: TileConfig(32, 128, 64, 4, 3, 168),
+        32: TileConfig(32, 128, 64, 4, 3, 255),
         16: TileConfig(16, 128, 64, 4, 3, 128),
     },
     ("activated", "16-bit", "sm_90"): {
@@ -198,13 +198,13 @@ GEMM_TILES: dict[tuple[str, str, str], dict[int, TileConfig]] = {
         16: TileConfig(16, 128, 64, 4, 3, 128),
     },
     ("gated", "16-bit", "sm_90"): {
-        128: TileConfig(128, 64, 64, 8, 3),
+        128: TileConfig(128, 64, 32, 4, 4),
         64: TileConfig(64, 64, 64, 4, 3),
         32: TileConfig(32, 64, 64, 4, 3),
         16: TileConfig(16, 64, 64, 4, 3),
     },
     ("dhidden", "16-bit", "sm_90"): {
-        128: TileConfig(128, 64, 64, 8, 3),
+        128: TileConfig(64, 64, 64, 4, 4),
         64: TileConfig(64, 64, 64, 4, 3),
         32: TileConfig(32, 64, 64, 4, 3, 168),
         16: TileConfig(16, 64, 64, 4, 3),

@@ -54,7 +54,7 @@ def route_bwd_tile(d_model: int, num_experts: int, dtype: torch.dtype) -> TileCo
     """block_m segments and block_n columns."""
     # 128 columns spill 36 bytes at 4 warps.
     most = 16 if num_experts > 256 else 32 if num_experts > 64 else 64
-    warps = 8 if num_experts > 64 or dtype.itemsize > 2 else 4
+    warps = 8 if num_experts > 128 or dtype.itemsize > 2 else 4
     return TileConfig(32, power(d_model, 16, most), 0, warps, 2)
 
 
@@ -67,7 +67,7 @@ MAX_FUSED_DW_WIDTH = 128
 
 # Multiprocessors of the largest GPU at hand (H100, H200); a constant, so that sums don't depend on
 # the device.
-_NUM_SMS = 132
+NUM_SMS = 132
 
 
 def _fused_tile(
@@ -145,7 +145,7 @@ def grouped_gemm_tile(
         rows_per_expert: on average.
         dtype: of the operands.
         gated: two products side by side.
-        activated: an activation, or a second product into the same sum.
+        activated: an activation.
         dropout: behind the activation.
 
     Returns:
@@ -171,7 +171,7 @@ GEMM_GROUP_M = 8
 GEMM_DW_GROUP_M = 4
 
 # With so many programs, four waves, a weight gradient's splits are whole experts.
-GEMM_DW_WHOLE = 4 * _NUM_SMS
+GEMM_DW_WHOLE = 4 * NUM_SMS
 
 
 @replaceable(*PRODUCT)
@@ -181,15 +181,16 @@ def grouped_gemm_dw_tile(n: int, k: int, dtype: torch.dtype, *, bias: bool) -> T
         return TileConfig(16, 16, 16, 4, 1)
     if dtype == torch.float32:
         return TileConfig(16 if bias else 32, power(n, 16, 64), power(k, 16, 64), 8, 2, 128)
-    wide = architecture() == "sm_90" and triton.cdiv(k, 256) * 256 <= 1.1 * k
-    return TileConfig(64, power(n, 16, 128), power(k, 16, 256 if wide else 128), 8, 3)
+    # Two programs of 4 warps fit a multiprocessor; with a bias they spill.
+    warps = 4 if architecture() == "sm_90" and not bias else 8
+    return TileConfig(64, power(n, 16, 128), power(k, 16, 128), warps, 3)
 
 
 def num_row_splits(num_rows: int, tile: TileConfig, column_programs: int) -> int:
     """Into how many runs of rows a weight gradient is split.
 
-    As many as fill a GPU in one wave together with the programs over columns, but at least 16 tiles
-    and 512 rows each, since the splits that share an expert write and read its gradient in float32.
+    As many as fill a GPU in one wave together with the programs over columns, but at least two
+    tiles each, since the splits that share an expert write and read its gradient in float32.
     """
-    wanted = _NUM_SMS * tile.programs_at_once() // column_programs
-    return int(max(1, min(wanted, num_rows // max(16 * tile.block_m, 512))))
+    wanted = NUM_SMS * tile.programs_at_once() // column_programs
+    return int(max(1, min(wanted, num_rows // (2 * tile.block_m))))

@@ -71,7 +71,7 @@ def _expert_ffn_fwd(
 def _outputs(call: Call, keep_hidden: bool) -> tuple[Tensor, Tensor, Tensor]:
     kept = keep_hidden and not call.fused
     shape = (call.num_rows, call.d_ff)
-    out = call.x.new_empty(call.top_k, call.batch, call.length, call.d_model)
+    out = call.x.new_empty(call.shape)
     pre = call.x.new_empty(shape if kept else (0,))
     gate_kept = kept and call.weights.gate_proj is not None
     return out, pre, call.x.new_empty(shape if gate_kept else (0,))
@@ -139,8 +139,7 @@ def _expert_ffn_bwd(
     dx, drow_weights, *dw = _gradients(call, need_dx, need_dw)
     if call.num_rows == 0 or x.numel() == 0:
         return [t.zero_() for t in (dx, drow_weights, *dw)]
-    if dy.stride(-1) != 1:
-        dy = dy.contiguous()
+    dy = call.in_sequence(dy if dy.stride(-1) == 1 else dy.contiguous())
     dweights = None
     if need_dw:
         given = iter(dw)
@@ -168,7 +167,7 @@ def _expert_ffn_bwd(
 def _gradients(call: Call, need_dx: bool, need_dw: bool) -> list[Tensor]:
     """(dx, drow_weights, then one for each weight that is there)."""
     drow_weights = call.topk_weights.new_empty(*call.topk_weights.shape, call.rows_per_slot)
-    dx = call.x.new_empty(call.x.shape if need_dx else (0,), dtype=call.dtype)
+    dx = call.x.new_empty(call.shape if need_dx else (0,), dtype=call.dtype)
     dw = [w.new_empty(w.shape) for w in call.weights if w is not None] if need_dw else []
     return [dx, drow_weights, *dw]
 

@@ -64,11 +64,12 @@ class Call:
         activation: str,
         dropout: float,
     ) -> None:
-        self.x, self.topk_weights, self.weights = x, topk_weights, weights
+        self.shape, self.segment_size = x.shape, segment_size
+        self.x, self.topk_weights, self.weights = self.in_sequence(x), topk_weights, weights
         self.sorted_to_slot, self.expert_offsets = sorted_to_slot, expert_offsets
         self.padding_mask, self.seed = padding_mask, seed
         self.activation, self.dropout = activation, dropout
-        self.top_k, self.batch, self.length, self.d_model = x.shape
+        self.top_k, self.batch, self.length, self.d_model = self.x.shape
         self.num_slots = topk_weights.shape[0] * topk_weights.shape[1]
         self.segments_per_sequence = -(-self.length // segment_size)
         self.rows_per_slot = 1 if concat else segment_size
@@ -101,8 +102,16 @@ class Call:
             layout,
         )
         self.slots = self.sequences.slots
-        self.x_rows, self.experts = rows_of(x), experts_of(weights)
+        self.x_rows, self.experts = rows_of(self.x), experts_of(weights)
         self.hidden_dropout = dropout_of(seed, dropout, self.dtype)
+
+    def in_sequence(self, x: Tensor) -> Tensor:
+        """Make one sequence of (top_k, B, T, D) where P = 1, as `find_steps` wants."""
+        if self.segment_size > 1:
+            return x
+        # Of a view that repeats one choice's rows, a copy that strides may ask for is of these.
+        once = x[:1] if x.stride(0) == 0 else x
+        return once.flatten(1, 2)[:, None].expand(x.shape[0], 1, -1, -1)
 
 
 def forward_fused(call: Call, out: Tensor) -> None:

@@ -146,7 +146,7 @@ def product(
         num_rows // max(1, num_experts),
         a.dtype,
         gated=second is not None and a2 is None,
-        activated=activation != "none" or a2 is not None,
+        activated=activation != "none",
         dropout=dropout.seed_ptr is not None,
     )
     grid = gemm_grid(num_rows, num_experts, n, tile)

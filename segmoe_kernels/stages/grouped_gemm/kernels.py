@@ -388,7 +388,7 @@ def grouped_gemm_dw_kernel(
                     dbias += tl.sum(a, 0)
             out = partials_ptr + (split + expert).to(tl.int64) * partial_size
             # From numbers that stay in registers anyway.
-            whole = (first <= before) & (before + tiles <= last)
+            whole = True if WHOLE else (first <= before) & (before + tiles <= last)
             e = (split * 0 + expert).to(tl.int64)
             mask_n = offs_n < N
             mask = mask_n[:, None] & (offs_k < K)[None, :]
