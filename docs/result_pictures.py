@@ -13,10 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-import study_report  # noqa: E402  needs the path
-from specialisation import TITLES  # noqa: E402
-from stress_series import STRESS  # noqa: E402
+sys.path.insert(0, str(ROOT))
+from examples.forecaster.stress_series import STRESS  # noqa: E402  needs the path
+from examples.studies import report  # noqa: E402
+from examples.studies.specialisation import TITLES  # noqa: E402
 
 RESULTS = ROOT / "examples" / "results"
 COLOURS = ("#33658a", "#f6ae2d", "#c8553d", "#5b8e7d", "#8e6c8a", "#86bbd8", "#2f4858", "#bc9f6b")
@@ -44,7 +44,7 @@ def relative(
     rows: Sequence[dict[str, Any]], data: str, variant: str, against: str
 ) -> tuple[float, float]:
     """Per cent of MSE over another variant's, and its spread; both have to be there."""
-    found = study_report.relative(rows, data, variant, against)
+    found = report.relative(rows, data, variant, against)
     if found is None:
         raise ValueError(
             f"rows must have {variant!r} and {against!r} on {data}, got neither or one"

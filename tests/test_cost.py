@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-cost = importlib.import_module("cost")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+cost = importlib.import_module("examples.studies.cost")
 
 
 @pytest.fixture(scope="module")

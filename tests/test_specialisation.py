@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-special = importlib.import_module("specialisation")
-data = importlib.import_module("forecaster_data")
-model = importlib.import_module("forecaster_model")
-training = importlib.import_module("forecaster_training")
-studies = importlib.import_module("studies")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+special = importlib.import_module("examples.studies.specialisation")
+data = importlib.import_module("examples.forecaster.data")
+model = importlib.import_module("examples.forecaster.model")
+training = importlib.import_module("examples.forecaster.training")
+studies = importlib.import_module("examples.studies.runs")
 
 
 def test_information_of_hand_made_choices():

@@ -16,16 +16,16 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-data = importlib.import_module("forecaster_data")
-model = importlib.import_module("forecaster_model")
-training = importlib.import_module("forecaster_training")
-studies = importlib.import_module("studies")
-study = importlib.import_module("study")
-report = importlib.import_module("study_report")
-baseline_report = importlib.import_module("baseline_report")
-closed_form = importlib.import_module("closed_form")
-stress = importlib.import_module("stress_series")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+data = importlib.import_module("examples.forecaster.data")
+model = importlib.import_module("examples.forecaster.model")
+training = importlib.import_module("examples.forecaster.training")
+studies = importlib.import_module("examples.studies.runs")
+study = importlib.import_module("examples.studies.__main__")
+report = importlib.import_module("examples.studies.report")
+baseline_report = importlib.import_module("examples.studies.baseline_report")
+closed_form = importlib.import_module("examples.studies.closed_form")
+stress = importlib.import_module("examples.forecaster.stress_series")
 
 
 class Next(nn.Module):
@@ -175,7 +175,7 @@ def test_a_run_is_repeated_by_its_command(small_study, tmp_path):
     path = tmp_path / "baselines" / "multiscale_segment_s0.json"
     record = json.loads(path.read_text())
     path.unlink()
-    assert record["command"].startswith("python examples/study.py baselines --only ")
+    assert record["command"].startswith("python -m examples.studies baselines --only ")
     only = re.search(r"--only '?([^' ]+)'?$", record["command"])[1]
     assert study.main([*small_study, "--only", only]) == 0
     again = json.loads(path.read_text())

@@ -8,14 +8,21 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from forecaster_data import Score, Windows
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from examples.forecaster.data import Score, Series, Windows
+from examples.forecaster.model import (
+    Forecaster,
+    ForecasterConfig,
+    active_flops_per_token,
+    count_parameters,
+)
 
 CHECKPOINT_VERSION = 2
 
@@ -343,3 +350,97 @@ def warmup_cosine(num_steps: int, warmup: float = 0.1) -> Callable[[int], float]
         return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
     return factor
+
+
+def make_windows(
+    series: Series,
+    config: ForecasterConfig,
+    dtype: torch.dtype,
+    strides: tuple[int, int, int] = (1, 1, 1),
+) -> dict[str, Windows]:
+    """Windows of the three splits."""
+    return {
+        split: Windows(series, split, config.look_back, config.horizon, dtype, stride)
+        for split, stride in zip(("train", "val", "test"), strides, strict=True)
+    }
+
+
+def train_one(
+    series: Series,
+    config: ForecasterConfig,
+    options: TrainOptions,
+    out: Path,
+    *,
+    horizons: Sequence[int] = (),
+    resume: bool = False,
+    quiet: bool = False,
+) -> tuple[Forecaster, dict[str, Any]]:
+    """Train one model and score it once on the test windows.
+
+    Args:
+        series: scaled.
+        config: of the model.
+        options: of the training.
+        out: folder of the checkpoint.
+        horizons: score the test windows of these, too, by rolling the forecast out.
+        resume: go on from the checkpoint if there is one.
+        quiet: show no progress.
+
+    Returns:
+        The model of the best validation epoch, and its record for the result file.
+    """
+    strides = (1, options.val_stride, options.test_stride)
+    windows = make_windows(series, config, torch.float32, strides)
+    torch.manual_seed(options.seed)
+    model = Forecaster(config).to(options.device)
+    checkpoint = out / "checkpoint.pt"
+    identity = {"data": series.name, "config": dataclasses.asdict(config)}
+    trainer = Trainer(model, windows["train"], windows["val"], options, checkpoint, identity)
+    if resume and checkpoint.is_file():
+        trainer.restore(checkpoint)
+        print(f"{config.ffn}: going on after epoch {len(trainer.history)}")
+    trainer.fit(progress=not quiet)
+    scores = score_horizons(model, series, {config.horizon, *horizons}, options)
+    test = scores[config.horizon]
+    best = trainer.history[trainer.best_epoch]
+    record = {
+        "model": config.ffn,
+        "parameters": count_parameters(model),
+        "active_flops_per_token": active_flops_per_token(config),
+        "step_ms": trainer.step_ms,
+        "val_mse": best["val_mse"],
+        "test_mse": test["mse"],
+        "test_mae": test["mae"],
+        "seconds": sum(epoch["epoch_s"] for epoch in trainer.history),
+        "best_epoch": trainer.best_epoch,
+        "train_windows": len(windows["train"]),
+        "validation": {
+            "mse": best["val_mse"],
+            "mae": best["val_mae"],
+            "windows": len(windows["val"]),
+        },
+        "test": test,
+        "horizons": {str(horizon): scores[horizon] for horizon in horizons},
+        "config": dataclasses.asdict(config),
+        "options": dataclasses.asdict(options),
+        "history": trainer.history,
+    }
+    return model, record
+
+
+def score_horizons(
+    model: Forecaster, series: Series, horizons: Iterable[int], options: TrainOptions
+) -> dict[int, dict[str, float]]:
+    """Test scores by horizon, each of all of its windows; every window is rolled out once."""
+    look_back, stride = model.config.look_back, options.test_stride
+    splits = {h: Windows(series, "test", look_back, h, stride=stride) for h in horizons}
+    scores = evaluate_horizons(model, splits, options.device)
+    return {
+        horizon: {
+            "mse": score.mse,
+            "mae": score.mae,
+            "windows": len(splits[horizon]),
+            "values": score.count,
+        }
+        for horizon, score in scores.items()
+    }

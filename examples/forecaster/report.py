@@ -14,12 +14,12 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from forecaster_data import Score, Windows
-from forecaster_model import Forecaster
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import segmoe_kernels
+from examples.forecaster.data import Score, Windows
+from examples.forecaster.model import Forecaster
 
 _COLUMNS = (
     ("model", "model", ""),

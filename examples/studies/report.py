@@ -9,12 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from baseline_report import Others, add_means, costs, mean_rows, other_models, verdict
-from forecaster_data import load_series
-from forecaster_model import ForecasterConfig
-from forecaster_report import write_csv
 from matplotlib.figure import Figure
 
+from examples.forecaster.data import load_series
+from examples.forecaster.model import ForecasterConfig
+from examples.forecaster.report import write_csv
+from examples.studies.baseline_report import (
+    Others,
+    add_means,
+    costs,
+    mean_rows,
+    other_models,
+    verdict,
+)
 from segmoe_kernels.series.advise import advise
 
 Record = Mapping[str, Any]
@@ -233,7 +240,7 @@ def write_report(study: str, folder: Path, data_dir: Path | None = None) -> None
         "",
         f"{len(records)} runs, seeds {', '.join(map(str, seeds))}; mean ± standard deviation over "
         "seeds of the test MSE on scaled values. Written by",
-        f"`python examples/study.py {study} {flags}` from the files in `{folder.name}/`, each of "
+        f"`python -m examples.studies {study} {flags}` from the files in `{folder.name}/`, each of "
         "which has its command, settings and versions.",
         "",
     ]

@@ -1,6 +1,6 @@
 """Score what needs no training, beside the studies: the last value repeated, and a linear map.
 
-    python examples/closed_form.py
+    python -m examples.studies.closed_form
 
 The linear map is NLinear fitted in closed form (`fit_linear`), for each horizon on every train
 window, with the look-back of the models; scores are of the test windows that the models are scored
@@ -17,12 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forecaster_data import Series, Windows, fit_linear, load_series, score_linear, score_repeat
-from forecaster_report import versions, write_json
-from forecaster_sources import DataUnavailableError
-from studies import DATA, HORIZONS, base
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from examples.forecaster.data import (
+    Series,
+    Windows,
+    fit_linear,
+    load_series,
+    score_linear,
+    score_repeat,
+)
+from examples.forecaster.report import versions, write_json
+from examples.forecaster.sources import DataUnavailableError
+from examples.studies.runs import DATA, HORIZONS, base
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def rows_of(series: Series, look_back: int, horizon: int, stride: int) -> list[dict[str, Any]]:
@@ -68,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DataUnavailableError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    command = shlex.join(["python", "examples/closed_form.py", *argv])
+    command = shlex.join(["python", "-m", "examples.studies.closed_form", *argv])
     name = "closed_form.json" if options.scale == "small" else "closed_form_full.json"
     write_json(options.results / name, {"command": command, "versions": versions(), "rows": rows})
     return 0

@@ -1,7 +1,7 @@
 """What a model costs in the official configurations: memory for backward, time, FLOPs.
 
-    python examples/cost.py
-    TRITON_INTERPRET=1 python examples/cost.py --backend triton --only memory
+    python -m examples.studies.cost
+    TRITON_INTERPRET=1 python -m examples.studies.cost --backend triton --only memory
 
 Compares dense FFNs, token-wise and segment-wise experts, and the loop over experts of the official
 code, in the same model on the same batch. On a CPU memory is what autograd keeps after forward,
@@ -24,16 +24,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from forecaster_model import Forecaster, ForecasterConfig, active_flops_per_token, count_parameters
-from forecaster_report import versions, write_csv, write_json
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from benchmarks.official_loop import OfficialLoop  # noqa: E402  needs the path
+from benchmarks.official_loop import OfficialLoop
+from examples.forecaster.model import (
+    Forecaster,
+    ForecasterConfig,
+    active_flops_per_token,
+    count_parameters,
+)
+from examples.forecaster.report import versions, write_csv, write_json
 
-RESULTS = ROOT / "examples" / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 # Source: model/Config.py and scripts of evortigosa/segmoe_forecast; tiny has no published schedule
 # and takes small's.
 CONFIGS = {
@@ -215,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = "cost" if options.backend == "auto" else f"cost_{options.backend}"
     name += "" if options.device == "cpu" else f"_{options.device}"
     content = {
-        "command": shlex.join(["python", "examples/cost.py", *argv]),
+        "command": shlex.join(["python", "-m", "examples.studies.cost", *argv]),
         "versions": versions(),
         "windows": options.windows,
         "channels": options.channels,

@@ -1,6 +1,6 @@
 """Which expert takes what: hours of the day, levels, volatility, channels, regimes.
 
-    python examples/specialisation.py --data ETTh1
+    python -m examples.studies.specialisation --data ETTh1
 
 Trains one segment-wise model as the studies do, follows the load of its experts over training, then
 routes test windows and asks what an expert tells about its segments: the share of the uncertainty
@@ -23,19 +23,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from forecaster_data import Series, Windows, load_series, multiscale_regimes
-from forecaster_model import Forecaster
-from forecaster_report import versions, write_json
-from forecaster_sources import DataUnavailableError
-from forecaster_training import DivergedError, Trainer
 from matplotlib.figure import Figure
-from studies import BUDGETS, base
 
+from examples.forecaster.data import Series, Windows, load_series, multiscale_regimes
+from examples.forecaster.model import Forecaster
+from examples.forecaster.report import versions, write_json
+from examples.forecaster.sources import DataUnavailableError
+from examples.forecaster.training import DivergedError, Trainer
+from examples.studies.runs import BUDGETS, base
 from segmoe_kernels import collect_routing_stats
 from segmoe_kernels.stats.collector import RoutingCollector
 from segmoe_kernels.stats.plots import plot_expert_load
 
-RESULTS = Path(__file__).resolve().parent / "results" / "specialisation"
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "specialisation"
 DAY = {"ETTh1": 24, "ETTh2": 24, "ETTm1": 96, "ETTm2": 96, "Weather": 144, "multiscale": 24}
 BINS = 8
 IntArray = npt.NDArray[np.int64]
@@ -258,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--threads", type=int, default=2, help="CPU threads")
     add("--quiet", action="store_true", help="no progress bars and epoch lines")
     try:
-        command = shlex.join(["python", "examples/specialisation.py", *argv])
+        command = shlex.join(["python", "-m", "examples.studies.specialisation", *argv])
         run(parser.parse_args(argv), command)
     except (DataUnavailableError, DivergedError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

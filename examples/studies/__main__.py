@@ -1,8 +1,8 @@
 """Run a study, one model after the other, and write its table and plots.
 
-    python examples/study.py baselines
-    python examples/study.py baselines --only ETTh1_segment
-    python examples/study.py ablations --report
+    python -m examples.studies baselines
+    python -m examples.studies baselines --only ETTh1_segment
+    python -m examples.studies ablations --report
 
 Runs that have a result under ``examples/results/<study>/`` are left out, and one that was
 interrupted goes on from its last epoch: the same command finishes what it began. Sizes are for two
@@ -20,15 +20,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from forecaster_data import load_series
-from forecaster_report import versions, write_json
-from forecaster_sources import DataUnavailableError, find_or_download
-from forecaster_training import DivergedError
-from studies import IF_PRESENT, REDUCED, REDUCED_FURTHER, STUDIES, Run
-from study_report import write_report
-from train_forecaster import train_one
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from examples.forecaster.data import load_series
+from examples.forecaster.report import versions, write_json
+from examples.forecaster.sources import DataUnavailableError, find_or_download
+from examples.forecaster.training import DivergedError, train_one
+from examples.studies.report import write_report
+from examples.studies.runs import IF_PRESENT, REDUCED, REDUCED_FURTHER, STUDIES, Run
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -65,7 +65,14 @@ def run_one(run: Run, path: Path, options: argparse.Namespace) -> None:
         resume=True,
         quiet=options.quiet,
     )
-    command = ["python", "examples/study.py", options.study, "--only", f"^{re.escape(run.name)}$"]
+    command = [
+        "python",
+        "-m",
+        "examples.studies",
+        options.study,
+        "--only",
+        f"^{re.escape(run.name)}$",
+    ]
     if options.scale != "small":
         command += ["--scale", options.scale, "--device", options.device]
     reduced = REDUCED if options.study == "baselines" else REDUCED_FURTHER

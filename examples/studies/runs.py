@@ -11,9 +11,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 
-from forecaster_model import ForecasterConfig
-from forecaster_training import TrainOptions
-from stress_series import STRESS
+from examples.forecaster.model import ForecasterConfig
+from examples.forecaster.stress_series import STRESS
+from examples.forecaster.training import TrainOptions
 
 HORIZONS = (96, 192, 336, 720)
 SEEDS = (0, 1, 2)

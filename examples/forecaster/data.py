@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from forecaster_sources import DATASETS, check_shape, find_or_download, read_values
-from stress_series import STRESS
 from torch import Tensor
 
+from examples.forecaster.sources import DATASETS, check_shape, find_or_download, read_values
+from examples.forecaster.stress_series import STRESS
 from segmoe_kernels.series import constant_channels
 
 FloatArray = npt.NDArray[np.float64]

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cost import kept
-from forecaster_model import Forecaster, ForecasterConfig
-from studies import HORIZONS
+
+from examples.forecaster.model import Forecaster, ForecasterConfig
+from examples.studies.cost import kept
+from examples.studies.runs import HORIZONS
 
 PUBLISHED = Path(__file__).resolve().parent / "published.csv"
 Row = Mapping[str, Any]
