@@ -4,7 +4,7 @@
     python -m examples.studies baselines --only ETTh1_segment
     python -m examples.studies ablations --report
 
-Runs that have a result under ``examples/results/<study>/`` are left out, and one that was
+Runs that have a row in ``examples/results/<study>/runs.csv`` are left out, and one that was
 interrupted goes on from its last epoch: the same command finishes what it began. Sizes are for two
 CPU cores; ``--scale full --device cuda`` has the official ones.
 """
@@ -12,21 +12,22 @@ CPU cores; ``--scale full --device cuda`` has the official ones.
 from __future__ import annotations
 
 import argparse
+import csv
 import re
-import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from examples.forecaster.data import load_series
-from examples.forecaster.report import versions, write_json
+from examples.forecaster.report import versions
 from examples.forecaster.sources import DataUnavailableError, find_or_download
 from examples.forecaster.training import DivergedError, train_one
-from examples.studies.report import write_report
-from examples.studies.runs import IF_PRESENT, REDUCED, REDUCED_FURTHER, STUDIES, Run
+from examples.studies.report import read_runs, write_report
+from examples.studies.runs import IF_PRESENT, STUDIES, Run
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -53,7 +54,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run_one(run: Run, path: Path, options: argparse.Namespace) -> None:
-    """Train and score one model; its result file appears when all is done."""
+    """Train and score one model; its row is added to the file when all is done."""
     series = load_series(run.data, options.data_dir)
     checkpoints = Path("runs") / options.study / options.scale / run.name
     _, record = train_one(
@@ -65,32 +66,46 @@ def run_one(run: Run, path: Path, options: argparse.Namespace) -> None:
         resume=True,
         quiet=options.quiet,
     )
-    command = [
-        "python",
-        "-m",
-        "examples.studies",
-        options.study,
-        "--only",
-        f"^{re.escape(run.name)}$",
-    ]
-    if options.scale != "small":
-        command += ["--scale", options.scale, "--device", options.device]
-    reduced = REDUCED if options.study == "baselines" else REDUCED_FURTHER
-    if options.scale == "full":
-        reduced = ""
-    write_json(
-        path,
-        {
-            "command": shlex.join(command),
-            "versions": versions(),
-            "threads": options.threads,
-            "data": run.data,
-            "variant": run.variant,
-            "reduced": reduced,
-            **record,
-        },
-    )
+    add_row(path, {**row_of(run, record), "threads": options.threads, **versions()})
     (checkpoints / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def row_of(run: Run, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores by horizon, costs and settings of a run, on one level."""
+    scores = {"val": record["validation"], **record["horizons"]}
+    costs = ("parameters", "active_flops_per_token", "step_ms", "seconds", "best_epoch")
+    return {
+        "data": run.data,
+        "variant": run.variant,
+        "seed": run.options.seed,
+        **{
+            f"{error}_{horizon}": score[error]
+            for horizon, score in scores.items()
+            for error in ("mse", "mae", "windows")
+        },
+        **{name: record[name] for name in costs},
+        **record["config"],
+        **record["options"],
+    }
+
+
+def add_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Append a row under a file's columns; both come about where the file is not there yet.
+
+    Raises:
+        ValueError: if the file has other columns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8", newline="") as stream:
+        stream.seek(0)
+        columns = next(csv.reader(stream), None)
+        writer = csv.DictWriter(stream, [*row])
+        if columns is None:
+            writer.writeheader()
+        elif columns != [*row]:
+            differ = ", ".join(sorted({*columns} ^ {*row})) or "another order"
+            raise ValueError(f"{path} must have the columns of this version, got {differ}")
+        writer.writerow(row)
 
 
 def absent(runs: Sequence[Run], data_dir: Path | None) -> set[str]:
@@ -122,13 +137,13 @@ def run_all(options: argparse.Namespace, folder: Path) -> None:
     missing = absent(wanted, options.data_dir)
     wanted = [run for run in wanted if run.data not in missing]
     for number, run in enumerate(wanted, 1):
-        path = folder / f"{run.name}.json"
-        if path.is_file():
+        finished = {(row["data"], row["variant"], row["seed"]) for row in read_runs(folder)}
+        if (run.data, run.variant, run.options.seed) in finished:
             continue
         start = time.monotonic()
         print(f"[{number}/{len(wanted)}] {run.name}", end="", flush=True)
         print("" if not options.quiet else " ...", end="" if options.quiet else "\n", flush=True)
-        run_one(run, path, options)
+        run_one(run, folder / "runs.csv", options)
         print(f" {time.monotonic() - start:.0f} s", flush=True)
 
 
@@ -141,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not options.report:
             run_all(options, folder)
-        write_report(options.study, folder, options.data_dir)
+        write_report(options.study, folder, options.data_dir, options.scale)
     except (DataUnavailableError, DivergedError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

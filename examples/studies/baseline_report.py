@@ -1,15 +1,15 @@
 """What the report of the baselines has beyond its table: other models, averages, costs, a verdict.
 
-Rows of `closed_form.py` stand beside the models where their file is there. Published figures are
+Rows of `closed_form` stand beside the models where their file is there. Published figures are
 those of ``published.csv``, of the same look-back; they come from models many times as large,
 trained on all windows, and from all test windows but those of an incomplete last batch.
 """
 
 from __future__ import annotations
 
-import csv
-import json
+import dataclasses
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from examples.forecaster.model import Forecaster, ForecasterConfig
+from examples.forecaster.report import read_csv
 from examples.studies.cost import kept
 from examples.studies.runs import HORIZONS
 
@@ -31,23 +32,26 @@ def other_models(folder: Path, look_back: int, horizons: Sequence[int]) -> Other
     """MSE of models that the study does not train.
 
     Args:
-        folder: of the study's results; ``closed_form.json`` lies beside it.
+        folder: of the study's results; ``closed_form.csv`` lies beside it.
         look_back: that published figures must have.
         horizons: of the study; published means are of all four.
     """
     found: Others = {}
-    path = folder.with_name(folder.name.replace("baselines", "closed_form") + ".json")
+    path = folder.with_name(folder.name.replace("baselines", "closed_form") + ".csv")
     if path.is_file():
-        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        for row in read_csv(path):
             found.setdefault(row["model"], {})[row["data"], row["horizon"]] = row["mse"]
-    with PUBLISHED.open(encoding="utf-8", newline="") as stream:
-        for row in csv.DictReader(stream):
-            horizon: int | str = "mean" if row["horizon"] == "mean" else int(row["horizon"])
-            known = {*horizons, "mean"} if tuple(horizons) == HORIZONS else {*horizons}
-            if int(row["look_back"]) == look_back and horizon in known:
-                name = f"{row['model']}, published"
-                found.setdefault(name, {})[row["data"], horizon] = float(row["mse"])
+    known = {*horizons, "mean"} if tuple(horizons) == HORIZONS else {*horizons}
+    for row in read_csv(PUBLISHED):
+        if row["look_back"] == look_back and row["horizon"] in known:
+            name = f"{row['model']}, published"
+            found.setdefault(name, {})[row["data"], row["horizon"]] = row["mse"]
     return found
+
+
+def horizons_of(run: Row) -> list[int]:
+    """Horizons that a run is scored at, by its columns."""
+    return [int(key[4:]) for key in run if re.fullmatch(r"mse_\d+", key)]
 
 
 def add_means(others: Others, horizons: Sequence[int]) -> None:
@@ -63,7 +67,7 @@ def mean_rows(records: Sequence[Row]) -> list[dict[str, Any]]:
     """A row for each data set and variant: mean over the horizons, and its spread over seeds."""
     groups: dict[tuple[str, str], list[float]] = {}
     for record in records:
-        mse = statistics.mean(score["mse"] for score in record["horizons"].values())
+        mse = statistics.mean(record[f"mse_{horizon}"] for horizon in horizons_of(record))
         groups.setdefault((record["data"], record["variant"]), []).append(mse)
     rows = []
     for (data, variant), values in groups.items():
@@ -130,9 +134,8 @@ def costs(records: Sequence[Row], variants: Sequence[str]) -> list[str]:
     ]
     for variant in variants:
         runs = [record for record in records if record["variant"] == variant]
-        config = ForecasterConfig(
-            **{**runs[0]["config"], "segment_sizes": tuple(runs[0]["config"]["segment_sizes"])}
-        )
+        settings = (field.name for field in dataclasses.fields(ForecasterConfig))
+        config = ForecasterConfig(**{name: runs[0][name] for name in settings})
         model = Forecaster(config)
         past = torch.randn(1, 7, config.look_back)
         size, _ = kept([model], lambda model=model, past=past: model(past))

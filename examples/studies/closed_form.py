@@ -4,13 +4,12 @@
 
 The linear map is NLinear fitted in closed form (`fit_linear`), for each horizon on every train
 window, with the look-back of the models; scores are of the test windows that the models are scored
-on. Writes ``examples/results/closed_form.json``, which the report of the baselines shows.
+on. Writes ``examples/results/closed_form.csv``, which the report of the baselines shows.
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from examples.forecaster.data import (
     score_linear,
     score_repeat,
 )
-from examples.forecaster.report import versions, write_json
+from examples.forecaster.report import versions, write_csv
 from examples.forecaster.sources import DataUnavailableError
 from examples.studies.runs import DATA, HORIZONS, base
 
@@ -46,6 +45,8 @@ def rows_of(series: Series, look_back: int, horizon: int, stride: int) -> list[d
             "mse": score.mse,
             "mae": score.mae,
             "windows": len(test),
+            "look_back": look_back,
+            "test_stride": stride,
         }
         for name, score in scores.items()
     ]
@@ -53,7 +54,6 @@ def rows_of(series: Series, look_back: int, horizon: int, stride: int) -> list[d
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--data", nargs="+", choices=DATA, default=list(DATA))
@@ -76,9 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DataUnavailableError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    command = shlex.join(["python", "-m", "examples.studies.closed_form", *argv])
-    name = "closed_form.json" if options.scale == "small" else "closed_form_full.json"
-    write_json(options.results / name, {"command": command, "versions": versions(), "rows": rows})
+    name = "closed_form.csv" if options.scale == "small" else "closed_form_full.csv"
+    write_csv(options.results / name, [{**row, **versions()} for row in rows])
     return 0
 
 

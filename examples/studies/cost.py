@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shlex
 import statistics
 import sys
 import time
@@ -34,7 +33,7 @@ from examples.forecaster.model import (
     active_flops_per_token,
     count_parameters,
 )
-from examples.forecaster.report import versions, write_csv, write_json
+from examples.forecaster.report import versions, write_csv
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 # Source: model/Config.py and scripts of evortigosa/segmoe_forecast; tiny has no published schedule
@@ -200,7 +199,6 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
-    argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--configs", nargs="+", choices=tuple(CONFIGS), default=tuple(CONFIGS))
@@ -214,18 +212,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--results", type=Path, default=RESULTS, help="folder for results")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    rows = list(measure(options))
+    given = ("windows", "channels", "device", "threads")
+    settings = {name: getattr(options, name) for name in given} | versions()
+    rows = [row | settings for row in measure(options)]
     name = "cost" if options.backend == "auto" else f"cost_{options.backend}"
     name += "" if options.device == "cpu" else f"_{options.device}"
-    content = {
-        "command": shlex.join(["python", "-m", "examples.studies.cost", *argv]),
-        "versions": versions(),
-        "windows": options.windows,
-        "channels": options.channels,
-        "threads": options.threads,
-        "rows": rows,
-    }
-    write_json(options.results / f"{name}.json", content)
     write_csv(options.results / f"{name}.csv", rows)
     plot(rows, options.results / f"{name}.png")
     return 0

@@ -1,8 +1,7 @@
-"""Tables and plots of a study, from the result files of its runs alone."""
+"""Tables and plots of a study, from the file of its runs alone."""
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,24 +12,27 @@ from matplotlib.figure import Figure
 
 from examples.forecaster.data import load_series
 from examples.forecaster.model import ForecasterConfig
-from examples.forecaster.report import write_csv
+from examples.forecaster.report import read_csv, write_csv
 from examples.studies.baseline_report import (
     Others,
     add_means,
     costs,
+    horizons_of,
     mean_rows,
     other_models,
     verdict,
 )
+from examples.studies.runs import REDUCED, REDUCED_FURTHER
 from segmoe_kernels.series.advise import advise
 
 Record = Mapping[str, Any]
 
 
-def read_results(folder: Path) -> list[Record]:
-    """Every result file of a folder, in the order of data, variant and seed."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*_s*.json")]
-    return sorted(records, key=lambda r: (r["data"], r["variant"], r["options"]["seed"]))
+def read_runs(folder: Path) -> list[Record]:
+    """Every run of a study, in the order of data, variant and seed."""
+    path = folder / "runs.csv"
+    rows = read_csv(path) if path.is_file() else []
+    return sorted(rows, key=lambda row: (row["data"], row["variant"], row["seed"]))
 
 
 def summarise(records: Iterable[Record]) -> list[dict[str, Any]]:
@@ -40,21 +42,20 @@ def summarise(records: Iterable[Record]) -> list[dict[str, Any]]:
     """
     groups: dict[tuple[str, int, str], list[Record]] = {}
     for record in records:
-        for horizon in record["horizons"]:
-            key = (record["data"], int(horizon), record["variant"])
+        for horizon in horizons_of(record):
+            key = (record["data"], horizon, record["variant"])
             groups.setdefault(key, []).append(record)
     rows = []
     for (data, horizon, variant), runs in sorted(groups.items()):
-        scores = [run["horizons"][str(horizon)] for run in runs]
         row: dict[str, Any] = {"data": data, "horizon": horizon, "variant": variant}
         for error in ("mse", "mae"):
-            values = [score[error] for score in scores]
+            values = [run[f"{error}_{horizon}"] for run in runs]
             row[error] = statistics.mean(values)
             if len(values) > 1:
                 row[f"{error}_spread"] = statistics.stdev(values)
         row |= {
             "seeds": len(runs),
-            "windows": scores[0]["windows"],
+            "windows": runs[0][f"windows_{horizon}"],
             "parameters": runs[0]["parameters"],
             "active_flops_per_token": runs[0]["active_flops_per_token"],
         }
@@ -219,29 +220,32 @@ def describe_advice(judged: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*head, *lines, "", total]
 
 
-def write_report(study: str, folder: Path, data_dir: Path | None = None) -> None:
+def write_report(
+    study: str, folder: Path, data_dir: Path | None = None, scale: str = "small"
+) -> None:
     """Write ``<study>.md``, ``.csv`` and ``.png`` beside the folder of results.
 
     Raises:
         ValueError: if the folder has no result.
     """
-    records = read_results(folder)
+    records = read_runs(folder)
     if not records:
         raise ValueError(f"{folder} has no result yet: run the study first")
     rows = summarise(records)
     first = ["default", "P=4"] if study in {"ablations", "sizes"} else ["dense", "token", "segment"]
     variants = ordered((row["variant"] for row in rows), first)
     against = variants[0]
-    seeds = sorted({record["options"]["seed"] for record in records})
-    reduced = records[0]["reduced"]
-    flags = "--report" if reduced else "--scale full --report"
+    seeds = sorted({record["seed"] for record in records})
+    reduced, flags = REDUCED if study == "baselines" else REDUCED_FURTHER, "--report"
+    if scale == "full":
+        reduced, flags = "", "--scale full --report"
     lines = [
         f"# {study.capitalize()}",
         "",
         f"{len(records)} runs, seeds {', '.join(map(str, seeds))}; mean ± standard deviation over "
         "seeds of the test MSE on scaled values. Written by",
-        f"`python -m examples.studies {study} {flags}` from the files in `{folder.name}/`, each of "
-        "which has its command, settings and versions.",
+        f"`python -m examples.studies {study} {flags}` from `{folder.name}/runs.csv`, a row a run: "
+        "settings, seed, versions, scores.",
         "",
     ]
     lines += [reduced, ""] if reduced else []
@@ -251,7 +255,7 @@ def write_report(study: str, folder: Path, data_dir: Path | None = None) -> None
         lines += transposed(rows, variants)
     default = [record for record in records if record["variant"] == "default"]
     if default:
-        sizes = ", ".join(map(str, default[0]["config"]["segment_sizes"]))
+        sizes = ", ".join(map(str, default[0]["segment_sizes"]))
         lines += ["", f"`default`: segments of {sizes} patches, from the first layer to the last."]
     if study in {"ablations", "sizes"}:
         judged = judge_advice(rows, data_dir)
@@ -269,8 +273,8 @@ def describe_baselines(
     records: Sequence[Record], rows: Sequence[Mapping[str, Any]], variants: list[str], folder: Path
 ) -> list[str]:
     """Lines of the tables by horizon, of the means over horizons, of costs, and the verdict."""
-    horizons = sorted({int(h) for record in records for h in record["horizons"]})
-    others = other_models(folder, records[0]["config"]["look_back"], horizons)
+    horizons = sorted({h for record in records for h in horizons_of(record)})
+    others = other_models(folder, records[0]["look_back"], horizons)
     single = {k: v for k, v in others.items() if any(horizon != "mean" for _, horizon in v)}
     lines = [*markdown(rows, variants, single), "", *verdict(rows, others)]
     add_means(others, horizons)

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from matplotlib.figure import Figure
 
 from examples.forecaster.data import Series, Windows, load_series, multiscale_regimes
 from examples.forecaster.model import Forecaster
-from examples.forecaster.report import versions, write_json
+from examples.forecaster.report import read_csv, versions, write_csv
 from examples.forecaster.sources import DataUnavailableError
 from examples.forecaster.training import DivergedError, Trainer
 from examples.studies.runs import BUDGETS, base
@@ -154,12 +153,43 @@ def summarise(segments: Segments, layer: int, size: int, num_experts: int) -> di
         # What two segments drawn at random would give.
         "switch_rate_of_chance": float(1 - (load**2).sum()),
     }
-    row["told"], row["told_shuffled"], row["shares"] = {}, {}, {}
+    row["told"], row["shuffled"], row["shares"] = {}, {}, {}
     for name, quantity in segments.quantities.items():
         row["told"][name] = information(segments.expert, quantity)
-        row["told_shuffled"][name] = information(shuffled, quantity)
+        row["shuffled"][name] = information(shuffled, quantity)
         row["shares"][name] = share_table(segments.expert, quantity, num_experts).tolist()
     return row
+
+
+def number(name: str, values: Iterable[float]) -> dict[str, float]:
+    """Columns of a list."""
+    return {f"{name}_{place}": value for place, value in enumerate(values)}
+
+
+def flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns of a layer's row, but for the shares, which are a table of their own."""
+    columns = {key: value for key, value in row.items() if not isinstance(value, (list, dict))}
+    columns |= number("load", row["load"])
+    for key in ("told", "shuffled"):
+        columns |= {f"{key}_{name}": value for name, value in row[key].items()}
+    return columns
+
+
+def over_layers(layers: Mapping[int, Mapping[str, Any]]) -> dict[str, float]:
+    """Columns of what the collector holds of a stretch of training."""
+    columns: dict[str, float] = {}
+    for layer, of_layer in enumerate(layers.values()):
+        columns[f"switch_rate_{layer}"] = of_layer["switch_rate"]
+        columns |= number(f"load_{layer}", of_layer["hard_fraction"].tolist())
+    return columns
+
+
+def replace_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Put rows in the place of those of the same data and seed."""
+    new = {(row["data"], row["seed"]) for row in rows}
+    held = read_csv(path) if path.is_file() else []
+    kept = [row for row in held if (row["data"], row["seed"]) not in new]
+    write_csv(path, sorted([*kept, *rows], key=lambda row: (row["data"], row["seed"])))
 
 
 def plot_shares(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -194,7 +224,7 @@ def follow(stats: RoutingCollector, steps_per_epoch: int) -> Callable[[], None]:
     return after_step
 
 
-def run(options: argparse.Namespace, command: str) -> None:
+def run(options: argparse.Namespace) -> None:
     """Train, look, write."""
     torch.set_num_threads(options.threads)
     series = load_series(options.data, options.data_dir)
@@ -221,24 +251,30 @@ def run(options: argparse.Namespace, command: str) -> None:
         for layer, segments in enumerate(found)
     ]
     out = options.results or RESULTS
+    about = {"data": series.name, "seed": options.seed}
+    settings = {"day": day, "stride": options.stride, "threads": options.threads} | versions()
+    replace_rows(out / "layers.csv", [about | flat(row) | settings for row in rows])
+    shares = [
+        about | {"layer": row["layer"], "quantity": name, "expert": expert} | number("bin", line)
+        for row in rows
+        for name, table in row["shares"].items()
+        for expert, line in enumerate(table)
+    ]
+    replace_rows(out / "shares.csv", shares)
+    replace_rows(
+        out / "training.csv",
+        [
+            about | {"entry": entry} | over_layers(layers["layers"])
+            for entry, layers in enumerate(stats.step_history)
+        ],
+    )
     name = f"{series.name}_s{options.seed}"
-    content = {"command": command, "versions": versions(), "data": series.name, "layers": rows}
-    loads = [
-        [entry["layers"][i]["hard_fraction"].tolist() for i in entry["layers"]]
-        for entry in stats.step_history
-    ]
-    switches = [
-        [entry["layers"][i]["switch_rate"] for i in entry["layers"]] for entry in stats.step_history
-    ]
-    content |= {"load_over_training": loads, "switch_rate_over_training": switches}
-    write_json(out / f"{name}.json", content)
     plot_shares(rows, out / f"{name}_shares.png")
     plot_expert_load(stats.step_history).savefig(out / f"{name}_load.png", dpi=130)
     print(f"{series.name}: share of the entropy that the expert takes away (shuffled experts)")
     for row in rows:
         cells = [
-            f"{name} {told:.3f} ({row['told_shuffled'][name]:.3f})"
-            for name, told in row["told"].items()
+            f"{name} {told:.3f} ({row['shuffled'][name]:.3f})" for name, told in row["told"].items()
         ]
         rate = f"switches {row['switch_rate']:.2f} (chance {row['switch_rate_of_chance']:.2f})"
         print(f"layer {row['layer']}, P={row['segment_size']}: {', '.join(cells)}, {rate}")
@@ -246,7 +282,6 @@ def run(options: argparse.Namespace, command: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--data", default="ETTh1", choices=sorted(BUDGETS))
@@ -258,8 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--threads", type=int, default=2, help="CPU threads")
     add("--quiet", action="store_true", help="no progress bars and epoch lines")
     try:
-        command = shlex.join(["python", "-m", "examples.studies.specialisation", *argv])
-        run(parser.parse_args(argv), command)
+        run(parser.parse_args(argv))
     except (DataUnavailableError, DivergedError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
