@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Test processes: one for each core of a small machine.
 JOBS ?= 2
 
-.PHONY: demo test slow fuzz accuracy mutants matrix ptx ttsem sanitize lint docs bench gpu clean
+.PHONY: demo quick test slow fuzz accuracy mutants matrix ptx ttsem sanitize lint docs bench gpu clean
 
 $(READY): setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -15,6 +15,20 @@ $(READY): setup.py
 
 demo: $(READY)  ## dense, token-wise and segment-wise forecasters on one series
 	$(RUN) examples/train_forecaster.py --demo
+
+# Each stage's kernels against the reference in float64, beside the tests of the reference itself.
+QUICK := $(addprefix tests/test_,layering.py reference.py reference_edges.py layer.py validation.py \
+	route.py::test_route_equals_reference_in_float64 \
+	route.py::test_route_gives_ties_to_the_lowest_expert \
+	permute.py::test_permute_at_block_boundaries \
+	experts.py::test_expert_ffn_equals_reference_in_float64 \
+	grouped_gemm.py::test_grouped_gemm_equals_reference_in_float64 \
+	combine.py::test_combine_equals_reference_in_float64 \
+	shared.py::test_shared_combine_equals_reference_in_float64 \
+	triton_layer.py::test_layer_equals_reference_in_float64)
+
+quick: $(READY)  ## tests of a minute or two: is all well with this change?
+	$(RUN) -m pytest -q -m "not slow" -n $(JOBS) --dist worksteal $(QUICK)
 
 test: $(READY)  ## the tests that need no GPU
 	$(RUN) -m pytest -q -m "not slow" -n $(JOBS) --dist worksteal
@@ -45,10 +59,8 @@ ttsem: $(READY)  ## the same layers as Triton's IR, by a library from PyPI; writ
 		--upgrade --target build/ttsem ttsem==0.1
 	PYTHONPATH=build/ttsem $(RUN) tests/ttsem_layers.py
 
-lint: $(READY)  ## style and types
-	$(RUN) -m ruff check .
-	$(RUN) -m ruff format --check .
-	$(RUN) -m mypy
+lint: $(READY)  ## style, types and all other rules of .pre-commit-config.yaml
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) -m pre_commit run --all-files --show-diff-on-failure
 
 docs: $(READY)  ## pages and API reference; begin at build/docs/index.html
 	$(RUN) -m docs.pictures

@@ -38,6 +38,7 @@ setup(
             "onnxscript>=0.5",
             "pdoc>=15",
             "peft>=0.18",
+            "pre-commit>=4",
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-xdist>=3.6",

@@ -1,6 +1,5 @@
 """Pictures of what studies and the model of the clock have found, drawn from committed files."""
 
-import csv
 import itertools
 import json
 import sys
@@ -13,10 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-import study_report  # noqa: E402  needs the path
-from specialisation import TITLES  # noqa: E402
-from stress_series import STRESS  # noqa: E402
+sys.path.insert(0, str(ROOT))
+from examples.forecaster.report import read_csv  # noqa: E402  needs the path
+from examples.forecaster.stress_series import STRESS  # noqa: E402
+from examples.studies import report  # noqa: E402
+from examples.studies.specialisation import TITLES  # noqa: E402
 
 RESULTS = ROOT / "examples" / "results"
 COLOURS = ("#33658a", "#f6ae2d", "#c8553d", "#5b8e7d", "#8e6c8a", "#86bbd8", "#2f4858", "#bc9f6b")
@@ -26,25 +26,15 @@ KINDS = {"token": COLOURS[1], "segment": COLOURS[2]}
 
 
 def table(name: str) -> list[dict[str, Any]]:
-    """Rows of a csv file of results, numbers as such."""
-    with (RESULTS / name).open(encoding="utf-8", newline="") as stream:
-        return [
-            {key: _number(value) for key, value in row.items()} for row in csv.DictReader(stream)
-        ]
-
-
-def _number(text: str) -> float | str | None:
-    try:
-        return float(text)
-    except ValueError:
-        return text or None
+    """Rows of a csv file of results."""
+    return read_csv(RESULTS / name)
 
 
 def relative(
     rows: Sequence[dict[str, Any]], data: str, variant: str, against: str
 ) -> tuple[float, float]:
     """Per cent of MSE over another variant's, and its spread; both have to be there."""
-    found = study_report.relative(rows, data, variant, against)
+    found = report.relative(rows, data, variant, against)
     if found is None:
         raise ValueError(
             f"rows must have {variant!r} and {against!r} on {data}, got neither or one"
@@ -59,8 +49,11 @@ def _names(rows: Sequence[dict[str, Any]], key: str) -> list[Any]:
 def baselines() -> Figure:
     """Token-wise, segment-wise and a linear map against dense, on every data set."""
     rows = table("baselines.csv")
-    closed = json.loads((RESULTS / "closed_form.json").read_text(encoding="utf-8"))["rows"]
-    linear = {(r["data"], r["horizon"]): r["mse"] for r in closed if r["model"] == "linear"}
+    linear = {
+        (row["data"], row["horizon"]): row["mse"]
+        for row in table("closed_form.csv")
+        if row["model"] == "linear"
+    }
     data_sets = _names(rows, "data")
     # Exchange rates are next to a random walk: their spread would hide all else.
     wild = [data for data in data_sets if data == "exchange_rate"]
@@ -117,7 +110,7 @@ def sizes() -> Figure:
 
 def cost() -> Figure:
     """FLOPs with the shared expert's part, and bytes for backward, by configuration and kind."""
-    rows = json.loads((RESULTS / "cost_triton.json").read_text(encoding="utf-8"))["rows"]
+    rows = table("cost_triton.csv")
     configs, kinds = _names(rows, "config"), _names(rows, "kind")
     figure = Figure(figsize=(8.5, 3.0), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -194,31 +187,44 @@ def _snippet(axis: Axes, values: Any, name: str) -> None:
     axis.set(xlim=(0, len(values)), xticks=[], yticks=[])
 
 
+def _columns(row: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Columns ``<prefix>_<name>`` that the row has a value in, by name."""
+    return {
+        key.removeprefix(f"{prefix}_"): value
+        for key, value in row.items()
+        if key.startswith(f"{prefix}_") and value is not None
+    }
+
+
 def specialisation() -> Figure:
     """What an expert tells about its segments, and its load over training."""
-    found = {}
-    for path in sorted((RESULTS / "specialisation").glob("*_s0.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found[content["data"]] = content
-    figure = Figure(figsize=(10, 2.1 * len(found)), layout="constrained")
-    axes = figure.subplots(len(found), 3, squeeze=False)
-    for (left, middle, right), (data, content) in zip(axes, found.items(), strict=True):
-        layers = content["layers"]
-        names = list(layers[0]["told"])
-        for layer, row in enumerate(layers):
-            places = np.arange(len(names)) + 0.2 * (layer - 1.5)
-            left.bar(places, [row["told"][n] for n in names], 0.18, color=COLOURS[layer])
-        left.set_xticks(range(len(names)), names, fontsize=7)
+    layers, shares, training = (
+        [row for row in table(f"specialisation/{name}.csv") if row["seed"] == 0]
+        for name in ("layers", "shares", "training")
+    )
+    data_sets = _names(layers, "data")
+    figure = Figure(figsize=(10, 2.1 * len(data_sets)), layout="constrained")
+    axes = figure.subplots(len(data_sets), 3, squeeze=False)
+    for (left, middle, right), data in zip(axes, data_sets, strict=True):
+        rows = [row for row in layers if row["data"] == data]
+        told = [_columns(row, "told") for row in rows]
+        for layer, row in enumerate(told):
+            places = np.arange(len(row)) + 0.2 * (layer - 1.5)
+            left.bar(places, [*row.values()], 0.18, color=COLOURS[layer])
+        left.set_xticks(range(len(told[-1])), [*told[-1]], fontsize=7)
         left.set_ylabel(data)
         # What the last layer's expert tells most about, of what has an order to show it in.
-        told = {n: value for n, value in layers[-1]["told"].items() if n != "channel"}
-        most = max(told, key=lambda n: told[n])
-        shares = np.array(layers[-1]["shares"][most])
-        middle.imshow(shares, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+        ordered = {name: value for name, value in told[-1].items() if name != "channel"}
+        most = max(ordered, key=lambda name: ordered[name])
+        place = (data, rows[-1]["layer"], most)
+        taken = [r for r in shares if (r["data"], r["layer"], r["quantity"]) == place]
+        picture = [[*_columns(row, "bin").values()] for row in taken]
+        middle.imshow(picture, vmin=0, vmax=1, aspect="auto", cmap="viridis")
         middle.set(yticks=[], xticks=[], ylabel="expert", xlabel=TITLES.get(most, most))
-        loads = np.array([entry[-1] for entry in content["load_over_training"]])[:40]
-        for expert, colour in zip(range(loads.shape[1]), COLOURS, strict=False):
-            right.plot(loads[:, expert], color=colour, linewidth=1)
+        entries = [row for row in training if row["data"] == data][:40]
+        last = [[*_columns(row, f"load_{rows[-1]['layer']}").values()] for row in entries]
+        for load, colour in zip(zip(*last, strict=True), COLOURS, strict=False):
+            right.plot(load, color=colour, linewidth=1)
         right.set(ylim=(0, 1), yticks=(0, 0.25, 0.5, 1), xticks=(0, 16, 32))
     axes[0, 0].set_title("share of entropy told, by layer", fontsize=9)
     axes[0, 1].set_title("who takes which, last layer (bright: most)", fontsize=9)

@@ -25,12 +25,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from forecaster_data import Series, Windows, load_series
-from forecaster_sources import DataUnavailableError
-from forecaster_training import evaluate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script it has no parent folder
+from examples.forecaster.data import Series, Windows, load_series
+from examples.forecaster.sources import DataUnavailableError
+from examples.forecaster.training import evaluate
 from segmoe_kernels import SegMoE, replace_ffn
 
 LOOK_BACK, HORIZON, PATCH = 256, 96, 8

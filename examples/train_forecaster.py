@@ -14,12 +14,14 @@ import dataclasses
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from forecaster_data import (
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script it has no parent folder
+from examples.forecaster.data import (
     Series,
     Windows,
     fit_linear,
@@ -27,13 +29,8 @@ from forecaster_data import (
     score_linear,
     score_repeat,
 )
-from forecaster_model import (
-    Forecaster,
-    ForecasterConfig,
-    active_flops_per_token,
-    count_parameters,
-)
-from forecaster_report import (
+from examples.forecaster.model import Forecaster, ForecasterConfig
+from examples.forecaster.report import (
     baseline_row,
     expert_loads,
     format_table,
@@ -44,15 +41,14 @@ from forecaster_report import (
     write_csv,
     write_json,
 )
-from forecaster_sources import DataUnavailableError
-from forecaster_training import (
+from examples.forecaster.sources import DataUnavailableError
+from examples.forecaster.training import (
     LOSSES,
     DivergedError,
-    Trainer,
     TrainOptions,
-    evaluate_horizons,
+    make_windows,
+    train_one,
 )
-
 from segmoe_kernels import segment_schedule
 
 KINDS = ("dense", "token", "segment")
@@ -132,19 +128,6 @@ def settings_from(args: argparse.Namespace) -> tuple[ForecasterConfig, TrainOpti
     return ForecasterConfig(**pick(ForecasterConfig)), TrainOptions(**pick(TrainOptions))
 
 
-def make_windows(
-    series: Series,
-    config: ForecasterConfig,
-    dtype: torch.dtype,
-    strides: tuple[int, int, int] = (1, 1, 1),
-) -> dict[str, Windows]:
-    """Windows of the three splits."""
-    return {
-        split: Windows(series, split, config.look_back, config.horizon, dtype, stride)
-        for split, stride in zip(("train", "val", "test"), strides, strict=True)
-    }
-
-
 def baseline_rows(series: Series, config: ForecasterConfig) -> list[dict[str, Any]]:
     """Score "repeat the last value" and the closed-form linear map on every window."""
     windows = make_windows(series, config, torch.float64)
@@ -157,87 +140,6 @@ def baseline_rows(series: Series, config: ForecasterConfig) -> list[dict[str, An
     ]
     rows[1]["parameters"] = weight.numel()
     return rows
-
-
-def train_one(
-    series: Series,
-    config: ForecasterConfig,
-    options: TrainOptions,
-    out: Path,
-    *,
-    horizons: Sequence[int] = (),
-    resume: bool = False,
-    quiet: bool = False,
-) -> tuple[Forecaster, dict[str, Any]]:
-    """Train one model and score it once on the test windows.
-
-    Args:
-        series: scaled.
-        config: of the model.
-        options: of the training.
-        out: folder of the checkpoint.
-        horizons: score the test windows of these, too, by rolling the forecast out.
-        resume: go on from the checkpoint if there is one.
-        quiet: show no progress.
-
-    Returns:
-        The model of the best validation epoch, and its record for the result file.
-    """
-    strides = (1, options.val_stride, options.test_stride)
-    windows = make_windows(series, config, torch.float32, strides)
-    torch.manual_seed(options.seed)
-    model = Forecaster(config).to(options.device)
-    checkpoint = out / "checkpoint.pt"
-    identity = {"data": series.name, "config": dataclasses.asdict(config)}
-    trainer = Trainer(model, windows["train"], windows["val"], options, checkpoint, identity)
-    if resume and checkpoint.is_file():
-        trainer.restore(checkpoint)
-        print(f"{config.ffn}: going on after epoch {len(trainer.history)}")
-    trainer.fit(progress=not quiet)
-    scores = score_horizons(model, series, {config.horizon, *horizons}, options)
-    test = scores[config.horizon]
-    best = trainer.history[trainer.best_epoch]
-    record = {
-        "model": config.ffn,
-        "parameters": count_parameters(model),
-        "active_flops_per_token": active_flops_per_token(config),
-        "step_ms": trainer.step_ms,
-        "val_mse": best["val_mse"],
-        "test_mse": test["mse"],
-        "test_mae": test["mae"],
-        "seconds": sum(epoch["epoch_s"] for epoch in trainer.history),
-        "best_epoch": trainer.best_epoch,
-        "train_windows": len(windows["train"]),
-        "validation": {
-            "mse": best["val_mse"],
-            "mae": best["val_mae"],
-            "windows": len(windows["val"]),
-        },
-        "test": test,
-        "horizons": {str(horizon): scores[horizon] for horizon in horizons},
-        "config": dataclasses.asdict(config),
-        "options": dataclasses.asdict(options),
-        "history": trainer.history,
-    }
-    return model, record
-
-
-def score_horizons(
-    model: Forecaster, series: Series, horizons: Iterable[int], options: TrainOptions
-) -> dict[int, dict[str, float]]:
-    """Test scores by horizon, each of all of its windows; every window is rolled out once."""
-    look_back, stride = model.config.look_back, options.test_stride
-    splits = {h: Windows(series, "test", look_back, h, stride=stride) for h in horizons}
-    scores = evaluate_horizons(model, splits, options.device)
-    return {
-        horizon: {
-            "mse": score.mse,
-            "mae": score.mae,
-            "windows": len(splits[horizon]),
-            "values": score.count,
-        }
-        for horizon, score in scores.items()
-    }
 
 
 def write_plots(model: Forecaster, series: Series, out: Path) -> None:

@@ -179,9 +179,7 @@ def render(results):
 
 def write(results):
     """Write the report's two files."""
-    REPORTS.mkdir(exist_ok=True)
-    text = json.dumps(results, indent=1)
-    (REPORTS / "accuracy.json").write_text(text + "\n", encoding="utf-8")
+    report_code.save(REPORTS / "accuracy.json", results)
     (REPORTS / "accuracy.md").write_text(render(results), encoding="utf-8")
 
 

@@ -255,8 +255,7 @@ def render(report):
 
 def write(report):
     """Write the report's two files."""
-    REPORTS.mkdir(exist_ok=True)
-    (REPORTS / "fuzz.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report_code.save(REPORTS / "fuzz.json", report)
     (REPORTS / "fuzz.md").write_text(render(report), encoding="utf-8")
 
 

@@ -76,9 +76,9 @@ def run_children(backends):
 
 def train(stop, flag, arguments):
     """Run the example until it stops; returns its exit status if it doesn't end by the signal."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-    training = importlib.import_module("forecaster_training")
-    script = importlib.import_module("train_forecaster")
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    training = importlib.import_module("examples.forecaster.training")
+    script = importlib.import_module("examples.train_forecaster")
     signal.alarm(SECONDS)  # nobody is left behind, whatever becomes of the test
     # A shell starts what runs in its background with this signal ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)

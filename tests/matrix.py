@@ -32,6 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import report_code
+
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "tests" / "reports" / "versions.json"
 TORCH = ("2.9", "2.10", "2.11", "2.12", "2.13")
@@ -161,8 +163,7 @@ def _share(every: int) -> str:
 
 def write(report: Report, path: Path) -> None:
     """Write the report and its table."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report_code.save(path, report)
     path.with_suffix(".md").write_text(render(report), encoding="utf-8")
 
 

@@ -14,6 +14,8 @@ import re
 import sys
 from pathlib import Path
 
+import report_code
+
 HERE = Path(__file__).resolve().parent
 REPORT = HERE / "reports" / "ptx_faults.json"
 TILES = ("sm_80", "expert_ffn_fwd_kernel")
@@ -222,7 +224,7 @@ def main():
         rows.append(row)
         print(row, flush=True)  # noqa: T201
         rows.sort(key=lambda row: list(KINDS).index(row["kind"]))
-        REPORT.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        report_code.save(REPORT, rows)
         REPORT.with_suffix(".md").write_text(render(rows), encoding="utf-8")
     return int(score(rows) < TARGET)
 

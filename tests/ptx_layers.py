@@ -21,6 +21,8 @@ import tokenize
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+import report_code
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 REPORT = HERE / "reports" / "ptx.json"
@@ -388,7 +390,7 @@ def render(rows):
 
 def write(rows):
     """Write the report."""
-    REPORT.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    report_code.save(REPORT, rows)
     REPORT.with_suffix(".md").write_text(render(rows), encoding="utf-8")
 
 

@@ -1,10 +1,11 @@
-"""Which code a report measured, and which of its files have changed since.
+"""Which code a report measured, which of its files have changed since, and how reports are kept.
 
 A report of many hours can't be made anew for each change. So it keeps a digest of each file that
 its numbers come from, and its page says which files are others now; tests hold the page to that.
 """
 
 import hashlib
+import json
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,3 +37,22 @@ def describe(report):
         return [f"Measured: the kernels and the reference as they are here (digest {whole})."]
     names = [f"* `{name}`" for name in changed]
     return [f"Measured: digest {whole} of the code. Changed since then:", "", *names]
+
+
+def save(path, report):
+    """Write a report as JSON, a line for each entry, so that a change shows as its rows."""
+    parts = report.items() if isinstance(report, dict) else [(None, report)]
+    text = ",\n".join(_lines(key, value) for key, value in parts)
+    text = f"{{\n{text}\n}}" if isinstance(report, dict) else text
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _lines(key, value):
+    name = "" if key is None else json.dumps(key) + ": "
+    if not isinstance(value, (list, dict)):
+        return name + json.dumps(value)
+    if isinstance(value, list):
+        return name + "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
+    entries = (f"{json.dumps(key)}: {json.dumps(entry)}" for key, entry in value.items())
+    return name + "{\n" + ",\n".join(entries) + "\n}"

@@ -57,9 +57,10 @@ def test_each_concept_has_a_picture_and_a_snippet_and_the_index_names_it():
     for path in DOCS.glob("*.md"):
         if path.name != "index.md":
             text = path.read_text(encoding="utf-8")
-            assert "](pictures/" in text, path
             assert "```python" in text, path
-            assert re.search(r"Sources?\b.*:", text), path
+            if path.name != "contributing.md":
+                assert "](pictures/" in text, path
+                assert re.search(r"Sources?\b.*:", text), path
             assert f"]({path.name})" in index
             assert f"](docs/{path.name})" in PAGES["readme"].read_text(encoding="utf-8")
 

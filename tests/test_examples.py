@@ -21,13 +21,13 @@ from conftest import forget_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
-sys.path.insert(0, str(EXAMPLES))
-data = importlib.import_module("forecaster_data")
-sources = importlib.import_module("forecaster_sources")
-model = importlib.import_module("forecaster_model")
-training = importlib.import_module("forecaster_training")
-report = importlib.import_module("forecaster_report")
-script = importlib.import_module("train_forecaster")
+sys.path.insert(0, str(ROOT))
+data = importlib.import_module("examples.forecaster.data")
+sources = importlib.import_module("examples.forecaster.sources")
+model = importlib.import_module("examples.forecaster.model")
+training = importlib.import_module("examples.forecaster.training")
+report = importlib.import_module("examples.forecaster.report")
+script = importlib.import_module("examples.train_forecaster")
 
 TINY = [
     *("--data", "multiscale", "--look-back", "64", "--horizon", "8", "--d-model", "8"),
@@ -195,7 +195,7 @@ def test_the_heads_of_ecl_and_traffic_are_read_and_known_to_be_no_whole_files(
         look_back=8, horizon=2, patch=2, d_model=8, d_ff=8, num_layers=1, segment_sizes=(3,)
     )
     options = training.TrainOptions(epochs=1, batch_size=2, train_fraction=0.5)
-    _, record = script.train_one(series, config, options, no_files, quiet=True)
+    _, record = training.train_one(series, config, options, no_files, quiet=True)
     assert math.isfinite(record["test_mse"])
     assert record["test"]["values"] == record["test"]["windows"] * channels * 2
 
@@ -314,7 +314,7 @@ def make_trainer(checkpoint, *, seed=0):
     args = script.build_parser().parse_args([*TINY, "--epochs", "3", "--seed", str(seed)])
     config, options = script.settings_from(args)
     series = data.make_series("multiscale", data.multiscale(1500, 2))
-    windows = script.make_windows(series, config, torch.float32)
+    windows = training.make_windows(series, config, torch.float32)
     torch.manual_seed(options.seed)
     forecaster = model.Forecaster(config)
     return training.Trainer(forecaster, windows["train"], windows["val"], options, checkpoint)

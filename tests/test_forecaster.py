@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-data = importlib.import_module("forecaster_data")
-model = importlib.import_module("forecaster_model")
-training = importlib.import_module("forecaster_training")
-script = importlib.import_module("train_forecaster")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+data = importlib.import_module("examples.forecaster.data")
+model = importlib.import_module("examples.forecaster.model")
+training = importlib.import_module("examples.forecaster.training")
 
 
 def test_the_forecaster_trains_with_the_official_pooled_loss():
@@ -22,7 +21,7 @@ def test_the_forecaster_trains_with_the_official_pooled_loss():
         head_dropout=0.0,
     )  # fmt: skip
     series = data.make_series("x", data.multiscale(700, 2))
-    windows = script.make_windows(series, config, torch.float64)
+    windows = training.make_windows(series, config, torch.float64)
     torch.manual_seed(0)
     forecaster = model.Forecaster(config).double()
     plain = copy.deepcopy(forecaster)

@@ -933,8 +933,8 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def example():
-    sys.path.insert(0, str(ROOT / "examples"))
-    return importlib.import_module("train_forecaster")
+    sys.path.insert(0, str(ROOT))
+    return importlib.import_module("examples.train_forecaster")
 
 
 def outcome(out):

@@ -45,3 +45,13 @@ def test_targets_exist():
     assert targets >= {"test", "gpu", "sanitize", "accuracy", "fuzz", "mutants", "matrix"}
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_what_make_quick_names_exists():
+    makefile = (HERE.parent / "Makefile").read_text(encoding="utf-8")
+    listed = re.search(r"^QUICK := \$\(addprefix tests/test_,(.*?)\)$", makefile, re.M | re.S)[1]
+    named = listed.replace("\\", " ").split()
+    assert len(named) > 10
+    for file, _, test in (name.partition("::") for name in named):
+        assert not test or test in names_in(f"test_{file}"), file
+        assert (HERE / f"test_{file}").is_file()

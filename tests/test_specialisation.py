@@ -1,7 +1,6 @@
 """What experts take: information measured on made-up choices, and a run from end to end."""
 
 import importlib
-import json
 import math
 import sys
 from pathlib import Path
@@ -9,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-special = importlib.import_module("specialisation")
-data = importlib.import_module("forecaster_data")
-model = importlib.import_module("forecaster_model")
-training = importlib.import_module("forecaster_training")
-studies = importlib.import_module("studies")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+special = importlib.import_module("examples.studies.specialisation")
+data = importlib.import_module("examples.forecaster.data")
+model = importlib.import_module("examples.forecaster.model")
+training = importlib.import_module("examples.forecaster.training")
+studies = importlib.import_module("examples.studies.runs")
 
 
 def test_information_of_hand_made_choices():
@@ -63,7 +62,7 @@ def test_segments_are_described_by_the_rows_they_come_from():
     assert set(found.quantities["channel"]) == {0, 1}
     # 8 steps a segment, 6 steps an expert: every neighbour has another one, or none does.
     row = special.summarise(found, 0, 1, 4)
-    assert row["told"]["hour"] > 10 * row["told_shuffled"]["hour"]
+    assert row["told"]["hour"] > 10 * row["shuffled"]["hour"]
     assert row["told"]["regime"] == pytest.approx(1)
     shares = np.array(row["shares"]["hour"])  # (expert, eighth of a day)
     assert np.array_equal(shares, np.repeat(np.eye(4), 2, axis=1))
@@ -83,15 +82,31 @@ def test_a_run_writes_its_numbers_and_plots(tmp_path, monkeypatch, capsys):
     assert special.main(argv) == 0
     said = capsys.readouterr().out
     assert "layer 1, P=2" in said
-    content = json.loads((tmp_path / "multiscale_s0.json").read_text())
-    assert [row["segment_size"] for row in content["layers"]] == [3, 2]
-    assert all(sum(row["load"]) == pytest.approx(1) for row in content["layers"])
-    for row in content["layers"]:
-        assert {*row["told"]} == {*special.TITLES, "channel"}
-        for table in row["shares"].values():
+    layers, shares, steps = (
+        special.read_csv(tmp_path / f"{name}.csv") for name in ("layers", "shares", "training")
+    )
+    assert [row["segment_size"] for row in layers] == [3, 2]
+    quantities = {*special.TITLES, "channel"}
+    for layer, row in enumerate(layers):
+        assert sum(row[f"load_{expert}"] for expert in range(4)) == pytest.approx(1)
+        assert {key[5:] for key in row if key.startswith("told_")} == quantities
+        for name in quantities:
+            taken = [r for r in shares if (r["layer"], r["quantity"]) == (layer, name)]
+            assert [r["expert"] for r in taken] == [0, 1, 2, 3]
+            table = [
+                [v for k, v in r.items() if k.startswith("bin_") and v is not None] for r in taken
+            ]
             # An eighth of a day in which no segment has its middle has no shares.
             assert np.array(table).sum(0) == pytest.approx(np.any(table, axis=0).astype(float))
-    entries = len(content["load_over_training"])
-    assert entries == len(content["switch_rate_over_training"]) >= 8
+    assert [row["entry"] for row in steps] == [*range(len(steps))]
+    assert len(steps) >= 8
+    for row in steps:
+        assert sum(row[f"load_1_{expert}"] for expert in range(4)) == pytest.approx(1)
+    # Rows of other data stay, those of the same are replaced.
+    others = [{**layers[0], "data": "other"}]
+    special.write_csv(tmp_path / "layers.csv", [*others, *layers])
+    special.replace_rows(tmp_path / "layers.csv", [{**layers[0], "segment_size": 7}])
+    held = special.read_csv(tmp_path / "layers.csv")
+    assert [(row["data"], row["segment_size"]) for row in held] == [("multiscale", 7), ("other", 3)]
     for name in ("shares", "load"):
         assert (tmp_path / f"multiscale_s0_{name}.png").stat().st_size > 5000

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import importlib
-import json
 import re
 import statistics
 import sys
@@ -16,16 +15,16 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-data = importlib.import_module("forecaster_data")
-model = importlib.import_module("forecaster_model")
-training = importlib.import_module("forecaster_training")
-studies = importlib.import_module("studies")
-study = importlib.import_module("study")
-report = importlib.import_module("study_report")
-baseline_report = importlib.import_module("baseline_report")
-closed_form = importlib.import_module("closed_form")
-stress = importlib.import_module("stress_series")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+data = importlib.import_module("examples.forecaster.data")
+model = importlib.import_module("examples.forecaster.model")
+training = importlib.import_module("examples.forecaster.training")
+studies = importlib.import_module("examples.studies.runs")
+study = importlib.import_module("examples.studies.__main__")
+report = importlib.import_module("examples.studies.report")
+baseline_report = importlib.import_module("examples.studies.baseline_report")
+closed_form = importlib.import_module("examples.studies.closed_form")
+stress = importlib.import_module("examples.forecaster.stress_series")
 
 
 class Next(nn.Module):
@@ -134,10 +133,13 @@ def small_study(monkeypatch, tmp_path):
 
 
 def read(folder):
-    return {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    return {(run["data"], run["variant"], run["seed"]): run for run in report.read_runs(folder)}
 
 
-SCORES = ("horizons", "validation", "best_epoch", "parameters")
+def scores(run):
+    """What a run found, but for times."""
+    names = ("best_epoch", "parameters", "val", "4", "9")
+    return {key: value for key, value in run.items() if key.removesuffix("_s").endswith(names)}
 
 
 def test_an_interrupted_study_goes_on_and_ends_as_one_that_was_not(
@@ -146,8 +148,7 @@ def test_an_interrupted_study_goes_on_and_ends_as_one_that_was_not(
     assert study.main(small_study) == 0
     expected = read(tmp_path / "baselines")
     assert len(expected) == 2
-    for path in (tmp_path / "baselines").glob("*.json"):
-        path.unlink()
+    (tmp_path / "baselines" / "runs.csv").unlink()
 
     # Stopped in the second run, after its second epoch was saved.
     save, saved = training.Trainer.save, []
@@ -160,50 +161,67 @@ def test_an_interrupted_study_goes_on_and_ends_as_one_that_was_not(
 
     monkeypatch.setattr(training.Trainer, "save", stop)
     assert study.main(small_study) == 130
-    assert [*read(tmp_path / "baselines")] == ["multiscale_dense_s0.json"]
+    assert [*read(tmp_path / "baselines")] == [("multiscale", "dense", 0)]
     assert study.main(small_study) == 0
     found = read(tmp_path / "baselines")
     assert len(saved) == 3 + 3  # nothing was trained twice
-    for name, record in expected.items():
-        for key in SCORES:
-            assert found[name][key] == record[key]
+    for key, run in expected.items():
+        assert len(scores(run)) == 3 * 3 + 2
+        assert scores(found[key]) == scores(run)
     assert "going on after epoch 2" in capsys.readouterr().out
 
 
-def test_a_run_is_repeated_by_its_command(small_study, tmp_path):
+def test_a_run_without_its_row_is_repeated_by_its_name(small_study, tmp_path):
     assert study.main(small_study) == 0
-    path = tmp_path / "baselines" / "multiscale_segment_s0.json"
-    record = json.loads(path.read_text())
-    path.unlink()
-    assert record["command"].startswith("python examples/study.py baselines --only ")
-    only = re.search(r"--only '?([^' ]+)'?$", record["command"])[1]
-    assert study.main([*small_study, "--only", only]) == 0
-    again = json.loads(path.read_text())
-    assert {key: again[key] for key in SCORES} == {key: record[key] for key in SCORES}
-    assert record["horizons"]["9"]["windows"] < record["horizons"]["4"]["windows"] + 1
+    path = tmp_path / "baselines" / "runs.csv"
+    before = read(path.parent)
+    _, taken = before
+    report.write_csv(path, [run for key, run in before.items() if key != taken])
+    assert study.main([*small_study, "--only", "^multiscale_segment_s0$"]) == 0
+    again = read(path.parent)
+    assert [*again] == [*before]
+    assert scores(again[taken]) == scores(before[taken])
+    assert before[taken]["windows_9"] < before[taken]["windows_4"] + 1
+
+
+def test_a_row_holds_all_settings_as_they_were(small_study, tmp_path):
+    assert study.main(small_study) == 0
+    held = read(tmp_path / "baselines")
+    for run in study.STUDIES["baselines"]("small", "cpu"):
+        row = held[run.data, run.variant, run.options.seed]
+        for given in (run.config, run.options):
+            names = [field.name for field in dataclasses.fields(given)]
+            assert type(given)(**{name: row[name] for name in names}) == given
+
+
+def test_a_file_with_other_columns_is_left_alone(small_study, tmp_path, capsys):
+    path = tmp_path / "baselines" / "runs.csv"
+    path.parent.mkdir()
+    path.write_text("data,variant,seed,age\nmultiscale,dense,0,7\n")
+    assert study.main(small_study) == 2
+    assert "runs.csv must have the columns of this version, got" in capsys.readouterr().err
+    assert path.read_text().endswith("dense,0,7\n")
 
 
 def write_baselines(folder, scores):
-    """Result files of a study; ``scores`` has the MSE of each seed by data, variant and horizon."""
-    folder.mkdir()
-    for (name, variant), horizons in scores.items():
-        config = model.ForecasterConfig(look_back=512, ffn=variant)
-        for seed in range(len(next(iter(horizons.values())))):
-            record = {
-                "data": name,
-                "variant": variant,
-                "options": {"seed": seed},
-                "horizons": {
-                    str(h): {"mse": values[seed], "mae": values[seed] / 2, "windows": 7}
-                    for h, values in horizons.items()
-                },
-                "config": dataclasses.asdict(config),
-                "step_ms": 10.0 + seed,
-                "parameters": 10,
-                "active_flops_per_token": 20.0,
-                "reduced": "small",
-            }
-            (folder / f"{name}_{variant}_s{seed}.json").write_text(json.dumps(record))
+    """Runs of a study; ``scores`` has the MSE of each seed by data, variant and horizon."""
+    rows = [
+        {
+            "data": name,
+            "variant": variant,
+            "seed": seed,
+            **{f"mse_{h}": values[seed] for h, values in horizons.items()},
+            **{f"mae_{h}": values[seed] / 2 for h, values in horizons.items()},
+            **dict.fromkeys((f"windows_{h}" for h in horizons), 7),
+            **dataclasses.asdict(model.ForecasterConfig(look_back=512, ffn=variant)),
+            "step_ms": 10.0 + seed,
+            "parameters": 10,
+            "active_flops_per_token": 20.0,
+        }
+        for (name, variant), horizons in scores.items()
+        for seed in range(len(next(iter(horizons.values()))))
+    ]
+    report.write_csv(folder / "runs.csv", rows)
 
 
 def test_report_of_hand_made_results(tmp_path, capsys):
@@ -219,7 +237,7 @@ def test_report_of_hand_made_results(tmp_path, capsys):
         for name, values in {"repeat": (1.3, 1.4), "linear": (0.46, 0.4)}.items()
         for h, mse in zip((96, 192), values, strict=True)
     ]
-    (tmp_path / "closed_form.json").write_text(json.dumps({"rows": rows}))
+    report.write_csv(tmp_path / "closed_form.csv", rows)
     report.write_report("baselines", folder)
     shown = capsys.readouterr().out
     assert "| data | horizon | dense | segment | best | repeat | linear | PatchTST/64, pub" in shown
@@ -258,6 +276,17 @@ def test_better_and_worse_need_two_standard_errors():
     assert sum(baseline_report.compare(single, "segment", "token").values()) == 0
 
 
+@pytest.mark.parametrize("name", studies.STUDIES)
+def test_committed_tables_are_what_the_committed_runs_say(name):
+    runs = report.read_runs(study.RESULTS / name)
+    table = report.read_csv((study.RESULTS / name).with_suffix(".csv"))
+    assert table == report.summarise(runs)
+    known = {run.name for run in studies.STUDIES[name]("small", "cpu")}
+    found = [f"{r['data']}_{r['variant']}_s{r['seed']}".replace(" ", "-") for r in runs]
+    assert len({*found}) == len(found) > 30
+    assert known.issuperset(found)
+
+
 def test_published_figures_are_of_the_same_look_back_only(tmp_path):
     folder = tmp_path / "baselines"
     assert baseline_report.other_models(folder, 336, studies.HORIZONS) == {}
@@ -274,17 +303,17 @@ def test_closed_form_rows_are_of_the_windows_of_the_study(monkeypatch, tmp_path,
     monkeypatch.setattr(closed_form, "DATA", ("multiscale",))
     stride = studies.base("multiscale", "small", 0, "cpu")[1].test_stride
     assert closed_form.main(["--data", "multiscale", f"--results={tmp_path}", "--threads=1"]) == 0
-    content = json.loads((tmp_path / "closed_form.json").read_text())
+    rows = report.read_csv(tmp_path / "closed_form.csv")
     series = data.load_series("multiscale")
-    assert [(r["horizon"], r["model"]) for r in content["rows"]] == [
+    assert [(r["horizon"], r["model"]) for r in rows] == [
         *((4, "repeat"), (4, "linear"), (9, "repeat"), (9, "linear")),
     ]
     windows = data.Windows(series, "test", 512, 9, torch.float64, stride)
-    assert content["rows"][2]["windows"] == len(windows)
+    assert rows[2]["windows"] == len(windows)
     past, truth = windows.batch(slice(None))
     expected = (past[..., -1:] - truth).square().mean().item()
-    assert content["rows"][2]["mse"] == pytest.approx(expected)
-    assert content["rows"][3]["mse"] < 0.7 * expected
+    assert rows[2]["mse"] == pytest.approx(expected)
+    assert rows[3]["mse"] < 0.7 * expected
     assert "multiscale 9: MSE / MAE of repeat" in capsys.readouterr().out
 
 
@@ -308,18 +337,20 @@ def test_runs_of_files_that_are_not_there_are_left_out(small_study, monkeypatch,
 def test_advice_is_judged_against_the_best_size(tmp_path, capsys):
     """On noise the advisor says 1; made-up errors have their best at 6, and 4 within 1 % of it."""
     folder = tmp_path / "sizes"
-    folder.mkdir()
-    for size in range(1, 9):
-        record = {
+    rows = [
+        {
             "data": "white-noise",
             "variant": f"P={size}",
-            "options": {"seed": 0},
-            "horizons": {"96": {"mse": {6: 1.0, 4: 1.005}.get(size, 1.2), "mae": 1, "windows": 7}},
+            "seed": 0,
+            "mse_96": {6: 1.0, 4: 1.005}.get(size, 1.2),
+            "mae_96": 1,
+            "windows_96": 7,
             "parameters": 10,
             "active_flops_per_token": 20.0,
-            "reduced": "",
         }
-        (folder / f"white-noise_{size}_s0.json").write_text(json.dumps(record))
+        for size in range(1, 9)
+    ]
+    report.write_csv(folder / "runs.csv", rows)
     report.write_report("sizes", folder)
     shown = capsys.readouterr().out
     assert "| white-noise | 6 | 1 | +20.0% | +0.5% | +20.0% |" in shown

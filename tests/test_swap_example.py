@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-data = importlib.import_module("forecaster_data")
-script = importlib.import_module("swap_into_transformer")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+data = importlib.import_module("examples.forecaster.data")
+script = importlib.import_module("examples.swap_into_transformer")
 
 
 def write_series(folder):

@@ -8,7 +8,6 @@ a kernel ends the run with its line. Exit status 1 then, or if a layer is less a
 import contextlib
 import functools
 import importlib.util
-import json
 import math
 import os
 import re
@@ -17,6 +16,7 @@ from importlib.metadata import version
 from unittest import mock
 
 import ptx_layers
+import report_code
 
 REPORT = ptx_layers.HERE / "reports" / "ttsem.json"
 ARCH = "sm_90"
@@ -177,7 +177,7 @@ def main():
         "digests": {name: digests[name] for name in sorted(programs)},
         "planted": {kind: plant(kind) for kind in FAULTS},
     }
-    REPORT.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report_code.save(REPORT, report)
     REPORT.with_suffix(".md").write_text(render(report), encoding="utf-8")
     missed = [kind for kind, (found, _) in report["planted"].items() if found != kind]
     print(f"Planted, but not reported: {missed}")  # noqa: T201

@@ -1,0 +1,1 @@
+"""Examples: short scripts, a forecaster, and what was studied with it."""

@@ -1,0 +1,1 @@
+"""A small forecaster for real series: data, model, training, tables and pictures."""

@@ -1,0 +1,1 @@
+"""What was studied with the forecaster; results lie in ``examples/results``."""

@@ -1,0 +1,300 @@
+"""Tables and plots of a study, from the file of its runs alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from examples.forecaster.data import load_series
+from examples.forecaster.model import ForecasterConfig
+from examples.forecaster.report import read_csv, write_csv
+from examples.studies.baseline_report import (
+    Others,
+    add_means,
+    costs,
+    horizons_of,
+    mean_rows,
+    other_models,
+    verdict,
+)
+from examples.studies.runs import REDUCED, REDUCED_FURTHER
+from segmoe_kernels.series.advise import advise
+
+Record = Mapping[str, Any]
+
+
+def read_runs(folder: Path) -> list[Record]:
+    """Every run of a study, in the order of data, variant and seed."""
+    path = folder / "runs.csv"
+    rows = read_csv(path) if path.is_file() else []
+    return sorted(rows, key=lambda row: (row["data"], row["variant"], row["seed"]))
+
+
+def summarise(records: Iterable[Record]) -> list[dict[str, Any]]:
+    """A row for each data set, horizon and variant: mean and spread over the seeds.
+
+    The spread is the sample standard deviation; absent for a single seed.
+    """
+    groups: dict[tuple[str, int, str], list[Record]] = {}
+    for record in records:
+        for horizon in horizons_of(record):
+            key = (record["data"], horizon, record["variant"])
+            groups.setdefault(key, []).append(record)
+    rows = []
+    for (data, horizon, variant), runs in sorted(groups.items()):
+        row: dict[str, Any] = {"data": data, "horizon": horizon, "variant": variant}
+        for error in ("mse", "mae"):
+            values = [run[f"{error}_{horizon}"] for run in runs]
+            row[error] = statistics.mean(values)
+            if len(values) > 1:
+                row[f"{error}_spread"] = statistics.stdev(values)
+        row |= {
+            "seeds": len(runs),
+            "windows": runs[0][f"windows_{horizon}"],
+            "parameters": runs[0]["parameters"],
+            "active_flops_per_token": runs[0]["active_flops_per_token"],
+        }
+        rows.append(row)
+    return rows
+
+
+def cell(row: Mapping[str, Any], error: str = "mse") -> str:
+    """Mean and spread as text."""
+    spread = row.get(f"{error}_spread")
+    return f"{row[error]:.4f}" + (f" ± {spread:.4f}" if spread is not None else "")
+
+
+def ordered(names: Iterable[str], first: Sequence[str]) -> list[str]:
+    """Names in the order of ``first``, then the others as they come."""
+    names = list(dict.fromkeys(names))
+    return [n for n in first if n in names] + [n for n in names if n not in first]
+
+
+def markdown(
+    rows: Sequence[Mapping[str, Any]], variants: Sequence[str], others: Others
+) -> list[str]:
+    """Lines of a table: data sets and horizons down, variants and then other models across."""
+    columns = [*variants, "best", *others]
+    lines = [
+        "| data | horizon | " + " | ".join(columns) + " |",
+        "|---|---:|" + "---:|" * len(variants) + "---|" + "---:|" * len(others),
+    ]
+    places = list(dict.fromkeys((row["data"], row["horizon"]) for row in rows))
+    for data, horizon in places:
+        here = {
+            row["variant"]: row for row in rows if (row["data"], row["horizon"]) == (data, horizon)
+        }
+        # Among some of them there is no best one yet.
+        whole = len(here) == len(variants)
+        best = min(here.values(), key=lambda row: row["mse"])["variant"] if whole else "-"
+        cells = [cell(here[name]) if name in here else "-" for name in variants]
+        beside = [scores.get((data, horizon)) for scores in others.values()]
+        cells += [best, *("-" if mse is None else f"{mse:.4g}" for mse in beside)]
+        lines.append(f"| {data} | {horizon} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def relative(
+    rows: Iterable[Mapping[str, Any]], data: str, variant: str, against: str
+) -> tuple[float, float] | None:
+    """Per cent by which a variant's MSE is over another's on a data set, and its spread.
+
+    Args:
+        rows: of `summarise`, or read from the csv file of a report.
+        data: data set.
+        variant: as the rows call it.
+        against: likewise.
+
+    Returns:
+        Mean over the horizons that both have of the ratio, less 1, and of the spread over seeds on
+        the same scale; None if there is no such horizon.
+    """
+    here = {(row["variant"], row["horizon"]): row for row in rows if row["data"] == data}
+    pairs = [
+        (row, here[against, horizon])
+        for (name, horizon), row in here.items()
+        if name == variant and (against, horizon) in here
+    ]
+    if not pairs:
+        return None
+    over = statistics.mean(row["mse"] / base["mse"] for row, base in pairs) - 1
+    spread = statistics.mean((row.get("mse_spread") or 0.0) / base["mse"] for row, base in pairs)
+    return 100 * over, 100 * spread
+
+
+def plot_relative(
+    rows: Sequence[Mapping[str, Any]], variants: Sequence[str], against: str, path: Path
+) -> None:
+    """Draw the error of each variant over that of one of them, a panel for each data set.
+
+    Bars are means over horizons of the ratio; whiskers the spread over seeds of the same.
+    """
+    data_sets = list(dict.fromkeys(row["data"] for row in rows))
+    figure = Figure(
+        figsize=(2.2 + 2.1 * len(data_sets), 1.2 + 0.26 * len(variants)), layout="constrained"
+    )
+    axes = figure.subplots(1, len(data_sets), sharey=True, squeeze=False)[0]
+    places = np.arange(len(variants))
+    for axis, data in zip(axes, data_sets, strict=True):
+        for place, name in zip(places, variants, strict=True):
+            found = relative(rows, data, name, against)
+            if found is not None:
+                value, spread = found
+                axis.errorbar(value, place, xerr=spread, fmt="o", markersize=4, color="#33658a")
+        axis.axvline(0, color="0.6", linewidth=0.8)
+        axis.set_title(data, fontsize=9)
+        axis.set_xlabel("% of MSE", fontsize=8)
+        axis.tick_params(labelsize=8)
+    axes[0].set_yticks(places, variants)
+    axes[0].invert_yaxis()
+    figure.suptitle(f"test MSE against {against}", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def judge_advice(
+    rows: Sequence[Mapping[str, Any]], data_dir: Path | None
+) -> list[dict[str, float | str]]:
+    """What the advisor would have taken, and 4 for all, against the best size in hindsight.
+
+    The advisor sees the rows that models train on. Only data sets with all sizes count.
+
+    Returns:
+        A row for each data set: sizes, and errors relative to the best one's, less 1.
+    """
+    judged: list[dict[str, float | str]] = []
+    for data in dict.fromkeys(row["data"] for row in rows):
+        errors = {
+            int(row["variant"][2:]): row["mse"]
+            for row in rows
+            if row["data"] == data and row["variant"].startswith("P=")
+        }
+        if set(errors) != set(range(1, 9)):
+            continue
+        series = load_series(data, data_dir)
+        values = series.values[slice(*series.splits.train)]
+        advised = advise(values, patch=ForecasterConfig.patch).best
+        best = min(errors, key=lambda size: errors[size])
+        judged.append(
+            {
+                "data": data,
+                "best": best,
+                "advised": advised,
+                "advised_over_best": errors[advised] / errors[best] - 1,
+                "four_over_best": errors[4] / errors[best] - 1,
+                "worst_over_best": max(errors.values()) / errors[best] - 1,
+            }
+        )
+    return judged
+
+
+def describe_advice(judged: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of the table of `judge_advice`."""
+    if not judged:
+        return []
+    head = [
+        "",
+        "What `python -m segmoe_kernels advise` calls best for the training rows, in all layers, "
+        "against the best size in hindsight (of the mean over seeds):",
+        "",
+        "| data | best P | advised P | MSE over the best | P = 4 over the best | worst P |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    lines = [
+        f"| {row['data']} | {row['best']} | {row['advised']} | {row['advised_over_best']:+.1%} "
+        f"| {row['four_over_best']:+.1%} | {row['worst_over_best']:+.1%} |"
+        for row in judged
+    ]
+    near = {
+        key: sum(row[key] <= 0.01 for row in judged)
+        for key in ("advised_over_best", "four_over_best")
+    }
+    total = (
+        f"Within 1 % of the best: advice {near['advised_over_best']} of {len(judged)}, "
+        f"P = 4 {near['four_over_best']} of {len(judged)}."
+    )
+    return [*head, *lines, "", total]
+
+
+def write_report(
+    study: str, folder: Path, data_dir: Path | None = None, scale: str = "small"
+) -> None:
+    """Write ``<study>.md``, ``.csv`` and ``.png`` beside the folder of results.
+
+    Raises:
+        ValueError: if the folder has no result.
+    """
+    records = read_runs(folder)
+    if not records:
+        raise ValueError(f"{folder} has no result yet: run the study first")
+    rows = summarise(records)
+    first = ["default", "P=4"] if study in {"ablations", "sizes"} else ["dense", "token", "segment"]
+    variants = ordered((row["variant"] for row in rows), first)
+    against = variants[0]
+    seeds = sorted({record["seed"] for record in records})
+    reduced, flags = REDUCED if study == "baselines" else REDUCED_FURTHER, "--report"
+    if scale == "full":
+        reduced, flags = "", "--scale full --report"
+    lines = [
+        f"# {study.capitalize()}",
+        "",
+        f"{len(records)} runs, seeds {', '.join(map(str, seeds))}; mean ± standard deviation over "
+        "seeds of the test MSE on scaled values. Written by",
+        f"`python -m examples.studies {study} {flags}` from `{folder.name}/runs.csv`, a row a run: "
+        "settings, seed, versions, scores.",
+        "",
+    ]
+    lines += [reduced, ""] if reduced else []
+    if study == "baselines":
+        lines += describe_baselines(records, rows, variants, folder)
+    else:
+        lines += transposed(rows, variants)
+    default = [record for record in records if record["variant"] == "default"]
+    if default:
+        sizes = ", ".join(map(str, default[0]["segment_sizes"]))
+        lines += ["", f"`default`: segments of {sizes} patches, from the first layer to the last."]
+    if study in {"ablations", "sizes"}:
+        judged = judge_advice(rows, data_dir)
+        lines += describe_advice(judged)
+        if judged:
+            write_csv(folder.with_name(f"{folder.name}_advice.csv"), judged)
+    write_csv(folder.with_suffix(".csv"), rows)
+    text = "\n".join(lines) + "\n"
+    folder.with_suffix(".md").write_text(text, encoding="utf-8")
+    plot_relative(rows, variants, against, folder.with_suffix(".png"))
+    print(text)
+
+
+def describe_baselines(
+    records: Sequence[Record], rows: Sequence[Mapping[str, Any]], variants: list[str], folder: Path
+) -> list[str]:
+    """Lines of the tables by horizon, of the means over horizons, of costs, and the verdict."""
+    horizons = sorted({h for record in records for h in horizons_of(record)})
+    others = other_models(folder, records[0]["look_back"], horizons)
+    single = {k: v for k, v in others.items() if any(horizon != "mean" for _, horizon in v)}
+    lines = [*markdown(rows, variants, single), "", *verdict(rows, others)]
+    add_means(others, horizons)
+    lines += ["", f"Mean over the horizons {', '.join(map(str, horizons))}:", ""]
+    lines += markdown(mean_rows(records), variants, others)
+    return [*lines, "", "What it costs:", "", *costs(records, variants)]
+
+
+def transposed(rows: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> list[str]:
+    """Lines of a table: variants down, data sets across."""
+    places = list(dict.fromkeys((row["data"], row["horizon"]) for row in rows))
+    lines = [
+        "| variant | " + " | ".join(f"{data}, H {horizon}" for data, horizon in places) + " |",
+        "|---|" + "---:|" * len(places),
+    ]
+    found = {(row["variant"], row["data"], row["horizon"]): row for row in rows}
+    for name in variants:
+        cells = [
+            cell(found[name, data, horizon]) if (name, data, horizon) in found else "-"
+            for data, horizon in places
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
