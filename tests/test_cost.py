@@ -52,9 +52,9 @@ def test_bytes_kept_are_counted_once_and_without_parameters():
     assert size == 4 * (10 * 4 + 10 * 8 + 10 * 4)
 
 
-def test_the_official_loop_keeps_more_than_the_layer(rows):
+def test_the_layer_keeps_what_the_official_loop_keeps(rows):
     ours, loop = (rows[kind]["ffn_mib"] for kind in ("segment-wise", "official loop"))
-    assert ours < loop
+    assert ours == pytest.approx(loop, rel=0.01)
     for row in rows.values():
         assert row["ffn_mib"] < row["model_mib"]
         assert row["ffn_bytes_per_patch_and_layer"] > 4 * 64  # at least its input

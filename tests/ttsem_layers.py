@@ -26,8 +26,7 @@ LAYERS = {
     for name, options in ptx_layers.LAYERS.items()
     if "order" not in options
 }
-LAYERS["bf16 grouped long"] = {
-    **ptx_layers.GROUPED,
+LAYERS["bf16 long"] = {
     "segment_size": 1,
     "shape": (4, 257),
     **ptx_layers.ALONE,
