@@ -13,6 +13,13 @@ import triton
 from torch import Tensor
 
 from segmoe_kernels import validation as check
+from segmoe_kernels._triton.arguments import (
+    Routed,
+    RoutedGradients,
+    dropout_of,
+    router_of,
+    rows_of,
+)
 from segmoe_kernels._triton.launch import (
     accumulator,
     accumulator_dtype,
@@ -45,19 +52,7 @@ def _route_fwd(
     dropout: float,
     renormalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    outputs = _route_fwd_fake(
-        x,
-        router_weight,
-        router_start,
-        padding_mask,
-        seed,
-        segment_size,
-        top_k,
-        pooling,
-        temperature,
-        dropout,
-        renormalize,
-    )
+    outputs = _route_fwd_fake(x, router_weight, None, None, None, segment_size, top_k)
     num_segments = outputs[0].shape[0]
     if num_segments == 0:
         return outputs
@@ -66,21 +61,16 @@ def _route_fwd(
     # Kernels count steps in 32 bits, missing ones of the last segments included.
     check.check_programs("route", grid[0] * SEGMENTS_PER_BLOCK * segment_size)
     route_fwd_kernel[grid](
-        x,
-        router_weight,
-        router_start,
+        rows_of(x),
         padding_mask,
-        seed,
-        *outputs,
+        router_of(router_weight, router_start),
+        dropout_of(seed, dropout, x.dtype),
+        Routed(*outputs),
         num_segments,
         num_segments // x.shape[0],
         x.shape[1],
         router_weight.shape[0],
-        x.stride(0),
-        x.stride(1),
-        router_weight.stride(0),
         exact(temperature, x.dtype),
-        exact(dropout, x.dtype),
         D=x.shape[2],
         SEGMENT_SIZE=segment_size,
         TOP_K=top_k,
@@ -104,10 +94,7 @@ def _route_fwd_fake(
     seed: Tensor | None,  # noqa: ARG001
     segment_size: int,
     top_k: int,
-    pooling: str,  # noqa: ARG001
-    temperature: float,  # noqa: ARG001
-    dropout: float,  # noqa: ARG001
-    renormalize: bool,  # noqa: ARG001
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_segments = x.shape[0] * ((x.shape[1] + segment_size - 1) // segment_size)
     num_experts = router_weight.shape[0]
@@ -154,37 +141,14 @@ def _route_bwd(
     need_dx: bool,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight, dstart = _route_bwd_fake(
-        x,
-        router_weight,
-        router_start,
-        padding_mask,
-        seed,
-        logits,
-        topk_ids,
-        dtopk_weights,
-        drow_weights,
-        dprobs,
-        dlogits_in,
-        dslots,
-        segment_size,
-        pooling,
-        temperature,
-        dropout,
-        renormalize,
-        need_dx,
-        need_dweight,
-    )
+    dx, dweight, dstart = _route_bwd_fake(x, router_weight, router_start, need_dx, need_dweight)
     if logits.shape[0] == 0:
         return dx, dweight.zero_(), dstart.zero_()
     dlogits = logits_gradient(
         logits,
         topk_ids,
         seed,
-        dtopk_weights,
-        drow_weights,
-        dprobs,
-        dlogits_in,
+        RoutedGradients(dtopk_weights, drow_weights, dprobs, dlogits_in),
         temperature,
         dropout,
         renormalize,
