@@ -32,7 +32,6 @@ OF_THE_BATCH = (
     "gates_per_sequence",
     "list_size",
     "num_gates",
-    "num_partials",
     "segments_per_block",
     "segments_per_sequence",
     "shared_rows",
