@@ -19,7 +19,6 @@ from segmoe_kernels._triton.launch import (
     define_operator,
     kernel,
     padded,
-    refuse_double_backward,
     step_flags,
 )
 from segmoe_kernels._triton.partials import store_sum
@@ -205,18 +204,8 @@ def _combine_bwd_fake(
     return dshared, shared_gate_logits.new_empty(shared_gate_logits.shape)
 
 
-_combine_fwd_op = define_operator(
-    "combine_fwd(Tensor expert_out, Tensor? shared_out, Tensor? shared_gate_logits, "
-    "Tensor? padding_mask) -> Tensor",
-    launch_combine,
-    _combine_fwd_fake,
-)
-_combine_bwd_op = define_operator(
-    "combine_bwd(Tensor dy, Tensor shared_out, Tensor shared_gate_logits, Tensor? padding_mask) "
-    "-> (Tensor, Tensor)",
-    _combine_bwd,
-    _combine_bwd_fake,
-)
+_combine_fwd_op = define_operator("combine_fwd", launch_combine, _combine_fwd_fake)
+_combine_bwd_op = define_operator("combine_bwd", _combine_bwd, _combine_bwd_fake, gradient=True)
 
 
 class _Combine(torch.autograd.Function):
@@ -242,33 +231,8 @@ class _Combine(torch.autograd.Function):
         (dy,) = grads
         dshared = dgate_logits = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            dshared, dgate_logits = _CombineBackward.apply(dy, *ctx.saved_tensors)
+            dshared, dgate_logits = _combine_bwd_op(dy, *ctx.saved_tensors)
         return dy.expand(ctx.num_choices, *dy.shape), dshared, dgate_logits, None
-
-
-class _CombineBackward(torch.autograd.Function):
-    """The gradient as a function of its own, so that a second derivative is refused loudly."""
-
-    @staticmethod
-    def forward(
-        dy: Tensor,
-        shared_out: Tensor,
-        shared_gate_logits: Tensor,
-        padding_mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        # The parameters are written out: torch.compile counts them.
-        out: tuple[Tensor, Tensor] = _combine_bwd_op(
-            dy, shared_out, shared_gate_logits, padding_mask
-        )
-        return out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:  # noqa: ARG004
-        refuse_double_backward()
 
 
 def combine(

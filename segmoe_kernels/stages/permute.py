@@ -199,12 +199,7 @@ def _permute_fake(
     return rows, torch.empty_like(rows), offsets, topk_ids.new_empty(num_experts)
 
 
-_permute_op = define_operator(
-    "permute(Tensor topk_ids, Tensor? block_counts, int num_experts) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    _permute,
-    _permute_fake,
-)
+_permute_op = define_operator("permute", _permute, _permute_fake)
 
 
 def permute(topk_ids: Tensor, num_experts: int, block_counts: Tensor | None = None) -> Permutation:

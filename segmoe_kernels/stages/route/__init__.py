@@ -26,7 +26,6 @@ from segmoe_kernels._triton.launch import (
     define_operator,
     exact,
     padded,
-    refuse_double_backward,
     step_flags,
     within_reach,
 )
@@ -111,13 +110,7 @@ def _route_fwd_fake(
     )
 
 
-_route_fwd_op = define_operator(
-    "route_fwd(Tensor x, Tensor router_weight, Tensor? router_start, Tensor? padding_mask, "
-    "Tensor? seed, SymInt segment_size, SymInt top_k, str pooling, float temperature, "
-    "float dropout, bool renormalize) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _route_fwd,
-    _route_fwd_fake,
-)
+_route_fwd_op = define_operator("route_fwd", _route_fwd, _route_fwd_fake)
 
 
 def _route_bwd(
@@ -182,16 +175,7 @@ def _route_bwd_fake(
     return dx, dweight, router_weight.new_empty(router_weight.shape[1:] if has_start else (0,))
 
 
-_route_bwd_op = define_operator(
-    "route_bwd(Tensor x, Tensor router_weight, Tensor? router_start, Tensor? padding_mask, "
-    "Tensor? seed, Tensor logits, Tensor topk_ids, Tensor? dtopk_weights, Tensor? drow_weights, "
-    "Tensor? dprobs, Tensor? dlogits_in, Tensor? dslots, SymInt segment_size, str pooling, "
-    "float temperature, "
-    "float dropout, bool renormalize, bool need_dx, bool need_dweight) "
-    "-> (Tensor, Tensor, Tensor)",
-    _route_bwd,
-    _route_bwd_fake,
-)
+_route_bwd_op = define_operator("route_bwd", _route_bwd, _route_bwd_fake, gradient=True)
 
 
 class _Route(torch.autograd.Function):
@@ -232,15 +216,9 @@ class _Route(torch.autograd.Function):
             # The router got no gradient: only what the next stages say about x is left.
             dx = dslots.sum(0) if need_dx and dslots is not None else None
             return dx, None, None, None, None, None
-        dx, dweight, dstart = differentiate_routing(
-            *ctx.saved_tensors,
-            dtopk_weights,
-            drow_weights,
-            dprobs,
-            dlogits,
-            dslots,
-            (ctx.options[0], *ctx.options[2:], need_dx, need_dweight),
-        )
+        given = (dtopk_weights, drow_weights, dprobs, dlogits, dslots)
+        options = (ctx.options[0], *ctx.options[2:], need_dx, need_dweight)
+        dx, dweight, dstart = _route_bwd_op(*ctx.saved_tensors, *given, *options)
         return (
             dx if need_dx else None,
             dweight if ctx.needs_input_grad[1] else None,
@@ -249,55 +227,6 @@ class _Route(torch.autograd.Function):
             None,
             None,
         )
-
-
-class _RouteBackward(torch.autograd.Function):
-    """The gradient as a function of its own, so that a second derivative is refused loudly."""
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        router_weight: Tensor,
-        router_start: Tensor | None,
-        padding_mask: Tensor | None,
-        seed: Tensor | None,
-        logits: Tensor,
-        topk_ids: Tensor,
-        dtopk_weights: Tensor | None,
-        drow_weights: Tensor | None,
-        dprobs: Tensor | None,
-        dlogits: Tensor | None,
-        dslots: Tensor | None,
-        options: tuple[Any, ...],
-    ) -> tuple[Tensor, ...]:
-        # The parameters are written out: torch.compile counts them.
-        out: tuple[Tensor, ...] = _route_bwd_op(
-            x,
-            router_weight,
-            router_start,
-            padding_mask,
-            seed,
-            logits,
-            topk_ids,
-            dtopk_weights,
-            drow_weights,
-            dprobs,
-            dlogits,
-            dslots,
-            *options,
-        )
-        return out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:  # noqa: ARG004
-        refuse_double_backward()
-
-
-differentiate_routing = _RouteBackward.apply
 
 
 def route_and_pass(

@@ -95,7 +95,9 @@ def _lay_out_rows(
     return rows, along
 
 
-def forward(call: SharedCall, expert_out: Tensor, keep: bool) -> tuple[Tensor, ...]:
+def forward(
+    call: SharedCall, expert_out: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return y, the gate's logits, and the rows, pre and gate_pre that backward needs."""
     up, down, gate, up_bias, gate_bias, down_bias = call.weights
     rows, logits = _lay_out_rows(call, call.x, call.shared_gate)
@@ -128,8 +130,8 @@ def forward(call: SharedCall, expert_out: Tensor, keep: bool) -> tuple[Tensor, .
     )
     found = [None if call.are_rows(call.x) else rows, pre, gate_pre]
     # Outputs may not alias each other: an empty tensor for each that is not there.
-    kept = [call.x.new_empty(0) if t is None or not keep else t for t in found]
-    return (y, logits, *kept)
+    rows, pre, gate_pre = (call.x.new_empty(0) if t is None or not keep else t for t in found)
+    return y, logits, rows, pre, gate_pre
 
 
 def backward(
