@@ -88,35 +88,36 @@ def store_gradients(
     slot_ptr,  # room for a share: up | down | gate | up bias | down bias | gate bias
     gradients,
     sums,  # Gradients of values: (BLOCK_D, BLOCK_F), and (BLOCK_F,) or (BLOCK_D,) for biases
-    offs_fd,  # where elements of dup and dgate go in a matrix
-    offs_df,  # those of ddown
     offs_f,
     offs_d,
-    mask_fd,
-    mask_df,
-    mask_f,
-    mask_down_bias,
+    first_chunk,  # whether to store the gradient of down's bias
     D: tl.constexpr,
     F: tl.constexpr,
 ):
     """Store the gradients of one expert's weights where they belong, or as a split's share."""
+    mask_f = offs_f < F
+    mask_d = offs_d < D
+    mask = mask_d[:, None] & mask_f[None, :]
+    offs_fd = offs_f[None, :] * D + offs_d[:, None]
+    offs_df = offs_d[:, None] * F + offs_f[None, :]
+    mask_down_bias = mask_d & first_chunk
     if whole:
-        store_sum(gradients.up + e * F * D, offs_fd, sums.up, mask_fd)
-        store_sum(gradients.down + e * F * D, offs_df, sums.down, mask_df)
+        store_sum(gradients.up + e * F * D, offs_fd, sums.up, mask)
+        store_sum(gradients.down + e * F * D, offs_df, sums.down, mask)
         if gradients.gate is not None:
-            store_sum(gradients.gate + e * F * D, offs_fd, sums.gate, mask_fd)
+            store_sum(gradients.gate + e * F * D, offs_fd, sums.gate, mask)
         if gradients.up_bias is not None:
             store_sum(gradients.up_bias + e * F, offs_f, sums.up_bias, mask_f)
             store_sum(gradients.down_bias + e * D, offs_d, sums.down_bias, mask_down_bias)
             if gradients.gate is not None:
                 store_sum(gradients.gate_bias + e * F, offs_f, sums.gate_bias, mask_f)
     else:
-        store_sum(slot_ptr, offs_fd, sums.up, mask_fd)
+        store_sum(slot_ptr, offs_fd, sums.up, mask)
         slot_ptr += F * D
-        store_sum(slot_ptr, offs_df, sums.down, mask_df)
+        store_sum(slot_ptr, offs_df, sums.down, mask)
         slot_ptr += F * D
         if gradients.gate is not None:
-            store_sum(slot_ptr, offs_fd, sums.gate, mask_fd)
+            store_sum(slot_ptr, offs_fd, sums.gate, mask)
             slot_ptr += F * D
         if gradients.up_bias is not None:
             store_sum(slot_ptr, offs_f, sums.up_bias, mask_f)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from segmoe_kernels._triton.arguments import Slots
 from segmoe_kernels._triton.launch import define_operator, step_flags
 from segmoe_kernels._triton.tiles import MAX_FUSED_DW_WIDTH
 from segmoe_kernels.routing import FFNWeights, Permutation
@@ -52,10 +53,8 @@ def _expert_ffn_fwd(
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     weights = FFNWeights(up_proj, down_proj, gate_proj, up_bias, gate_bias, down_bias)
-    call = Call(
-        x, topk_weights, sorted_to_slot, expert_offsets, weights, padding_mask, seed,
-        segment_size, concat, activation, dropout,
-    )  # fmt: skip
+    slots = Slots(sorted_to_slot, expert_offsets, padding_mask)
+    call = Call(x, topk_weights, slots, weights, seed, segment_size, concat, activation, dropout)
     out, pre, gate_pre = _outputs(call, keep_hidden)
     if out.numel() == 0:
         return out, pre, gate_pre
@@ -79,12 +78,9 @@ def _outputs(call: Call, keep_hidden: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 def _call(tensors: Sequence[Any], *options: Any) -> Call:
     """The call that an operator's arguments describe."""
-    x, topk_weights, sorted_to_slot, expert_offsets = tensors[:4]
-    padding_mask, seed = tensors[10:12]
-    weights = FFNWeights(*tensors[4:10])
-    return Call(
-        x, topk_weights, sorted_to_slot, expert_offsets, weights, padding_mask, seed, *options
-    )
+    x, topk_weights, sorted_to_slot, expert_offsets, *weights, padding_mask, seed = tensors[:12]
+    slots = Slots(sorted_to_slot, expert_offsets, padding_mask)
+    return Call(x, topk_weights, slots, FFNWeights(*weights), seed, *options)
 
 
 def _expert_ffn_fwd_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,10 +117,8 @@ def _expert_ffn_bwd(
     need_dw: bool,
 ) -> list[Tensor]:
     weights = FFNWeights(up_proj, down_proj, gate_proj, up_bias, gate_bias, down_bias)
-    call = Call(
-        x, topk_weights, sorted_to_slot, expert_offsets, weights, padding_mask, seed,
-        segment_size, concat, activation, dropout,
-    )  # fmt: skip
+    slots = Slots(sorted_to_slot, expert_offsets, padding_mask)
+    call = Call(x, topk_weights, slots, weights, seed, segment_size, concat, activation, dropout)
     dx, drow_weights, *dw = _gradients(call, need_dx, need_dw)
     if call.num_rows == 0 or x.numel() == 0:
         return [t.zero_() for t in (dx, drow_weights, *dw)]
@@ -146,10 +140,9 @@ def _expert_ffn_bwd(
             launch_dw(call, dy, dweights)
     else:
         shares = drow_weights.new_empty(column_tiles(call), *drow_weights.shape)
-        backward_two_products(
-            call, dy, dx if need_dx else None, shares, dweights, pre,
-            gate_pre if gate_proj is not None else None,
-        )  # fmt: skip
+        wanted = dx if need_dx else None
+        gate_kept = gate_pre if call.gated else None
+        backward_two_products(call, dy, wanted, shares, dweights, pre, gate_kept)
         torch.sum(shares, dim=0, out=drow_weights)
     return [dx, drow_weights, *dw]
 
