@@ -21,7 +21,7 @@ from segmoe_kernels._triton.router import (
 
 @kernel
 def route_fwd_kernel(
-    x,  # Rows (B, T, D)
+    x_rows,  # Rows (B, T, D)
     padding_mask_ptr,  # (B, T) bool or None
     router,
     dropout,
@@ -60,7 +60,7 @@ def route_fwd_kernel(
         first = (pid * SEGMENTS + start).to(tl.int64)
         mask_s = segment < num_segments
         logits, routed = score_segments(
-            x, padding_mask_ptr, router, segment, mask_s, segments_per_sequence, length,
+            x_rows, padding_mask_ptr, router, segment, mask_s, segments_per_sequence, length,
             num_experts, D, SEGMENT_SIZE, POOLING, ACC, EXPERTS, BLOCK_D,
         )  # fmt: skip
         offs = inner[:, None] * num_experts + experts[None, :]
