@@ -1,6 +1,7 @@
 """What kernels take whole: tuples of the pointers, strides and options that belong together.
 
-Fields may be None, which a kernel knows at compile time; other tuples may be fields. Numbers of the
+Fields may be None, which a kernel knows at compile time; other tuples may be fields. What isn't
+there is a tuple of None alone: Triton 3.6 can't compare a tuple that holds one. Numbers of the
 batch (`launch.OF_THE_BATCH`) are never in a tuple: Triton specialises every number in one.
 """
 
@@ -70,6 +71,9 @@ class Factor(NamedTuple):
     stride_k: Any
 
 
+NO_FACTOR = Factor(None, None, None, None, None, None)
+
+
 class Experts(NamedTuple):
     """The experts' parameters."""
 
@@ -129,6 +133,9 @@ class Kept(NamedTuple):
     dgate_ptr: Any  # the same of the gate, or None
 
 
+NO_KEPT = Kept(None, None, None)
+
+
 class Shared(NamedTuple):
     """The shared path, or its gradient; contiguous."""
 
@@ -168,8 +175,10 @@ class Gradients(NamedTuple):
     gate_bias: Any  # (E, F), or None without a gate
 
 
-def rows_of(x: Tensor) -> Rows:
+def rows_of(x: Tensor | None) -> Rows:
     """The tuple of a tensor (top_k, B, T, D) or (B, T, D), or of a sorted matrix."""
+    if x is None:
+        return Rows(None, None, None, None)
     strides = x.stride()[:-1]
     return Rows(x, *(None,) * (3 - len(strides)), *strides)
 

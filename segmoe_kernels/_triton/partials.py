@@ -180,7 +180,8 @@ def reduce_partials_kernel(
 @triton.jit
 def _store_parts(outputs, sizes, value, offs, row):
     """Store value to ``row`` of outputs, whose columns lie one behind the other's in ``offs``."""
-    for i in tl.static_range(len(outputs)):
+    # Triton 3.6 doesn't count a tuple with a None.
+    for i in tl.static_range(len(sizes)):
         if outputs[i] is not None:
             mask = (offs >= 0) & (offs < sizes[i])
             store_sum(outputs[i] + row * sizes[i], offs, value, mask)

@@ -27,7 +27,7 @@ from segmoe_kernels._triton.partials import store_sum
 @kernel
 def _combine_fwd_kernel(
     expert_out,  # Rows (top_k, B, T, D)
-    shared,  # Shared or None
+    shared,  # if there
     padding_mask_ptr,  # (B, T) bool or None
     y_ptr,  # (B, T, D) contiguous, every row is written
     num_steps,
@@ -59,7 +59,7 @@ def _combine_fwd_kernel(
     for _ in range(num_choices):
         y += tl.load(ptrs, mask=mask, other=0.0).to(ACC)
         ptrs += expert_out.stride_k
-    if shared is not None:
+    if shared.out_ptr is not None:
         real = mask_m
         if padding_mask_ptr is not None:
             real &= tl.load(padding_mask_ptr + rows, mask=mask_m, other=0) != 0
@@ -133,7 +133,7 @@ def launch_combine(
     check.check_programs("combine", programs)
     _combine_fwd_kernel[(programs,)](
         rows_of(expert_out),
-        None if shared_out is None else Shared(shared_out, shared_gate_logits),
+        Shared(shared_out, shared_gate_logits),
         padding_mask,
         y,
         batch * length,

@@ -86,7 +86,7 @@ def expert_ffn_dx_kernel(
     experts,
     dx_ptr,  # (top_k, B, T, D) contiguous or None, every row is written
     drow_weights_ptr,  # (R, P) by slot, every element is written
-    kept,  # Kept or None
+    kept,  # if there
     slots,
     dropout,
     num_slots,
@@ -159,7 +159,7 @@ def expert_ffn_dx_kernel(
             dx = tl.dot(dpre, chunk.up, dx, input_precision=PRECISION, out_dtype=ACC)
             if experts.gate is not None:
                 dx = tl.dot(dgate, chunk.gate, dx, input_precision=PRECISION, out_dtype=ACC)
-        if kept is not None:
+        if kept.hidden_ptr is not None:
             offs = row_offs[:, None] + offs_f[None, :]
             mask = mask_m[:, None] & (offs_f < F)[None, :]
             store_sum(kept.hidden_ptr, offs, hidden * weights[:, None], mask)

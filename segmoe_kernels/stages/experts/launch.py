@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from segmoe_kernels._triton.arguments import (
+    NO_KEPT,
     Gradients,
     Kept,
     Layout,
@@ -175,7 +176,7 @@ def launch_dx(
         call.experts,
         dx,
         drow_weights,
-        kept,
+        kept or NO_KEPT,
         call.slots,
         call.hidden_dropout,
         call.num_slots,

@@ -14,6 +14,7 @@ from torch import Tensor
 from segmoe_kernels import validation as check
 from segmoe_kernels._triton.arguments import (
     NO_DROPOUT,
+    NO_FACTOR,
     Dropout,
     Factor,
     Sequences,
@@ -151,9 +152,9 @@ def product(
     grid = gemm_grid(num_rows, num_experts, n, tile)
     grouped_gemm_kernel[grid](
         rows_of(a),
-        None if a2 is None else rows_of(a2),
+        rows_of(a2),
         first,
-        second,
+        second or NO_FACTOR,
         row_weights,
         rows_of(y),
         sequences.slots,

@@ -68,9 +68,9 @@ def _swizzled_tile(COLUMN_TILES: tl.constexpr, GROUP_M: tl.constexpr):
 @kernel
 def grouped_gemm_kernel(
     a_rows,  # Rows
-    a2_rows,  # Rows as a, or None: a second product is added, a2 @ second
+    a2_rows,  # Rows as a; if there, a second product is added, a2 @ second
     first,  # Factor
-    second,  # Factor or None; without a2 it is the gate's weight
+    second,  # Factor, if there; without a2 it is the gate's weight
     row_weights_ptr,  # (R,) by slot, or None
     y,  # Rows: a sorted matrix, or sequences to which rows are scattered; every row is written
     slots,  # sorted_to_slot_ptr is None where nothing needs the slot
@@ -95,7 +95,7 @@ def grouped_gemm_kernel(
 
     Grid: ``((cdiv(M, BLOCK_M) + E) * cdiv(N, BLOCK_N),)``. Sums in ACC, rounded at the store.
     """
-    GATED: tl.constexpr = second is not None and a2_rows is None
+    GATED: tl.constexpr = second.ptr is not None and a2_rows.ptr is None
     ROWS_PER_SLOT: tl.constexpr = LAYOUT.rows_per_slot
     row_tile, column_tile = _swizzled_tile((N + BLOCK_N - 1) // BLOCK_N, GROUP_M)
     expert, row_start, row_end = find_group(
@@ -123,7 +123,7 @@ def grouped_gemm_kernel(
         if GATED:
             b = _load_factor(second, e, offs_n, offs_k, N, K)
             acc2 = tl.dot(a, b, acc2, input_precision=PRECISION, out_dtype=ACC)
-    if a2_rows is not None:
+    if a2_rows.ptr is not None:
         # A loop of its own: two products into one accumulator in one loop miscompile on sm_10x.
         for k0 in range(0, k_end, BLOCK_K):
             offs_k = k0 + tl.arange(0, BLOCK_K)

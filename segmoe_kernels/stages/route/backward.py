@@ -103,7 +103,7 @@ def input_gradients(
         padding_mask,
         router_of(router_weight, router_start),
         dlogits,
-        None if dslots is None else rows_of(dslots),
+        rows_of(dslots),
         dx,
         partials,
         num_segments,

@@ -148,7 +148,7 @@ def route_bwd_kernel(
     padding_mask_ptr,  # (B, T) bool or None
     router,
     dlogits_ptr,  # (S, E)
-    dslots,  # Rows (k, B, T, D) or None: gradients of x from the next stages
+    dslots,  # Rows (k, B, T, D), if there: gradients of x from the next stages
     dx_ptr,  # (B, T, D) contiguous or None, every row is written
     dweight_ptr,  # (splits, E, W) or None, every row is written
     num_segments,
@@ -249,7 +249,7 @@ def _store_dx(
     mask_d = (offs_d < D)[None, :]
     step = segments.first_step + p
     dx = tl.where(real[:, None], dx, 0.0)
-    if dslots is not None:
+    if dslots.ptr is not None:
         offs = segments.sequence.to(tl.int64) * dslots.stride_b
         offs += step.to(tl.int64) * dslots.stride_t
         ptrs = dslots.ptr + offs[:, None] + offs_d[None, :]
