@@ -101,7 +101,7 @@ def test_routed_part_saves_nothing_but_x_and_the_routing(top_k, device):
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_routed_part_launches_few_kernels(top_k):
     layer = make_layer(top_k=top_k)
-    x, dy, _ = make_inputs(4, 60, 8, dtype=torch.float64)
+    x, dy, _ = make_inputs(2, 40, 8, dtype=torch.float64)
     with torch.no_grad():
         assert len(launches(lambda: layer(x))) == 3 + (top_k > 1)
     assert len(launches(lambda: run_layer(layer, x, dy))) <= 10
@@ -110,7 +110,7 @@ def test_routed_part_launches_few_kernels(top_k):
 @pytest.mark.interpreter
 def test_routed_part_launches_nothing_for_frozen_parameters():
     layer = make_layer()
-    x, dy, _ = make_inputs(4, 60, 8, dtype=torch.float64)
+    x, dy, _ = make_inputs(2, 40, 8, dtype=torch.float64)
 
     def kernels(frozen, *, x_grad):
         for name, parameter in layer.named_parameters():
