@@ -70,7 +70,7 @@ def masked_or_slow():
             yield pytest.param(options, masked, id=f"{name_of(options)}-{name}", marks=marks)
 
 
-@pytest.mark.parametrize(("options", "masked"), masked_or_slow())
+@pytest.mark.parametrize(("options", "masked"), [*masked_or_slow()])
 def test_layer_equals_reference_in_float64(options, masked, device):
     layer = make_layer(torch.float64, device, **options)
     inputs = make_inputs(*SHAPE, dtype=torch.float64, device=device, masked=masked)
