@@ -21,6 +21,7 @@ from segmoe_kernels._triton.launch import (
     refuse_double_backward,
     step_flags,
 )
+from segmoe_kernels.autograd import apply
 
 
 @kernel
@@ -301,5 +302,5 @@ def combine(
     if shared_out is not None and shared_gate_logits is not None:
         shared_out, shared_gate_logits = shared_out.contiguous(), shared_gate_logits.contiguous()
     flags = step_flags(padding_mask, expert_out.dtype)
-    y: Tensor = _Combine.apply(expert_out, shared_out, shared_gate_logits, flags)
+    y: Tensor = apply(_Combine, expert_out, shared_out, shared_gate_logits, flags)
     return y

@@ -21,6 +21,7 @@ from segmoe_kernels._triton.launch import (
     step_flags,
     within_reach,
 )
+from segmoe_kernels.autograd import apply
 from segmoe_kernels.routing import FFNWeights
 from segmoe_kernels.stages.shared.launch import SharedCall, backward, forward
 
@@ -241,7 +242,8 @@ def shared_combine(
         and not torch.compiler.is_exporting()
         and any(t is not None and t.requires_grad for t in tensors[1:])
     )
-    y, *_ = _SharedCombine.apply(
+    y, *_ = apply(
+        _SharedCombine,
         *tensors,
         step_flags(padding_mask, x.dtype),
         seed,
