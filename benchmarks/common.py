@@ -10,13 +10,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 import segmoe_kernels
 
 __all__ = ["Timing", "device_name", "environment", "interleaved", "write_json"]
+
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,13 @@ def _quartiles(values: Any) -> tuple[float, float, float]:
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 3, calls: int = 1
-) -> dict[str, Timing]:
+    functions: Mapping[Name, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = 3,
+    calls: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[Name, Timing]:
     """Time functions in turns on the CPU, every other round in reverse order.
 
     Args:
@@ -54,20 +61,21 @@ def interleaved(
         warmup: rounds before the first that counts.
         calls: of one function in a row; with more than one, the first of them does not count, which
             finds the caches and the allocator as the other function left them.
+        clock: seconds.
 
     Returns:
         A Timing for each name, of the mean call of each round.
     """
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    times: dict[Name, list[float]] = {name: [] for name in functions}
     for index in range(warmup + rounds):
         for name in list(functions)[:: 1 if index % 2 else -1]:
             if calls > 1:
                 functions[name]()
             counted = max(1, calls - 1)
-            start = time.perf_counter()
+            start = clock()
             for _ in range(counted):
                 functions[name]()
-            elapsed = time.perf_counter() - start
+            elapsed = clock() - start
             if index >= warmup:
                 times[name].append(1e3 * elapsed / counted)
     return {name: Timing(tuple(values)) for name, values in times.items()}

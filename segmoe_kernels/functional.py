@@ -7,6 +7,7 @@ Triton kernels; both have the same names and give the same results.
 import os
 import warnings
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from segmoe_kernels import pipeline, reference
 from segmoe_kernels import validation as check
 from segmoe_kernels.activations import ACTIVATIONS
 from segmoe_kernels.flops import install_flops
-from segmoe_kernels.options import Options, check_layer
+from segmoe_kernels.options import Options, call_key, check_layer
 from segmoe_kernels.routing import FFNWeights, LayerWeights, Permutation, RouterOutput, Routing
 
 __all__ = [
@@ -436,6 +437,11 @@ def seg_moe(
     return run_layer(x, weights, options, padding_mask, backend)
 
 
+# Calls that passed the checks, with their options.
+_CHECKED: dict[tuple[Any, ...], Options] = {}
+_MOST_CHECKED = 1024
+
+
 def run_layer(
     x: Tensor,
     weights: LayerWeights,
@@ -443,11 +449,18 @@ def run_layer(
     padding_mask: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Routing]:
-    """`seg_moe` with its arguments in order."""
-    check.check_x("seg_moe", x)
-    check.check_weights("seg_moe", x, weights)
-    check.check_mask("seg_moe", padding_mask, x)  # in traced code, too: see SegMoE
+    """`seg_moe` with its arguments in order; a call as one before it is not checked again."""
+    key = call_key(x, weights, padding_mask, options)
+    known = None if key is None else _CHECKED.get(key)
+    if known is None:
+        check.check_x("seg_moe", x)
+        check.check_weights("seg_moe", x, weights)
+        check.check_mask("seg_moe", padding_mask, x)  # in traced code, too: see SegMoE
     weights, dtype = pipeline.autocast_weights(x, weights)
-    options = check_layer("seg_moe", x, weights, dtype, options)
+    options = known or check_layer("seg_moe", x, weights, dtype, options)
+    if known is None and key is not None:
+        if len(_CHECKED) >= _MOST_CHECKED:  # lengths may change in every batch
+            _CHECKED.clear()
+        _CHECKED[key] = options
     stages = backend_stages(backend, x)
     return pipeline.run_stages(stages, x, weights, dtype, options, padding_mask)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from segmoe_kernels import validation as check
+from segmoe_kernels.autograd import apply
 from segmoe_kernels.routing import Routing
 
 __all__ = ["inject_loss", "load_balancing_loss", "router_z_loss"]
@@ -194,5 +195,5 @@ def inject_loss(y: Tensor, loss: Tensor) -> Tensor:
     check.check_tensor("inject_loss", "loss", loss)
     if loss.ndim:
         check.fail_value("inject_loss", "loss", "have shape ()", tuple(loss.shape))
-    out: Tensor = _InjectLoss.apply(y, loss)
+    out: Tensor = apply(_InjectLoss, y, loss)
     return out

@@ -3,13 +3,17 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from segmoe_kernels import validation as check
 from segmoe_kernels.activations import ACTIVATIONS
 from segmoe_kernels.routing import LayerWeights
 
-__all__ = ["Options", "check_layer"]
+__all__ = ["Options", "call_key", "check_layer"]
+
+# What a tensor or a number has to be for its class, and with it all of it, to be known.
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
+_PLAIN_VALUES = {int, float, str, bool, type(None)}
 
 
 class Options(NamedTuple):
@@ -82,6 +86,33 @@ def check_layer(
         rule = f"have width {width} (token) with router_start: a wider one sees later steps"
         check.fail_value(function, "shared.up_proj", rule, tuple(shared.up_proj.shape))
     return options
+
+
+def call_key(
+    x: Any, weights: LayerWeights, padding_mask: Any, options: Options
+) -> tuple[Any, ...] | None:
+    """All that the checks of a call look at, to compare it with another.
+
+    None in traced code, and where something of another class has a say.
+    """
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS:
+        return None
+    kinds = tuple(map(type, options))  # True is no 1 here
+    if not _PLAIN_VALUES.issuperset(kinds):
+        return None
+    kind = x.device.type
+    cast = kind != "meta" and torch.is_autocast_enabled(kind)
+    key: list[Any] = [options, kinds, torch.get_autocast_dtype(kind) if cast else None]
+    for field in (x, padding_mask, *weights):
+        key.append(type(field))
+        for tensor in field if isinstance(field, tuple) else (field,):
+            if tensor is None:
+                key.append(None)
+            elif type(tensor) not in _PLAIN_TENSORS or tensor.is_nested:
+                return None
+            else:
+                key += (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
+    return tuple(key)
 
 
 def _check_projections(x: Tensor, weights: LayerWeights, options: Options) -> None:

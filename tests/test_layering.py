@@ -12,7 +12,7 @@ PACKAGE = Path(segmoe_kernels.__file__).parent
 # Folders and modules of the package's root, from below. Each imports what stands on earlier lines,
 # and inside its own folder; the package itself is "". A new one has to be written down here.
 FLOORS = (
-    {"routing", "flops", "activations", "segments"},
+    {"routing", "flops", "activations", "autograd", "segments"},
     {"validation"},
     {"losses", "series", "_triton", "options"},
     {"pipeline"},

@@ -251,3 +251,61 @@ def test_checks_look_at_metadata_only(device):
     weight = torch.zeros(3, 4, device=device)
     with pytest.raises(ValueError, match=r"expected router_weight to have shape \(3, 12\)"):
         functional.route(x, weight, segment_size=3, top_k=1)
+
+
+def right_call():
+    experts = segmoe_kernels.FFNWeights(torch.randn(3, 6, 4), torch.randn(3, 4, 6))
+    return {
+        "x": torch.randn(2, 5, 4),
+        "router_weight": torch.randn(3, 8),
+        "experts": experts,
+        "segment_size": 2,
+        "padding_mask": torch.ones(2, 5, dtype=torch.bool),
+        "backend": "reference",
+    }
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"x": torch.randn(2, 5, 4, dtype=torch.float64)},
+        {"x": torch.randn(2, 5, 4).to_sparse()},
+        {"router_weight": torch.randn(3, 9)},
+        {"router_weight": torch.randn(3, 8, device="meta")},
+        {"experts": segmoe_kernels.FFNWeights(torch.randn(3, 6, 4), torch.randn(3, 4, 7))},
+        {"experts": (torch.randn(3, 6, 4), torch.randn(3, 4, 6), None, None, None, None)},
+        {"padding_mask": torch.ones(2, 5)},
+        {"padding_mask": torch.ones(5, 2, dtype=torch.bool)},
+        {"segment_size": 2.0},
+        {"top_k": True},
+        {"renormalize": 1},
+        {"pooling": "mean"},
+        {"dropout": np.float32(1.0)},
+        {"activation": ["gelu"]},
+        {"backend": "nothing"},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_a_right_call_does_not_admit_a_wrong_one(wrong):
+    functional.seg_moe(**right_call())
+    for _ in range(2):
+        with pytest.raises((TypeError, ValueError), match=r"^segmoe_kernels\."):
+            functional.seg_moe(**right_call() | wrong)
+
+
+def test_a_call_is_checked_once_and_lengths_take_no_memory(monkeypatch):
+    checked = []
+    check = functional.check_layer
+    monkeypatch.setattr(functional, "check_layer", lambda *a: checked.append(a) or check(*a))
+    monkeypatch.setattr(functional, "_CHECKED", {})
+    monkeypatch.setattr(functional, "_MOST_CHECKED", 8)
+    call = right_call() | {"padding_mask": None}
+    for _ in range(2):
+        functional.seg_moe(**call)
+    assert len(checked) == 1
+    with torch.autocast("cpu", torch.bfloat16):  # weights of other dtypes
+        functional.seg_moe(**call)
+    assert len(checked) == 2
+    for length in range(1, 30):
+        functional.seg_moe(**call | {"x": torch.randn(1, length, 4)})
+        assert len(functional._CHECKED) <= 8

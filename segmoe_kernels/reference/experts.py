@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from segmoe_kernels import validation as check
 from segmoe_kernels.activations import ACTIVATIONS
+from segmoe_kernels.autograd import apply
 from segmoe_kernels.flops import register_flops
 from segmoe_kernels.routing import FFNWeights
 from segmoe_kernels.segments import segments
@@ -175,7 +176,7 @@ def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     Returns:
         (R, W).
     """
-    out: Tensor = _GatherRows.apply(x, index, inverse)
+    out: Tensor = apply(_GatherRows, x, index, inverse)
     return out
 
 

@@ -22,6 +22,7 @@ from segmoe_kernels._triton.launch import (
     step_flags,
 )
 from segmoe_kernels._triton.partials import store_sum
+from segmoe_kernels.autograd import apply
 
 
 @kernel
@@ -250,5 +251,5 @@ def combine(
     if shared_out is not None and shared_gate_logits is not None:
         shared_out, shared_gate_logits = shared_out.contiguous(), shared_gate_logits.contiguous()
     flags = step_flags(padding_mask, expert_out.dtype)
-    y: Tensor = _Combine.apply(expert_out, shared_out, shared_gate_logits, flags)
+    y: Tensor = apply(_Combine, expert_out, shared_out, shared_gate_logits, flags)
     return y

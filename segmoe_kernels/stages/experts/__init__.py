@@ -18,6 +18,7 @@ from torch import Tensor
 from segmoe_kernels._triton.arguments import Slots
 from segmoe_kernels._triton.launch import define_operator, step_flags
 from segmoe_kernels._triton.tiles import MAX_FUSED_DW_WIDTH
+from segmoe_kernels.autograd import apply
 from segmoe_kernels.routing import FFNWeights, Permutation
 from segmoe_kernels.stages.experts.launch import (
     Call,
@@ -281,7 +282,8 @@ def expert_ffn(
         t is not None and t.requires_grad for t in (x, topk_weights, *weights)
     )
     options = (segment_size, concat, activation, float(dropout), needs_grad)
-    out, _, _ = _ExpertFFN.apply(
+    out, _, _ = apply(
+        _ExpertFFN,
         x,
         topk_weights,
         permutation.sorted_to_slot,

@@ -41,6 +41,7 @@ from segmoe_kernels._triton.tiles import (
     num_row_splits,
 )
 from segmoe_kernels.activations import ACTIVATIONS
+from segmoe_kernels.autograd import apply
 from segmoe_kernels.stages.grouped_gemm.kernels import grouped_gemm_dw_kernel, grouped_gemm_kernel
 
 
@@ -284,5 +285,5 @@ def grouped_gemm(
     weight = within_reach(weight, rows=False)
     if bias is not None:
         bias = bias.contiguous()
-    y: Tensor = _GroupedGemm.apply(x, weight, expert_offsets, bias, activation or "none")
+    y: Tensor = apply(_GroupedGemm, x, weight, expert_offsets, bias, activation or "none")
     return y

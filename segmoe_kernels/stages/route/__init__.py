@@ -30,6 +30,7 @@ from segmoe_kernels._triton.launch import (
     within_reach,
 )
 from segmoe_kernels._triton.tiles import route_fwd_tile
+from segmoe_kernels.autograd import apply
 from segmoe_kernels.routing import RouterOutput
 from segmoe_kernels.stages.route.backward import input_gradients, logits_gradient
 from segmoe_kernels.stages.route.kernels import route_fwd_kernel
@@ -264,8 +265,8 @@ def route_and_pass(
     )
     if router_start is not None:
         router_start = router_start.contiguous()
-    *outputs, row_weights, tokens = _Route.apply(
-        x, router_weight, router_start, step_flags(padding_mask, x.dtype), seed, options
+    *outputs, row_weights, tokens = apply(
+        _Route, x, router_weight, router_start, step_flags(padding_mask, x.dtype), seed, options
     )
     return RouterOutput(*outputs), row_weights, tokens
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from segmoe_kernels._triton.launch import define_operator, step_flags, within_reach
+from segmoe_kernels.autograd import apply
 from segmoe_kernels.routing import FFNWeights
 from segmoe_kernels.stages.shared.launch import SharedCall, backward, forward
 
@@ -211,7 +212,8 @@ def shared_combine(
         and not torch.compiler.is_exporting()
         and any(t is not None and t.requires_grad for t in tensors[1:])
     )
-    y, *_ = _SharedCombine.apply(
+    y, *_ = apply(
+        _SharedCombine,
         *tensors,
         step_flags(padding_mask, x.dtype),
         seed,

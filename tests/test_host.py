@@ -1,0 +1,60 @@
+"""Host time of our call beside that of the official loop, in a process of its own without a GPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from benchmark_runs import ROOT, rows_of
+
+from benchmarks.host import stub
+
+pytestmark = pytest.mark.skipif(
+    stub.missing() is not None, reason=f"benchmarks.host {stub.missing()}"
+)
+# Over the official loop's time, in the same turns: a third above what was measured.
+LIMITS = {
+    ("no shared expert", "infer"): 2.5,
+    ("no shared expert", "forward + backward"): 1.9,
+    ("reference", "infer"): 2.8,
+    ("reference", "forward + backward"): 2.0,
+}
+
+
+def run_host(*words):
+    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.host", *words]
+    return subprocess.run(
+        command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("host")
+    cases = dict.fromkeys(case for case, _ in LIMITS)
+    words = ["--cases", *cases, "--providers", "segmoe", "official", "--rounds", "40"]
+    run_host("table", *words, "--json", str(folder / "host.json"))
+    return {(row["case"], row["pass"], row["provider"]): row for row in rows_of(folder, "host")}
+
+
+@pytest.mark.parametrize(("case", "passed"), LIMITS)
+def test_a_call_takes_no_more_of_the_host_than_it_may(rows, case, passed):
+    assert rows[case, passed, "official"]["over_official"] == [1, 1, 1]
+    # The lower quartile: what else runs on the machine makes a call slower, never faster.
+    assert rows[case, passed, "segmoe"]["over_official"][0] < LIMITS[case, passed]
+
+
+def test_launches_are_counted(rows):
+    infer, both = (rows["no shared expert", p, "segmoe"] for p in ("infer", "forward + backward"))
+    assert infer["triton_launches"] == 3  # route, permute, experts
+    assert both["triton_launches"] > infer["triton_launches"]
+    assert rows["reference", "infer", "segmoe"]["triton_launches"] == 0
+
+
+def test_a_profile_names_parts_of_a_call():
+    lines = run_host("profile", "--rounds", "20").splitlines()
+    parts = {line[:44].strip(): float(line.split()[-1]) for line in lines[1:]}
+    assert {"Triton: JITFunction.run", "operators' bodies", "checks"} < parts.keys()
+    assert parts.pop("all") == pytest.approx(sum(parts.values()), abs=1)
+    assert all(us > 0 for us in parts.values())
