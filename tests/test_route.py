@@ -182,6 +182,7 @@ def test_route_counts_the_slots_of_each_block(segments, case, device):
     expected = [block.flatten().bincount(minlength=5).tolist() for block in groups.split(BLOCK)]
     assert out.block_counts.tolist() == [count for block in expected for count in block]
     assert out.block_counts.sum() == 2 * segments
+    assert out.block_counts.dtype == torch.int32
 
 
 def test_route_counts_slots_that_it_takes_in_two_turns(device):

@@ -170,14 +170,16 @@ def test_layer_runs_under_autocast(device):
 
 
 def test_shared_combine_takes_views_of_a_fused_projection(device):
-    tensors, keywords = draw_case(device=device, gated=True)
+    tensors, keywords = draw_case(device=device, gated=True, bias=True)
     both = torch.cat([tensors["gate_proj"], tensors["up_proj"]])
     gate, up = both.chunk(2)
     columns = {name: tensors[name].t().contiguous().t() for name in ("gate_proj", "down_proj")}
     expected = run(shared_combine, tensors, keywords)
     wide = torch.cat([tensors["gate_proj"], tensors["up_proj"]], 1)
     one = {"gate_proj": wide[:, : wide.shape[1] // 2]}  # up keeps other strides
-    for views in ({"gate_proj": gate, "up_proj": up}, columns, one):
+    vectors = [name for name in tensors if name.endswith("bias") or name == "shared_gate"]
+    apart = {name: torch.stack([tensors[name], tensors[name] + 1], -1)[..., 0] for name in vectors}
+    for views in ({"gate_proj": gate, "up_proj": up}, columns, one, apart):
         for name, value in run(shared_combine, {**tensors, **views}, keywords).items():
             torch.testing.assert_close(value, expected[name], rtol=1e-13, atol=1e-13)
 
