@@ -37,9 +37,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import outcome_log
 from benchmarks.common import device_name, environment
 from benchmarks.store import ROOT, code_version, results_folder
+from tests import outcome_log
 
 __all__ = ["STEPS", "Step"]
 
@@ -121,7 +121,7 @@ QUICK_TESTS = ("tests/test_losses.py",)
 def _command(words: str, deadline_s: float, folder: Path, *, quick: bool) -> list[str]:
     module, *rest = words.format(deadline=f"{deadline_s:.0f}").split()
     if module == "tests":
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "benchmarks.outcome_log"]
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "tests.outcome_log"]
         # Compilation of the kernels takes most of the time, and the processors do it side by side.
         if not quick and importlib.util.find_spec("xdist"):
             command += ["-n", str(min(8, max(1, (os.cpu_count() or 1) // 2)))]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 
+import outcome_log
 import pytest
 import torch
 from benchmark_runs import CPU, ROOT, needs_scattermoe, rows_of
@@ -16,7 +17,6 @@ from benchmarks import (
     gpu,
     layer,
     memory,
-    outcome_log,
     profiles,
     report,
     stages,
@@ -297,7 +297,7 @@ def test_outcomes_are_kept_by_a_run_of_pytest(tmp_path):
     """The tests' conftest takes settings out of the environment, but not this one."""
     path = tmp_path / "tests.json"
     environment = {**os.environ, outcome_log.VARIABLE: str(path)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.outcome_log", "-n", "0"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.outcome_log", "-n", "0"]
     command += ["tests/test_promises.py", "-k", "targets"]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
