@@ -68,7 +68,6 @@ docs: $(READY)  ## pages and API reference; begin at build/docs/index.html
 
 bench: $(READY)  ## traffic and launches of every plan, and CPU timing of the reference
 	$(RUN) -m benchmarks.traffic
-	$(RUN) -m benchmarks.reference_cpu
 
 # The machine with the GPU has its own torch and triton, so no environment is made for it. Each step
 # takes less than ten minutes and goes on where it was stopped: make gpu STEP="--step layer".

@@ -6,7 +6,8 @@
 Each provider (`peers`) has to pass the `gate` before it is timed; `timing` says how. "routed" is
 the layer without a shared expert, "whole" the one with the segment-wide shared expert. "forward"
 runs without gradients; "forward+backward" asks for those of x and of every parameter. Mode "graph"
-replays a captured CUDA graph: what kernels take without the host. Dropout is off.
+replays a captured CUDA graph: what kernels take without the host. "forward+backward" has the
+``--dropout``, the gate and "forward" have none.
 
 Columns: median (quartiles) of the time; TFLOP/s and GB/s of the work that the definition of the
 layer needs (`work`), whatever a provider really executes and moves; time over that of ``segmoe``,
@@ -70,7 +71,9 @@ def admit(
         routing=configuration.routing,
         dtype=DTYPES[configuration.dtype],
         device=device,
+        dropout=configuration.dropout,
     )
+    layer.eval()
 
     def refuse(name: str, key: str, why: str) -> None:
         for identity in options.identities():
@@ -83,6 +86,7 @@ def admit(
     gate, admitted, share = Gate(layer, inputs), [], 0.0
     for provider in providers:
         try:
+            provider.module.eval()
             admitted.append((provider, gate.check(provider)))
         except RefusedError as error:
             refuse(provider.name, "refused", str(error))
@@ -114,6 +118,7 @@ def measure(configuration: Configuration, options: Options, emit: Emit) -> None:
         for passed in options.passes:
             functions: dict[str, Callable[[], Any]] = {}
             for provider, _ in admitted:
+                provider.module.train(passed != "forward")
                 function = calls(provider, inputs, passed)
                 if mode == "graph":
                     identity = {"provider": provider.name, "pass": passed, "mode": mode}
@@ -149,7 +154,8 @@ def measure(configuration: Configuration, options: Options, emit: Emit) -> None:
                     "l2_flushed": clock.flushes,
                 }
                 if "segmoe" in timings:
-                    row["time_over_segmoe"] = timing.ratio(timings["segmoe"])[1]
+                    row["time_over_segmoe"] = timing.ratio(timings["segmoe"])
+                    row["least_over_segmoe"] = timing.least_ratio(timings["segmoe"])
                 emit(row)
             release_memory(clock.device)
 

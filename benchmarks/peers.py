@@ -123,6 +123,8 @@ def _first_line(error: Exception) -> str:
 
 
 def _peer(name: str, peer: SegmentPeer, **options: Any) -> Provider:
+    if peer.dropout:
+        raise SkippedError("has no dropout")
     return Provider(
         name, peer, peer, peer.route_ids, peer.layer_gradients, yardstick="loop", **options
     )

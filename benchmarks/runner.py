@@ -48,11 +48,14 @@ class Configuration:
     routing: str
     dtype: str
     device: str
+    dropout: float = 0.0
 
     @property
     def key(self) -> str:
         """Names it in rows."""
-        words = (self.workload, self.part, self.routing, self.dtype)
+        words = [self.workload, self.part, self.routing, self.dtype]
+        if self.dropout:
+            words.append(f"dropout {self.dropout:g}")
         return "/".join(words)
 
     def find_workload(self) -> Workload:
@@ -158,6 +161,13 @@ def _parser(suite: Suite, description: str) -> argparse.ArgumentParser:
     choices("--dtype", tuple(DTYPES), None, ", ".join(DTYPES))
     choices("--parts", suite.parts, suite.default_parts, ", ".join(suite.parts))
     choices("--routing", ROUTINGS, ("uniform",), ", ".join(ROUTINGS))
+    parser.add_argument(
+        "--dropout",
+        type=lambda text: [float(word) for word in text.split(",")],
+        default=[0.0],
+        metavar="P,...",
+        help="of the hidden layers, in training",
+    )
     choices("--passes", suite.passes, suite.passes, ", ".join(suite.passes))
     choices("--modes", suite.modes, None, ", ".join(suite.modes))
     choices("--providers", suite.providers, suite.providers, ", ".join(suite.providers))
@@ -204,11 +214,13 @@ class _Run:
         """All that the arguments ask for."""
         args = self.args
         product = itertools.product(
-            find_workloads(args.shapes), args.parts, args.routing, args.dtype
+            find_workloads(args.shapes), args.parts, args.routing, args.dtype, args.dropout
         )
         return [
-            Configuration(self.suite.name, workload.name, part, routing, dtype, args.device)
-            for workload, part, routing, dtype in product
+            Configuration(
+                self.suite.name, workload.name, part, routing, dtype, args.device, dropout
+            )
+            for workload, part, routing, dtype, dropout in product
         ]
 
     def run(self) -> int:

@@ -7,9 +7,13 @@ Groups, by the name that ``--shapes`` takes:
 * ``grid``: widths, segment sizes, experts, top-k and rows around them, one axis at a time;
 * ``headline``: the few of them that say most, for a first run;
 * ``llm``: token-wise gated layers of language models;
+* ``official``: the three official configurations, with batches for a CPU;
 * ``tiny``: a second on a CPU, to exercise the measurements themselves.
+
+D-E-k-P-rows, such as ``64-4-1-5-1e6``, is a shape with F = 2 D and sequences of 60 steps.
 """
 
+import re
 from dataclasses import dataclass
 
 __all__ = ["GROUPS", "TRAFFIC_SHAPES", "Shape", "Workload", "find_workloads"]
@@ -168,6 +172,17 @@ _LLM = (
     ),
 )
 
+# Widths, experts and segment sizes of the layers as in examples/studies/cost.py.
+_OFFICIAL = tuple(
+    Workload(f"official-{name}-p{p}", Shape(batch, 64, d, 2 * d, e, 1, p), f"{_CODE}: {name}")
+    for name, batch, d, e, segment_sizes in (
+        ("tiny", 64, 64, 4, (3, 5)),
+        ("small", 64, 128, 4, (3, 5)),
+        ("base", 32, 256, 8, (3, 4, 5)),
+    )
+    for p in segment_sizes
+)
+
 _TINY = (
     Workload("tiny", Shape(3, 17, 16, 32, 4, 1, 5), "none: exercises the measurements"),
     Workload("tiny-k2", Shape(2, 16, 16, 32, 4, 2, 3), "none: exercises the measurements"),
@@ -196,17 +211,19 @@ GROUPS: dict[str, tuple[Workload, ...]] = {
     "paper": _paper(),
     "grid": _grid(),
     "llm": _LLM,
+    "official": _OFFICIAL,
     "tiny": _TINY,
 }
 _BY_NAME = {workload.name: workload for group in GROUPS.values() for workload in group}
 GROUPS["headline"] = tuple(_BY_NAME[name] for name in _HEADLINE_NAMES)
+_SPEC = re.compile(r"(\d+)-(\d+)-(\d+)-(\d+)-([\d.e]+)")
 
 
 def find_workloads(names: str) -> list[Workload]:
     """Look up groups and single workloads.
 
     Args:
-        names: of groups or workloads, separated by commas.
+        names: of groups or workloads, or D-E-k-P-rows, separated by commas.
 
     Returns:
         Each once, in the order asked for.
@@ -216,6 +233,11 @@ def find_workloads(names: str) -> list[Workload]:
     """
     found: dict[str, Workload] = {}
     for name in names.split(","):
+        if sizes := _SPEC.fullmatch(name):
+            d, e, k, p = map(int, sizes.groups()[:4])
+            shape = Shape(max(1, round(float(sizes[5]) / 60)), 60, d, 2 * d, e, k, p)
+            found[name] = Workload(name, shape, "D-E-k-P-rows, F = 2 D")
+            continue
         if name not in GROUPS and name not in _BY_NAME:
             raise ValueError(
                 f"--shapes must name groups ({', '.join(GROUPS)}) or shapes of them, got {name!r}"
