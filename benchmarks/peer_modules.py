@@ -270,7 +270,9 @@ class Transformers(SegmentPeer):
     """The function that Transformers' expert modules run, with itself as the module."""
 
     has_bias = False
+    has_post_expert_norm = False
     is_transposed = False
+    _is_expert_parallel = False
 
     def __init__(self, layer: SegMoE, function: Callable[..., Tensor]) -> None:
         super().__init__(layer)
