@@ -12,7 +12,8 @@ Steps, in order:
 * ``compiled``: the same for the peers under ``torch.compile``
 * ``tune``: the search for tiles -> tune.json
 * ``profiles``: kernels' shares, and hardware counters -> profiles.json
-* ``stages``, ``memory``: stages.json, memory.json
+* ``stages``: microbenchmarks of each stage, by pytest-benchmark -> stages.json
+* ``memory`` -> memory.json
 * ``llm``, ``paper``, ``grid``: the other shapes -> layer.json
 * ``sanitize``: the kernels under compute-sanitizer -> sanitizer.json
 
@@ -54,7 +55,8 @@ class Step:
 
     Attributes:
         name: for ``--step``.
-        commands: words; "{deadline}" stands for the seconds that are left.
+        commands: words; "{deadline}" stands for the seconds that are left, "{folder}" for that of
+            the results.
         quick: the same for a machine without a GPU, on tiny shapes.
     """
 
@@ -73,6 +75,9 @@ _PEERS = (
     "--providers segmoe,eager,grouped_mm,official,scattermoe,scattermoe_nosync,liger,transformers"
 )
 _COMPILED = "--providers segmoe,compile,grouped_mm_compile"
+_STAGES = (
+    "pytest benchmarks/test_stages.py -q --benchmark-only --benchmark-json={folder}/stages.json"
+)
 _LLM_PEERS = "--providers segmoe,grouped_mm,scattermoe,scattermoe_nosync,liger,transformers"
 
 STEPS = (
@@ -96,11 +101,7 @@ STEPS = (
         ("profiles --shapes headline --deadline {deadline}", "profiles --counters"),
         (f"profiles {_ONE} --providers segmoe",),
     ),
-    Step(
-        "stages",
-        ("stages --shapes headline --deadline {deadline}",),
-        (f"stages {_ONE} --providers segmoe,eager,sort,grouped_mm",),
-    ),
+    Step("stages", (_STAGES,), (f"{_STAGES} --shapes tiny-k2 --rounds 2 -k combine",)),
     Step(
         "memory",
         ("memory --shapes headline --deadline {deadline}",),
@@ -119,13 +120,15 @@ QUICK_TESTS = ("tests/test_losses.py",)
 
 
 def _command(words: str, deadline_s: float, folder: Path, *, quick: bool) -> list[str]:
-    module, *rest = words.format(deadline=f"{deadline_s:.0f}").split()
+    module, *rest = words.format(deadline=f"{deadline_s:.0f}", folder=folder).split()
     if module == "tests":
         command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "tests.outcome_log"]
         # Compilation of the kernels takes most of the time, and the processors do it side by side.
         if not quick and importlib.util.find_spec("xdist"):
             command += ["-n", str(min(8, max(1, (os.cpu_count() or 1) // 2)))]
         return command + list(QUICK_TESTS if quick else ())
+    if module == "pytest":
+        return [sys.executable, "-m", module, *rest]
     if module == "sanitize":
         return [sys.executable, "tests/sanitize.py", *rest, "--out", str(folder)]
     command = [sys.executable, "-m", f"benchmarks.{module}", *rest]

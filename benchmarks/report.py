@@ -47,6 +47,9 @@ class Results:
         self.environments: dict[str, dict[str, str]] = {}
         for path in sorted(folder.glob("*.json")):
             content = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(content, dict) and "benchmarks" in content:
+                self.rows[path.stem] = [_benchmark_row(row) for row in content["benchmarks"]]
+                self.environments[path.stem] = content["machine_info"]["environment"]
             if isinstance(content, dict) and isinstance(content.get("rows"), list):
                 self.rows[path.stem] = content["rows"]
             if isinstance(content, dict) and "environment" in content:
@@ -64,6 +67,14 @@ class Results:
             return None
         compute = row["needed_gflop"] / gemm["rate_tflop_per_s"]
         return max(compute, row["floor_mb"] / copy["rate_gb_per_s"])
+
+
+def _benchmark_row(saved: dict[str, Any]) -> Row:
+    """A row from what pytest-benchmark saved of one of `test_stages`."""
+    params, stats = saved["params"], saved["stats"]
+    times = {f"time_{key}_ms": 1e3 * stats[key] for key in ("median", "q1", "q3")}
+    configuration = f"{params['shape']}/{params['stage']}"
+    return {**params, "configuration": configuration, "pass": params["passed"], **times}
 
 
 def _groups(rows: list[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
@@ -184,7 +195,7 @@ def _sections(results: Results) -> list[str]:
     for rows in results.rows.values():
         if render.is_modelled(rows):
             parts += render.sections(rows)
-    for name in ("layer", "stages", "memory"):
+    for name in ("layer", "memory"):
         if reasons := _absent(results.rows.get(name, [])):
             parts.append(f"## Not measured in {name}\n\n" + "\n".join(reasons))
     return parts

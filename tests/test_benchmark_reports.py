@@ -19,7 +19,6 @@ from benchmarks import (
     memory,
     profiles,
     report,
-    stages,
     tune,
 )
 from benchmarks.cases import make_case
@@ -150,7 +149,18 @@ def fake_results(folder):
     absent = {**layers[0], "provider": "liger", "skipped": "SwiGLU experts only"}
     del absent["time_median_ms"]
     write("layer", [*layers, absent])
-    write("stages", layers)
+    stage = {
+        "params": {
+            "shape": "tiny",
+            "stage": "route",
+            "provider": "segmoe",
+            "passed": "forward",
+            "mode": "eager",
+        },
+        "stats": {"median": 0.002, "q1": 0.0018, "q3": 0.0022},
+    }
+    saved = {"machine_info": {"environment": environment}, "benchmarks": [stage]}
+    (folder / "stages.json").write_text(json.dumps(saved))
     write("memory", [{**r, "saved_mib": 3.0, "saved_bytes_per_step": 9.0} for r in layers[::2]])
     write(
         "ceilings",
@@ -169,6 +179,8 @@ def test_report_makes_tables_and_plots_from_the_files(tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "2.50 (grouped_mm)" in text
     assert "2 (1.8 to 2.2)" in text
+    assert "## Stages, forward, eager" in text
+    assert "| tiny route | 2 (1.8 to 2.2) |" in text
     # 4 GFLOP at 800 TFLOP/s take 5 us, 8 MB at 4,000 GB/s 2 us; 2 ms were taken.
     assert report.Results(tmp_path).bound_ms(report.Results(tmp_path).rows["layer"][0]) == 0.005
     assert "liger skipped (eager): SwiGLU experts only" in text
@@ -237,11 +249,22 @@ def test_gpu_commands_are_known_to_their_modules(tmp_path, capsys):
             command = gpu._command(words, 100.0, tmp_path, quick=False)
             if "pytest" in command or "--counters" in command:
                 continue
-            module = {"layer": layer, "stages": stages, "memory": memory, "profiles": profiles}
+            module = {"layer": layer, "memory": memory, "profiles": profiles}
             name = command[2].removeprefix("benchmarks.")
             if name in module:
                 assert module[name].main([*command[3:], "--list"]) == 0
     assert "d64-e4-k1-p5-1m/routed/uniform" in capsys.readouterr().out
+
+
+def test_gpu_step_of_the_stages_saves_what_the_report_reads(tmp_path):
+    (step,) = (step for step in gpu.STEPS if step.name == "stages")
+    command = gpu._command(step.quick[0], 100.0, tmp_path, quick=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    results = report.Results(tmp_path)
+    found = {(row["provider"], row["pass"]) for row in results.timed("stages")}
+    assert found >= {("eager", "forward"), ("eager", "forward+backward")}
+    assert "torch" in results.environments["stages"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what to do without a GPU")
