@@ -8,12 +8,11 @@ Steps, in order:
 * ``tests``: every test, those marked ``gpu`` first -> tests.json
 * ``ceilings``: copy rate and GEMM rate of the device -> ceilings.json
 * ``layer``: the headline shapes beside every peer, routed part and whole layer, uniform and skewed
-  routing, eager and CUDA graph -> layer.json
+  routing, eager and CUDA graph; memory -> layer.json
 * ``compiled``: the same for the peers under ``torch.compile``
 * ``tune``: the search for tiles -> tune.json
 * ``profiles``: kernels' shares, and hardware counters -> profiles.json
 * ``stages``: microbenchmarks of each stage, by pytest-benchmark -> stages.json
-* ``memory`` -> memory.json
 * ``llm``, ``paper``, ``grid``: the other shapes -> layer.json
 * ``sanitize``: the kernels under compute-sanitizer -> sanitizer.json
 
@@ -102,11 +101,6 @@ STEPS = (
         (f"profiles {_ONE} --providers segmoe",),
     ),
     Step("stages", (_STAGES,), (f"{_STAGES} --shapes tiny-k2 --rounds 2 -k combine",)),
-    Step(
-        "memory",
-        ("memory --shapes headline --deadline {deadline}",),
-        (f"memory {_ONE} {_FAST_PEERS}",),
-    ),
     Step(
         "llm",
         (f"layer --shapes llm --parts routed {_LLM_PEERS} --limit 300 --deadline {{deadline}}",),

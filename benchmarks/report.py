@@ -190,14 +190,13 @@ def _sections(results: Results) -> list[str]:
         parts.append(f"{title}\n\n{layer_table(results, rows)}")
     for (passed, mode), rows in _groups(results.timed("stages"), "pass", "mode").items():
         parts.append(f"## Stages, {passed}, {SHORT[mode]}\n\n{stage_table(rows)}")
-    if memory := [row for row in results.rows.get("memory", []) if "saved_mib" in row]:
+    if memory := [row for row in results.timed("layer") if "saved_mib" in row]:
         parts.append(f"## Memory\n\n{memory_table(memory)}")
     for rows in results.rows.values():
         if render.is_modelled(rows):
             parts += render.sections(rows)
-    for name in ("layer", "memory"):
-        if reasons := _absent(results.rows.get(name, [])):
-            parts.append(f"## Not measured in {name}\n\n" + "\n".join(reasons))
+    if reasons := _absent(results.rows.get("layer", [])):
+        parts.append("## Not measured\n\n" + "\n".join(reasons))
     return parts
 
 
@@ -372,7 +371,7 @@ def _draw_roofline(results: Results, plt: Any) -> Any:
 
 
 def _draw_memory(results: Results, plt: Any) -> Any:
-    rows = [row for row in results.rows.get("memory", []) if "saved_mib" in row]
+    rows = [row for row in results.timed("layer") if "saved_mib" in row]
     if not rows:
         return None
     labels = [f"{r['workload']} {r['part']} {r['provider']}" for r in rows]

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import DTYPES, ROUTINGS
+from benchmarks.cases import DTYPES, PARTS, ROUTINGS
 from benchmarks.common import device_name, environment
 from benchmarks.shapes import Workload, find_workloads
 from benchmarks.store import ROOT, Store, code_version, results_folder
@@ -95,8 +95,7 @@ class Suite:
 
     Attributes:
         name: of its module and result file.
-        parts: what ``--parts`` can name.
-        default_parts: those measured unless told otherwise.
+        parts: those measured unless told otherwise.
         providers: what ``--providers`` can name.
         passes: what ``--passes`` can name.
         modes: what ``--modes`` can name.
@@ -106,7 +105,6 @@ class Suite:
 
     name: str
     parts: tuple[str, ...]
-    default_parts: tuple[str, ...]
     providers: tuple[str, ...]
     passes: tuple[str, ...]
     modes: tuple[str, ...]
@@ -159,7 +157,7 @@ def _parser(suite: Suite, description: str) -> argparse.ArgumentParser:
         "--shapes", help="groups or names in shapes.py (default: headline, or tiny)"
     )
     choices("--dtype", tuple(DTYPES), None, ", ".join(DTYPES))
-    choices("--parts", suite.parts, suite.default_parts, ", ".join(suite.parts))
+    choices("--parts", PARTS, suite.parts, ", ".join(PARTS))
     choices("--routing", ROUTINGS, ("uniform",), ", ".join(ROUTINGS))
     parser.add_argument(
         "--dropout",

@@ -16,7 +16,6 @@ from benchmarks import (
     ceilings,
     gpu,
     layer,
-    memory,
     profiles,
     report,
     tune,
@@ -142,10 +141,11 @@ def fake_results(folder):
 
     layers = [
         row(workload.name, provider, time_ms * scale, mode, workload)
-        for scale, workload in enumerate(find_workloads("d64-e4-k1-p5-10k,d64-e4-k1-p5-100k"), 1)
+        for scale, workload in enumerate(find_workloads("64-4-1-5-1e4,64-4-1-5-1e5"), 1)
         for provider, time_ms in (("segmoe", 2.0), ("grouped_mm", 5.0), ("scattermoe", 7.0))
         for mode in ("eager", "graph")
     ]
+    layers[0] |= {"saved_mib": 3.0, "saved_bytes_per_step": 9.0}
     absent = {**layers[0], "provider": "liger", "skipped": "SwiGLU experts only"}
     del absent["time_median_ms"]
     write("layer", [*layers, absent])
@@ -161,7 +161,6 @@ def fake_results(folder):
     }
     saved = {"machine_info": {"environment": environment}, "benchmarks": [stage]}
     (folder / "stages.json").write_text(json.dumps(saved))
-    write("memory", [{**r, "saved_mib": 3.0, "saved_bytes_per_step": 9.0} for r in layers[::2]])
     write(
         "ceilings",
         [
@@ -189,7 +188,7 @@ def test_report_makes_tables_and_plots_from_the_files(tmp_path):
     block = readme.read_text()
     assert block.startswith("before\n<!-- benchmarks -->\nA GPU")
     assert block.endswith("<!-- /benchmarks -->\nafter\n")
-    assert "| d64-e4-k1-p5-10k (routed, forward) | 10240 | 2 | 2.50 | grouped_mm |" in block
+    assert "| 64-4-1-5-1e4 (routed, forward) | 10020 | 2 | 2.50 | grouped_mm |" in block
     assert "old" not in block
 
 
@@ -249,11 +248,11 @@ def test_gpu_commands_are_known_to_their_modules(tmp_path, capsys):
             command = gpu._command(words, 100.0, tmp_path, quick=False)
             if "pytest" in command or "--counters" in command:
                 continue
-            module = {"layer": layer, "memory": memory, "profiles": profiles}
+            module = {"layer": layer, "profiles": profiles}
             name = command[2].removeprefix("benchmarks.")
             if name in module:
                 assert module[name].main([*command[3:], "--list"]) == 0
-    assert "d64-e4-k1-p5-1m/routed/uniform" in capsys.readouterr().out
+    assert "64-4-1-5-1e6/routed/uniform" in capsys.readouterr().out
 
 
 def test_gpu_step_of_the_stages_saves_what_the_report_reads(tmp_path):

@@ -15,7 +15,7 @@ from benchmarks.clock.peers import capture_scattermoe
 from benchmarks.codegen import NVIDIA_BIN, run_tool
 from benchmarks.common import environment
 from benchmarks.peers import SkippedError
-from benchmarks.shapes import Workload
+from benchmarks.shapes import Workload, find_workloads
 
 __all__ = [
     "PROVIDERS",
@@ -30,17 +30,8 @@ __all__ = [
 
 PROVIDERS = ("segmoe", "scattermoe")
 
-# The committed table: D-E-k-P-rows, with F = 2 D and sequences of 60 steps, then language models.
-TARGETS = (
-    *(
-        f"{d}-{e}-{k}-5-{rows}"
-        for d in (64, 128, 256)
-        for e, k in ((4, 1), (8, 1), (8, 2))
-        for rows in ("1e4", "1e5", "1e6")
-    ),
-    *(f"{d}-{e}-2-{p}-1e5" for d in (64, 128, 256) for e, p in ((4, 3), (8, 4))),
-    *("qwen3-8k", "qwen3-32k", "mixtral-8k"),
-)
+# The committed table.
+TARGETS = tuple(w.name for w in find_workloads("grid,qwen3-8k,qwen3-32k,mixtral-8k"))
 
 
 def capture_provider(
