@@ -67,7 +67,12 @@ def timed(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]
 
     def run(function: Callable[[], Any], mode: str, group: str, **extra_info: float) -> None:
         if mode == "graph":
-            function = capture(function)[0]
+            try:
+                function = capture(function)[0]
+            except RuntimeError as error:  # it waits for the host
+                if request.node.callspec.params["provider"] == "segmoe":
+                    raise
+                pytest.skip(f"can't be captured: {error}")
 
         def call() -> None:
             function()

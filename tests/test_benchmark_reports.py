@@ -256,6 +256,7 @@ def test_gpu_commands_are_known_to_their_modules(tmp_path, capsys):
 
 
 def test_gpu_step_of_the_stages_saves_what_the_report_reads(tmp_path):
+    pytest.importorskip("pytest_benchmark")
     (step,) = (step for step in gpu.STEPS if step.name == "stages")
     command = gpu._command(step.quick[0], 100.0, tmp_path, quick=True)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -362,9 +362,10 @@ def test_results_go_where_they_are_told(monkeypatch):
 
 def test_microbenchmarks_run_and_are_right(tmp_path):
     """Once each, kernels in the interpreter: what fails the gate fails the benchmark."""
+    pytest.importorskip("pytest_benchmark")
     report = tmp_path / "report.xml"
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-n", "0", "--shapes", "tiny-k2"]
-    command += ["--benchmark-disable", f"--junitxml={report}"]
+    command += ["-k", "not compile", "--benchmark-disable", f"--junitxml={report}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
     cases = ElementTree.parse(report).iter("testcase")
