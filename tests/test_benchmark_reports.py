@@ -255,18 +255,6 @@ def test_gpu_commands_are_known_to_their_modules(tmp_path, capsys):
     assert "64-4-1-5-1e6/routed/uniform" in capsys.readouterr().out
 
 
-def test_gpu_step_of_the_stages_saves_what_the_report_reads(tmp_path):
-    pytest.importorskip("pytest_benchmark")
-    (step,) = (step for step in gpu.STEPS if step.name == "stages")
-    command = gpu._command(step.quick[0], 100.0, tmp_path, quick=True)
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:]
-    results = report.Results(tmp_path)
-    found = {(row["provider"], row["pass"]) for row in results.timed("stages")}
-    assert found >= {("eager", "forward"), ("eager", "forward+backward")}
-    assert "torch" in results.environments["stages"]
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what to do without a GPU")
 def test_gpu_needs_a_gpu(capsys):
     assert gpu.main([]) == 1
