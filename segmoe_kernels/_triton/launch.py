@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from segmoe_kernels._triton.prepared import prepared_jit
 from segmoe_kernels.flops import register_flops
 
 # What 32 bits hold.
@@ -37,7 +38,7 @@ OF_THE_BATCH = (
     "segments_per_sequence",
     "shared_rows",
 )
-kernel = functools.partial(triton.jit, do_not_specialize=OF_THE_BATCH)
+kernel = prepared_jit(do_not_specialize=OF_THE_BATCH)
 
 _LIBRARY = torch.library.Library("segmoe_kernels", "FRAGMENT")
 
