@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import triton
 from triton.backends.nvidia import driver
-from triton.runtime import jit
 
 from benchmarks.host.calls import Case, calls_of
 from segmoe_kernels import SegMoE, functional, options, pipeline, validation
 from segmoe_kernels._triton import launch, tiles
+from segmoe_kernels._triton.prepared import Kernel
 
 __all__ = ["profile"]
 
@@ -102,8 +102,8 @@ def _operators(timers: Timers) -> None:
     define = launch.define_operator
 
     def timed(name: str, implementation: Callable[..., Any], *rest: Any, **options_: Any) -> Any:
-        body = timers.wrap("operators' bodies", implementation)
-        return timers.wrap("torch.library", define(name, body, *rest, **options_))
+        body = timers.wrap("operators: bodies", implementation)
+        return timers.wrap("operators: calls", define(name, body, *rest, **options_))
 
     launch.define_operator = timed
     guard = launch.device_guard
@@ -152,15 +152,8 @@ def _function(timers: Timers, function: Any) -> None:
 
 
 def _triton(timers: Timers) -> None:
-    create_binder = jit.JITFunction.create_binder
-
-    def create(function: Any) -> Any:
-        *rest, binder = create_binder(function)
-        return *rest, timers.wrap("Triton: binder", binder)
-
-    jit.JITFunction.create_binder = create
-    _method(timers, "Triton: key", jit, "compute_cache_key")
-    _method(timers, "Triton: JITFunction.run", jit.JITFunction, "run")
+    _method(timers, "launches: key", Kernel, "_key")
+    _method(timers, "launches: Python", Kernel, "run")
     _method(timers, "Triton: launcher, Python", driver.CudaLauncher, "__call__")
     utils = triton.runtime.driver.active.utils
     _method(timers, "Triton: launcher, C", utils, "launch")

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from segmoe_kernels._triton.dispatch import undispatched
 from segmoe_kernels._triton.prepared import prepared_jit
 from segmoe_kernels.flops import register_flops
 
@@ -58,7 +59,7 @@ def define_operator(
         fake: allocates the outputs' metadata, for tracing.
 
     Returns:
-        The operator.
+        The operator, as `undispatched` calls it.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -74,8 +75,7 @@ def define_operator(
     torch.library.register_fake(f"segmoe_kernels::{name}", fake, lib=_LIBRARY)
     packet = getattr(torch.ops.segmoe_kernels, name)
     register_flops(packet, name)
-    operator: Callable[..., Any] = packet.default
-    return operator
+    return undispatched(packet.default, guarded)
 
 
 def _refuse_wrong_bfloat16(args: tuple[Any, ...]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 from triton import knobs
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -89,14 +89,14 @@ class Kernel(JITFunction):  # type: ignore[misc]  # Triton has no types
 
 def _describe(value: Any, key: list[Any], pointers: list[int]) -> None:
     kind = type(value)
-    if isinstance(value, Tensor):
-        key.append(value.dtype)
-        pointers.append(value.data_ptr())
-    elif kind is int:
+    if kind is int:
         # 0, 1 and negative ones for themselves; else whether 16 divides it, and whether it is wide.
         key.append(value if value < 2 else (2 if value & 15 else 3) + 2 * (value > _MAX_INT32))
-    elif kind is float:
+    elif value is None or kind is float:
         key.append(kind)
+    elif kind is Tensor or kind is nn.Parameter or isinstance(value, Tensor):
+        key.append(value.dtype)
+        pointers.append(value.data_ptr())
     elif isinstance(value, tuple):
         key += (kind, len(value))
         for part in value:
