@@ -57,7 +57,7 @@ LENGTHS = re.compile(
 DISTANCE = re.compile(r"stride_|_size$")
 # Distances within one matrix of weights, whose span in memory is less than 2**31 elements
 # (`launch.within_reach`): a bounded index times one of them is bounded by that.
-MATRIX = re.compile(r"(stride_(row|w_e|down_d)|(first|second|down)\.stride_[nk])$")
+MATRIX = re.compile(r"(stride_(row|down_d)|(first|second|down)\.stride_[nk])$")
 
 # Operations whose results have the bound of their first operand; the first change shapes alone.
 SHAPES = ("tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "tt.trans")

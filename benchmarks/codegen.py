@@ -158,8 +158,9 @@ def named_arguments(
 
     def fields(name: str, path: tuple[int, ...], value: Any) -> Iterator[Any]:
         if isinstance(value, tuple):
-            for index, field in enumerate(value._fields):
-                yield from fields(f"{name}.{field}", (*path, index), value[index])
+            names = getattr(value, "_fields", range(len(value)))
+            for index, (field, inner) in enumerate(zip(names, value, strict=True)):
+                yield from fields(f"{name}.{field}", (*path, index), inner)
         else:
             yield name, path, value
 
@@ -195,7 +196,7 @@ def catch(function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
     def types(value: Any, constant: bool = False) -> Any:
         inside = isinstance(value, tuple) and not constant
-        return type(value)(*map(types, value)) if inside else next(kinds)
+        return getattr(value, "_make", tuple)(map(types, value)) if inside else next(kinds)
 
     values = dict(zip(function.arg_names, args, strict=False)) | kwargs
     nested = {p.name: types(values[p.name], p.is_constexpr) for p in function.params}

@@ -208,7 +208,7 @@ def grouped_gemm(
         expert_offsets: (E + 1,) int32; rows of e are ``[offsets[e], offsets[e + 1])``. They have to
             ascend from 0 to at most M; the kernels don't look, as that would wait for the GPU.
         bias: (E, N) or None.
-        activation: "gelu", "gelu_tanh", "silu", "relu" or None.
+        activation: see `expert_ffn`, or None.
         backend: see `resolve_backend`.
 
     Returns:
@@ -262,7 +262,7 @@ def expert_ffn(
         segment_size: P.
         expert_scope: "token" applies the expert to each of the P steps, "segment" to their
             concatenation.
-        activation: exact "gelu", "gelu_tanh", "silu" or "relu".
+        activation: a name in `segmoe_kernels.activations.ACTIVATIONS`, such as exact "gelu".
         dropout: probability; random numbers come from PyTorch's generator of the device.
         padding_mask: (B, T) bool, True = real.
         backend: see `resolve_backend`.

@@ -16,7 +16,7 @@ def main():
         [call.name for call in calls] for calls in (million.forward, million.backward)
     ]
     (router,) = million.kernels("route_fwd")
-    facts["x_bytes"] = router.tensors["x_ptr"]
+    facts["x_bytes"] = router.tensors["x_rows.ptr"]
     tiles = {"expert_ffn_dw_tile": {"block_n": 128}}
     narrow = parse_workload("128-8-2-5-1e6").shape
     both = (capture_layer(narrow), capture_layer(narrow, tiles=tiles))

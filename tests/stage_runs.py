@@ -123,8 +123,13 @@ def strided_views(tensor):
 
     Yields:
         Views with rows further apart, with the first two dimensions swapped in memory, and with a
-        last dimension that is not contiguous.
+        last dimension that is not contiguous; of a vector one with gaps.
     """
+    if tensor.ndim == 1:
+        gaps = torch.full((len(tensor), 2), torch.nan, dtype=tensor.dtype, device=tensor.device)
+        gaps[:, 0] = tensor
+        yield gaps[:, 0]
+        return
     wide = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 3), torch.nan, dtype=tensor.dtype).to(
         tensor.device
     )

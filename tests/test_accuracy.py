@@ -12,9 +12,9 @@ REPORT = json.loads((accuracy.REPORTS / "accuracy.json").read_text())
 
 
 def marks(dtype, options, size):
-    """Every kind of layer once in float32 and bfloat16; the rest takes minutes."""
-    chosen = "one tile" if options == "segment" else "beyond two tiles"
-    return [] if dtype != "float16" and size == chosen else pytest.mark.slow
+    """Layers of several tiles in float32 and bfloat16; the rest takes minutes."""
+    chosen = size == "beyond two tiles" and dtype != "float16"
+    return [] if chosen and options in {"plain", "top_k=2 bias"} else pytest.mark.slow
 
 
 @pytest.mark.parametrize(
@@ -48,14 +48,12 @@ def test_the_accuracy_report_says_what_has_changed_since():
 
 def test_a_report_knows_the_code_that_it_measured():
     now = report_code.digests()
-    assert {"stages/block_kernels.py", "_triton/ffn.py", "reference.py", "grouped_ffn.py"} <= set(
-        now
-    )
+    assert {"stages/route/kernels.py", "_triton/ffn.py", "reference/experts.py"} <= set(now)
     assert report_code.changed_since(now) == []
     assert "as they are here" in report_code.describe({"code": now})[0]
-    before = {**now, "reference.py": "0" * 12, "stages/gone.py": "1" * 12}
+    before = {**now, "reference/experts.py": "0" * 12, "stages/gone.py": "1" * 12}
     del before["_triton/ffn.py"]
-    changed = ["_triton/ffn.py", "reference.py", "stages/gone.py"]
+    changed = ["_triton/ffn.py", "reference/experts.py", "stages/gone.py"]
     assert report_code.changed_since(before) == changed
     first, _, *names = report_code.describe({"code": before})
     assert "Changed since then" in first

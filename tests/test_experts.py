@@ -1,7 +1,6 @@
 """Stage 3 on the kernels: each slot's expert on its own rows, fused or as two products."""
 
 import importlib
-import itertools
 
 import pytest
 import torch
@@ -10,10 +9,8 @@ from stage_runs import (
     check_accuracy,
     check_exactness,
     check_same,
-    check_wanted_gradients,
     draw,
     run_stage,
-    strided_views,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,7 +23,6 @@ P = 3
 # Rows whose weight gradients are products, and wider ones than the fused kernels take.
 MIDDLE, WIDE = 132, 260
 SCOPES = ["token", "segment"]
-SUBJECTS = ["x", "topk_weights", "up_proj", "down_proj", "gate_proj"]
 
 
 def make_stage(ids, num_experts, *, mask=None, **options):
@@ -246,25 +242,6 @@ def test_expert_ffn_shares_an_expert_of_a_tile_more_than_a_split(splits, device,
         check_exactness(make_stage(ids, 1), tensors)
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-def test_expert_ffn_computes_only_wanted_gradients(scope, device):
-    tensors = make_tensors(
-        1, 3, 3, 2, 1, top_k=1, scope=scope, gated=True, dtype=torch.float32, device=device
-    )
-    # All of them for the fused kernels; for the two products one leaf, and all but one.
-    counts = range(1, 6) if scope == "token" else (1, 4)
-    subsets = [set(s) for n in counts for s in itertools.combinations(SUBJECTS, n)]
-    stage = make_stage(make_ids(1, 1, 1, device), 1, activation="silu", expert_scope=scope)
-    check_wanted_gradients(stage, tensors, subsets)
-
-
-@pytest.mark.parametrize("wanted", [{"x"}, {"topk_weights"}, {"up_proj"}], ids=str)
-def test_expert_ffn_of_products_for_weights_computes_only_wanted_gradients(wanted, device):
-    tensors = make_tensors(1, 4, MIDDLE, 3, 2, gated=True, dtype=torch.float32, device=device)
-    stage = make_stage(make_ids(2, 2, 2, device), 2, activation="silu")
-    check_wanted_gradients(stage, tensors, [wanted])
-
-
 def test_expert_ffn_fills_no_zeros_for_the_gradient_of_its_kept_layer(device):
     tensors = make_tensors(1, 6, WIDE, 3, 2, gated=True, dtype=torch.float32, device=device)
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
@@ -286,36 +263,6 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.append(str(func))
         return func(*args, **kwargs or {})
-
-
-@pytest.mark.parametrize("scope", SCOPES)
-def test_expert_ffn_computes_only_wanted_gradients_of_biases(scope, device):
-    options = {"scope": scope, "gated": True, "biased": True, "dtype": torch.float32}
-    tensors = make_tensors(1, 4, 3, 2, 2, device=device, **options)
-    biases = [name for name in tensors if name.endswith("bias")]
-    assert len(biases) == 3
-    subsets = [{name} for name in biases] + [set(biases), set(tensors) - set(biases)]
-    stage = make_stage(make_ids(2, 2, 2, device), 2, activation="silu", expert_scope=scope)
-    check_wanted_gradients(stage, tensors, subsets)
-
-
-@pytest.mark.parametrize("scope", SCOPES)
-def test_expert_ffn_reads_any_strides(scope, device):
-    options = {"scope": scope, "gated": True, "biased": True, "dtype": torch.float32}
-    tensors = make_tensors(2, 5, 3, 2, 2, device=device, **options)
-    stage = make_stage(make_ids(4, 2, 2, device), 2, activation="silu", expert_scope=scope)
-    upstream = {}
-    expected = run_stage(stage, tensors, upstream=upstream)
-    for i, (name, tensor) in enumerate(tensors.items()):
-        # Every kind of strides for x and the weights of one product, one kind for the others.
-        views = list(strided_views(tensor))
-        for view in views if name in {"x", "up_proj"} else views[i % 2 :][:1]:
-            check_same(run_stage(stage, {**tensors, name: view}, upstream=upstream), expected)
-    for dy in strided_views(upstream["out"]):
-        check_same(run_stage(stage, tensors, upstream={"out": dy}), expected)
-    one = upstream["out"][:1, :1, :1].expand_as(upstream["out"])
-    expected = run_stage(stage, tensors, upstream={"out": one.contiguous()})
-    check_same(run_stage(stage, tensors, upstream={"out": one}), expected)
 
 
 def test_expert_ffn_takes_halves_of_a_fused_projection(device):
@@ -450,35 +397,6 @@ def test_expert_ffn_saves_no_hidden_layer_of_narrow_rows(scope, d_model, hidden,
     new = sorted(size for place, size in saved.items() if place not in known)
     rows = 60 * 64 if scope == "token" else 20 * P * 64
     assert [size for size in new if size > 60] == [rows] * hidden
-
-
-@pytest.mark.parametrize("scope", SCOPES)
-def test_expert_ffn_refuses_second_derivatives(scope, device):
-    tensors = make_tensors(1, 4, 3, 4, 3, scope=scope, device=device)
-    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
-    stage = make_stage(make_ids(2, 2, 3, device), 3, expert_scope=scope)
-    out = stage(**leaves, backend="triton")["out"]
-    (dx,) = torch.autograd.grad(out.square().sum(), leaves["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="backend='reference'"):
-        dx.square().sum().backward()
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize(
-    ("scope", "d_model"),
-    [("token", 5), ("token", MIDDLE), ("token", WIDE), ("segment", 5)],
-    ids=str,
-)
-def test_expert_ffn_touches_its_tensors_alone(scope, d_model):
-    """Every address of every load and store, those whose values nobody uses too."""
-    from benchmarks.traffic_meter import TrafficMeter
-
-    options = {"scope": scope, "gated": True, "biased": True, "dtype": torch.float32}
-    tensors = make_tensors(2, 8, d_model, 7, 3, **options)
-    ids = make_ids(6, 2, 3)
-    mask = make_mask(2, 8, ids)
-    with TrafficMeter():
-        run_stage(make_stage(ids, 3, mask=mask, activation="silu", expert_scope=scope), tensors)
 
 
 @pytest.mark.parametrize("splits", [2, 5])

@@ -1,7 +1,10 @@
 """The stages as functions: their contracts, one by one and in order."""
 
+import ast
+import importlib.util
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +13,15 @@ from hypothesis import strategies as st
 from layers import STATES, make_layer
 from stage_runs import check_exactness
 
-from segmoe_kernels import FFNWeights, SegMoE, activations, functional, reference
+import segmoe_kernels
+from segmoe_kernels import (
+    FFNWeights,
+    SegMoE,
+    activations,
+    functional,
+    reference,
+    replace_ffn,
+)
 from segmoe_kernels.functional import (
     combine,
     expert_ffn,
@@ -273,3 +284,32 @@ def test_experts_may_have_any_of_the_biases(splits, gated, monkeypatch, device):
     biases = [name for name in tensors if name.endswith("bias")]
     for absent in (set(s) for n in (1, 2) for s in itertools.combinations(biases, n)):
         check_exactness(stage, {n: t for n, t in tensors.items() if n not in absent})
+
+
+def test_an_activation_is_one_entry_and_one_device_function(monkeypatch):
+    """Registered from outside: the reference, swaps and messages know it; the kernels refuse it."""
+    entry = activations.Activation(torch.nn.functional.relu6, (torch.nn.ReLU6,))
+    monkeypatch.setitem(activations.ACTIVATIONS, "relu6", entry)
+    layer = SegMoE(4, 6, 3, segment_size=2, activation="relu6", dtype=torch.float64)
+    x = torch.randn(1, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, x, nondet_tol=0.0)
+    ffn = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU6(), torch.nn.Linear(6, 4))
+    model = torch.nn.Sequential(ffn)
+    replace_ffn(model, num_experts=3, segment_sizes=2)
+    assert model[0].activation == "relu6"
+    with pytest.raises(ValueError, match="'relu6'"):
+        SegMoE(4, 6, 3, activation="relu7")
+    if importlib.util.find_spec("triton"):
+        layer.backend = "triton"
+        with pytest.raises(Exception, match="unknown activation"):
+            layer(x)
+
+
+def test_names_of_activations_stand_in_few_files():
+    """What has to change for a new one: the registry and the device functions."""
+    places = set()
+    for path in Path(segmoe_kernels.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Dict | ast.Compare) and "'gelu_tanh'" in ast.unparse(node):
+                places.add(path.parent.name + "/" + path.name)
+    assert places == {"segmoe_kernels/activations.py", "_triton/activations.py"}

@@ -27,6 +27,8 @@ FLOORS = (
 FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 # Modules in the root, so that a newcomer sees the whole of it at once.
 MOST_IN_ROOT = 14
+# Of a kernel, from its decorator's next line to its last, and of a device function.
+MOST_LINES, MOST_PARAMETERS = 90, 25
 
 
 def module_name(path):
@@ -57,6 +59,15 @@ def imports(tree):
                 yield "triton"
 
 
+def jitted(tree):
+    """Kernels and device functions of a syntax tree."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            decorators = {ast.unparse(decorator) for decorator in node.decorator_list}
+            if decorators & {"kernel", "triton.jit"}:
+                yield node
+
+
 def folder_of(name):
     return name.partition(".")[0]
 
@@ -81,6 +92,46 @@ def test_module_imports_only_from_below(name):
     triton = {"triton"} if own in {"stages", "_triton", "functional", "__main__"} else set()
     above = {other for other in found - triton if FLOOR_OF.get(other, 99) >= FLOOR_OF[own]}
     assert not above, f"{name} -> {sorted(above)}"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("stages")])
+def test_kernels_are_short(name):
+    kernels = jitted(ast.parse(MODULES[name].read_text()))
+    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in kernels}
+    assert not {name: lines for name, lines in lengths.items() if lines > MOST_LINES}
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n.startswith(("stages", "_triton"))])
+def test_kernels_and_device_functions_have_few_parameters(name):
+    functions = jitted(ast.parse(MODULES[name].read_text()))
+    counts = {node.name: len(node.args.args) for node in functions}
+    assert not {name: count for name, count in counts.items() if count > MOST_PARAMETERS}
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n.startswith(("stages", "_triton"))])
+def test_kernels_take_no_number_of_the_batch_in_a_tuple(name):
+    """Triton specialises all numbers there, so that each batch would compile a kernel anew."""
+    pytest.importorskip("triton")
+    from segmoe_kernels._triton.launch import OF_THE_BATCH
+
+    functions = jitted(ast.parse(MODULES[name].read_text()))
+    read = [n for f in functions for n in ast.walk(f) if isinstance(n, ast.Attribute)]
+    assert not [ast.unparse(node) for node in read if node.attr in OF_THE_BATCH]
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n.startswith(("stages", "_triton"))])
+def test_kernels_compare_no_tuple_with_none(name):
+    """Triton 3.6 can't, where the tuple holds a None."""
+    functions = jitted(ast.parse(MODULES[name].read_text()))
+    compared = [n for f in functions for n in ast.walk(f) if isinstance(n, ast.Compare)]
+    of_none = [n.left for n in compared if ast.unparse(n.comparators[0]) == "None"]
+    names = {node.id for node in of_none if isinstance(node, ast.Name)}
+    assert not {n for n in names if not n.endswith("ptr")} - {"first"}
+
+
+def test_jitted_functions_are_found():
+    names = {node.name for name in MODULES for node in jitted(ast.parse(MODULES[name].read_text()))}
+    assert {"route_fwd_kernel", "_permute_place_kernel", "load_rows", "activate"} <= names
 
 
 def test_modules_have_no_cycle():

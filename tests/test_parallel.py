@@ -53,7 +53,9 @@ def jobs(world):
     return found
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "world", [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))]
+)
 def test_ranks_compute_what_one_process_does(world):
     results = run(world, jobs(world))
     (sent,) = (r for r, (name, _) in zip(results, jobs(world), strict=True) if name == "bytes_sent")

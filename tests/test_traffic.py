@@ -1,4 +1,4 @@
-"""Bytes, launches and FLOPs of the default plan at a named shape, pinned against regressions."""
+"""Bytes, launches and FLOPs of the layer at a named shape, pinned against regressions."""
 
 import pytest
 
@@ -14,10 +14,9 @@ LIMITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
-@pytest.mark.parametrize(
-    "passes", ["forward", pytest.param("forward+backward", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("passes", ["forward", "forward+backward"])
 def test_traffic_stays_below_its_limits(passes):
     from benchmarks.shapes import TRAFFIC_SHAPES
     from benchmarks.traffic import measure, row

@@ -1,7 +1,5 @@
 """The whole layer on the Triton backend against the float64 oracle, every option, every plan."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -72,7 +70,7 @@ def masked_or_slow():
             yield pytest.param(options, masked, id=f"{name_of(options)}-{name}", marks=marks)
 
 
-@pytest.mark.parametrize(("options", "masked"), masked_or_slow())
+@pytest.mark.parametrize(("options", "masked"), [*masked_or_slow()])
 def test_layer_equals_reference_in_float64(options, masked, device):
     layer = make_layer(torch.float64, device, **options)
     inputs = make_inputs(*SHAPE, dtype=torch.float64, device=device, masked=masked)
@@ -170,7 +168,7 @@ def strided(x):
 
 @pytest.mark.parametrize(
     "options",
-    [{"expert_scope": "token"}, {"expert_scope": "segment"}, {"segment_size": 1, "top_k": 2}],
+    [{"expert_scope": "token"}, {"segment_size": 1, "top_k": 2}],
     ids=name_of,
 )
 def test_layer_reads_any_strides(options, device):
@@ -232,9 +230,9 @@ def test_frozen_parameters_get_no_gradient_and_change_no_other(device):
     inputs = make_inputs(*SHAPE, dtype=torch.float64, device=device)
     full = run_layer(layer, *inputs)
     names = [name for name, _ in layer.named_parameters()]
-    for frozen in itertools.chain.from_iterable(
-        itertools.combinations(names, n) for n in (1, 2, len(names) - 1, len(names))
-    ):
+    # Each stage's own tensors one by one: see test_stage_properties.py.
+    experts = {name for name in names if name.startswith("experts")}
+    for frozen in (experts, set(names) - experts, {"experts.up_proj"}, set(names)):
         for name, parameter in layer.named_parameters():
             parameter.requires_grad_(name not in frozen)
         some = run_layer(layer, *inputs)

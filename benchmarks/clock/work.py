@@ -292,7 +292,7 @@ def grouped_gemm_dw(launch: KernelLaunch, shape: Shape) -> Work:
 @_kernel
 def combine_fwd(launch: KernelLaunch, shape: Shape) -> Work:
     choices = launch["num_choices"]
-    moved = (choices + 1 + launch.given("shared_ptr")) * _row(launch, shape)
+    moved = (choices + 1 + launch.given("shared.out_ptr")) * _row(launch, shape)
     columns = cdiv(shape.d_model, launch["BLOCK_D"])
     count = cdiv(shape.steps, launch["BLOCK_M"]) * columns
     return Work((Programs(count, {"_": choices}),), moved, moved)
@@ -326,12 +326,12 @@ def shared_rows(launch: KernelLaunch, shape: Shape) -> Work:
 @_kernel
 def shared_activate(launch: KernelLaunch, shape: Shape) -> Work:
     tiles = cdiv(launch["H"], launch["BLOCK_N"])
-    return _shared_pass(launch, shape, launch["H"], 2 + launch.given("gate_pre_ptr"), tiles)
+    return _shared_pass(launch, shape, launch["H"], 2 + launch.given("pre.gate_ptr"), tiles)
 
 
 @_kernel
 def shared_activate_bwd(launch: KernelLaunch, shape: Shape) -> Work:
-    return _shared_pass(launch, shape, launch["H"], 4 + 2 * launch.given("gate_pre_ptr"))
+    return _shared_pass(launch, shape, launch["H"], 4 + 2 * launch.given("pre.gate_ptr"))
 
 
 @_kernel

@@ -34,7 +34,6 @@ OF_THE_BATCH = (
     "gates_per_sequence",
     "list_size",
     "num_gates",
-    "num_partials",
     "segments_per_block",
     "segments_per_sequence",
     "shared_rows",
@@ -45,24 +44,29 @@ _LIBRARY = torch.library.Library("segmoe_kernels", "FRAGMENT")
 
 
 def define_operator(
-    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
+    name: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    gradient: bool = False,
 ) -> Callable[..., Any]:
-    """Register ``segmoe_kernels::<schema>`` for CPU (the interpreter) and GPU tensors.
+    """Register ``segmoe_kernels::<name>`` for CPU (the interpreter) and GPU tensors.
 
     Operators are opaque and carry no autograd formula: the outer ``autograd.Function`` does, so
     that forward-mode AD and vmap refuse loudly. ``torch.library.triton_op`` does not run in the
     interpreter, hence not here.
 
     Args:
-        schema: "name(Tensor x, ...) -> ...".
+        name: of the operator; its schema is that of implementation.
         implementation: launches the kernels.
         fake: allocates the outputs' metadata, for tracing.
+        gradient: part of a backward, whose own derivative is refused.
 
     Returns:
         The operator, as `undispatched` calls it.
     """
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    schema = torch.library.infer_schema(implementation, mutates_args=())
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def guarded(*args: Any) -> Any:
         if args[0].is_cpu and triton.knobs.runtime.interpret:
@@ -73,6 +77,9 @@ def define_operator(
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, guarded, key)
     torch.library.register_fake(f"segmoe_kernels::{name}", fake, lib=_LIBRARY)
+    if gradient:
+        qualified = f"segmoe_kernels::{name}"
+        torch.library.register_autograd(qualified, _refuse_second_derivative, lib=_LIBRARY)
     packet = getattr(torch.ops.segmoe_kernels, name)
     register_flops(packet, name)
     return undispatched(packet.default, guarded)
@@ -185,7 +192,7 @@ def cdiv(dividend: int, divisor: int) -> int:
     return -(-dividend // divisor)
 
 
-def refuse_double_backward() -> None:
+def _refuse_second_derivative(ctx: Any, *grads: Any) -> None:  # noqa: ARG001
     """Raise for a second derivative through the kernels, which have no formula for it."""
     raise RuntimeError(
         "segmoe_kernels: backend='triton' has no second derivatives; use backend='reference'."

@@ -49,26 +49,25 @@ def reduce_partials(
 
     Args:
         partials: from `new_partials`.
-        outputs: up to six tensors (E, ...), contiguous; None for an absent one.
+        outputs: tensors (E, ...), contiguous; None for an absent one.
         expert_offsets: (E + 1,) int32.
         num_splits: of the kernel that wrote partials.
         rows_per_slot: of that kernel.
         block_m: of that kernel.
     """
     num_experts = expert_offsets.shape[0] - 1
-    outputs = [*outputs, *[None] * (6 - len(outputs))]
-    sizes = [0 if out is None else out[0].numel() for out in outputs]
+    sizes = tuple(0 if out is None else out[0].numel() for out in outputs)
     # Programs find their splits, which costs more than to add them up: few where there are many.
     block = 2048 if num_experts * partials.shape[1] >= 2048 * NUM_SMS else 512
     grid = (triton.cdiv(partials.shape[1], block), num_experts)
     reduce_partials_kernel[grid](
         partials,
-        *outputs,
+        tuple(outputs),
+        sizes,
         expert_offsets,
         num_experts,
         num_splits,
         partials.shape[1],
-        *sizes,
         ROWS_PER_SLOT=rows_per_slot,
         BLOCK_M=block_m,
         GROUPS=padded(num_experts),
@@ -91,35 +90,36 @@ def store_gradients(
     slot_ptr,  # room for a share: up | down | gate | up bias | down bias | gate bias
     gradients,
     sums,  # Gradients of values: (BLOCK_D, BLOCK_F), and (BLOCK_F,) or (BLOCK_D,) for biases
-    offs_fd,  # where elements of dup and dgate go in a matrix
-    offs_df,  # those of ddown
     offs_f,
     offs_d,
-    mask_fd,
-    mask_df,
-    mask_f,
-    mask_down_bias,
+    first_chunk,  # whether to store the gradient of down's bias
     D: tl.constexpr,
     F: tl.constexpr,
 ):
     """Store the gradients of one expert's weights where they belong, or as a split's share."""
+    mask_f = offs_f < F
+    mask_d = offs_d < D
+    mask = mask_d[:, None] & mask_f[None, :]
+    offs_fd = offs_f[None, :] * D + offs_d[:, None]
+    offs_df = offs_d[:, None] * F + offs_f[None, :]
+    mask_down_bias = mask_d & first_chunk
     if whole:
-        store_sum(gradients.up + e * F * D, offs_fd, sums.up, mask_fd)
-        store_sum(gradients.down + e * F * D, offs_df, sums.down, mask_df)
+        store_sum(gradients.up + e * F * D, offs_fd, sums.up, mask)
+        store_sum(gradients.down + e * F * D, offs_df, sums.down, mask)
         if gradients.gate is not None:
-            store_sum(gradients.gate + e * F * D, offs_fd, sums.gate, mask_fd)
+            store_sum(gradients.gate + e * F * D, offs_fd, sums.gate, mask)
         if gradients.up_bias is not None:
             store_sum(gradients.up_bias + e * F, offs_f, sums.up_bias, mask_f)
             store_sum(gradients.down_bias + e * D, offs_d, sums.down_bias, mask_down_bias)
             if gradients.gate is not None:
                 store_sum(gradients.gate_bias + e * F, offs_f, sums.gate_bias, mask_f)
     else:
-        store_sum(slot_ptr, offs_fd, sums.up, mask_fd)
+        store_sum(slot_ptr, offs_fd, sums.up, mask)
         slot_ptr += F * D
-        store_sum(slot_ptr, offs_df, sums.down, mask_df)
+        store_sum(slot_ptr, offs_df, sums.down, mask)
         slot_ptr += F * D
         if gradients.gate is not None:
-            store_sum(slot_ptr, offs_fd, sums.gate, mask_fd)
+            store_sum(slot_ptr, offs_fd, sums.gate, mask)
             slot_ptr += F * D
         if gradients.up_bias is not None:
             store_sum(slot_ptr, offs_f, sums.up_bias, mask_f)
@@ -130,23 +130,13 @@ def store_gradients(
 
 @kernel
 def reduce_partials_kernel(
-    partials_ptr,  # (splits + E - 1, n0 + ... + n5)
-    out0_ptr,  # (E, n0), here and in the others what no split alone has written
-    out1_ptr,  # (E, n1) or None
-    out2_ptr,
-    out3_ptr,
-    out4_ptr,
-    out5_ptr,
+    partials_ptr,  # (splits + E - 1, sum of sizes)
+    outputs,  # (E, size) each or None; written is what no split alone has written
+    sizes,
     expert_offsets_ptr,  # (E + 1,) int32
     num_experts,
     num_splits,
     partial_size,
-    n0,
-    n1,
-    n2,
-    n3,
-    n4,
-    n5,
     ROWS_PER_SLOT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -182,29 +172,64 @@ def reduce_partials_kernel(
         shared &= tl.sum(whole.to(tl.int32), 0) == 0
         ptrs = partials_ptr + (splits + me).to(tl.int64)[:, None] * partial_size + offs[None, :]
         acc += tl.sum(tl.load(ptrs, mask=mine[:, None] & mask[None, :] & shared, other=0.0), 0)
-    expert = me.to(tl.int64)
     # An offset that no part has.
     offs = tl.where(shared, offs, partial_size)
-    _store_part(out0_ptr, acc, offs, expert, n0)
-    offs -= n0
-    if out1_ptr is not None:
-        _store_part(out1_ptr, acc, offs, expert, n1)
-    offs -= n1
-    if out2_ptr is not None:
-        _store_part(out2_ptr, acc, offs, expert, n2)
-    offs -= n2
-    if out3_ptr is not None:
-        _store_part(out3_ptr, acc, offs, expert, n3)
-    offs -= n3
-    if out4_ptr is not None:
-        _store_part(out4_ptr, acc, offs, expert, n4)
-    offs -= n4
-    if out5_ptr is not None:
-        _store_part(out5_ptr, acc, offs, expert, n5)
+    _store_parts(outputs, sizes, acc, offs, me.to(tl.int64))
 
 
 @triton.jit
-def _store_part(out_ptr, value, offs, expert, n):
-    """Store the elements of value whose offset lies in ``[0, n)`` to row ``expert`` of out."""
-    mask = (offs >= 0) & (offs < n)
-    tl.store(out_ptr + expert * n + offs, value.to(out_ptr.dtype.element_ty), mask=mask)
+def _store_parts(outputs, sizes, value, offs, row):
+    """Store value to ``row`` of outputs, whose columns lie one behind the other's in ``offs``."""
+    # Triton 3.6 doesn't count a tuple with a None.
+    for i in tl.static_range(len(sizes)):
+        if outputs[i] is not None:
+            mask = (offs >= 0) & (offs < sizes[i])
+            store_sum(outputs[i] + row * sizes[i], offs, value, mask)
+        offs -= sizes[i]
+
+
+def sum_splits(partials: Tensor, *outputs: Tensor | None) -> None:
+    """Add up ``partials (splits, ...)`` in a fixed order.
+
+    Args:
+        partials: (splits, ...).
+        *outputs: contiguous, every element is written; they share the columns evenly. None for
+            one that nobody wants.
+    """
+    num_splits, size = partials.shape[0], partials[0].numel()
+    sum_splits_kernel[(triton.cdiv(size, 64),)](
+        partials,
+        outputs,
+        (size // len(outputs),) * len(outputs),
+        num_splits,
+        size,
+        ACC=accumulator(partials.dtype),
+        SPLITS=32,
+        BLOCK=64,
+    )
+
+
+@kernel
+def sum_splits_kernel(
+    partials_ptr,  # (splits, size)
+    outputs,  # (size of its own,) each or None
+    sizes,
+    num_splits,
+    size,
+    ACC: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Add up partial sums in a fixed order, SPLITS at a time.
+
+    Grid: ``(cdiv(size, BLOCK),)``. Sums in ACC, rounded at the store.
+    """
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), dtype=ACC)
+    # Some at once: loads in flight, not one behind the other.
+    for start in range(0, num_splits, SPLITS):
+        splits = start + tl.arange(0, SPLITS)
+        ptrs = partials_ptr + splits.to(tl.int64)[:, None] * size + offs[None, :]
+        mask = (splits < num_splits)[:, None] & (offs < size)[None, :]
+        acc += tl.sum(tl.load(ptrs, mask=mask, other=0.0), 0)
+    _store_parts(outputs, sizes, acc, offs, 0)

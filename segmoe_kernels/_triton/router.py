@@ -1,5 +1,7 @@
 """What the router computes: device functions for pooling, logits, the choice, and its gradient."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -7,61 +9,55 @@ from segmoe_kernels._triton.activations import dropout_scale, read_option
 from segmoe_kernels._triton.sequences import real_steps
 
 
+class Segments(NamedTuple):
+    """BLOCK_S segments of sequences."""
+
+    sequence: Any
+    first_step: Any
+    mask: Any  # False for what isn't one
+
+
+class Span(NamedTuple):
+    """The real steps of BLOCK_S segments, as offsets in the segment."""
+
+    count: Any
+    first: Any
+    last: Any
+
+
 @triton.jit
-def step_range(
-    padding_mask_ptr,
-    sequence,
-    first_step,
-    mask_s,
-    length,
-    SEGMENT_SIZE: tl.constexpr,
-):
-    """Return ``(count, first, last)`` of the real steps of segments, as offsets in the segment."""
-    count = tl.zeros_like(first_step).to(tl.int32)
-    first = tl.full(first_step.shape, SEGMENT_SIZE - 1, dtype=tl.int32)
+def step_range(padding_mask_ptr, segments, length, SEGMENT_SIZE: tl.constexpr):
+    """Return the `Span` of segments."""
+    count = tl.zeros_like(segments.first_step).to(tl.int32)
+    first = tl.full(segments.first_step.shape, SEGMENT_SIZE - 1, dtype=tl.int32)
     last = tl.zeros_like(count)
     for p in range(SEGMENT_SIZE):
-        real = real_steps(padding_mask_ptr, sequence, first_step + p, mask_s, length)
+        step = segments.first_step + p
+        real = real_steps(padding_mask_ptr, segments.sequence, step, segments.mask, length)
         count += real.to(tl.int32)
         first = tl.minimum(first, tl.where(real, p, SEGMENT_SIZE - 1))
         last = tl.maximum(last, tl.where(real, p, 0))
-    return count, first, last
+    return Span(count, first, last)
 
 
 @triton.jit
-def load_steps(
-    x_ptr,
-    padding_mask_ptr,
-    sequence,
-    step,
-    mask_s,
-    offs_d,
-    length,
-    stride_x_b,
-    stride_x_t,
-    D: tl.constexpr,
-):
-    """Return ``(x, real)``: one step of each segment, (BLOCK_S, BLOCK_D), 0 where not real."""
-    real = real_steps(padding_mask_ptr, sequence, step, mask_s, length)
-    rows = sequence.to(tl.int64) * stride_x_b + step.to(tl.int64) * stride_x_t
-    ptrs = x_ptr + rows[:, None] + offs_d[None, :]
+def load_steps(x, padding_mask_ptr, segments, p, offs_d, length, D: tl.constexpr):
+    """Return ``(x, real)``: step p of each segment, (BLOCK_S, BLOCK_D), 0 where not real."""
+    step = segments.first_step + p
+    real = real_steps(padding_mask_ptr, segments.sequence, step, segments.mask, length)
+    rows = segments.sequence.to(tl.int64) * x.stride_b + step.to(tl.int64) * x.stride_t
+    ptrs = x.ptr + rows[:, None] + offs_d[None, :]
     return tl.load(ptrs, mask=real[:, None] & (offs_d < D)[None, :], other=0.0), real
 
 
 @triton.jit
 def pool(
-    x_ptr,
+    x,  # Rows (B, T, D)
     padding_mask_ptr,
-    sequence,
-    first_step,
-    mask_s,
-    count,
-    first,
-    last,
+    segments,
+    span,
     offs_d,
     length,
-    stride_x_b,
-    stride_x_t,
     D: tl.constexpr,
     SEGMENT_SIZE: tl.constexpr,
     POOLING: tl.constexpr,
@@ -69,44 +65,67 @@ def pool(
 ):
     """Return columns offs_d of the pooled segments, (BLOCK_S, BLOCK_D) in ACC; not for "concat"."""
     start = float("-inf") if POOLING == "max" else 0.0
-    pooled = tl.full((first_step.shape[0], offs_d.shape[0]), start, dtype=ACC)
+    pooled = tl.full((segments.first_step.shape[0], offs_d.shape[0]), start, dtype=ACC)
     for p in range(SEGMENT_SIZE):
-        x, real = load_steps(
-            x_ptr, padding_mask_ptr, sequence, first_step + p, mask_s, offs_d, length, stride_x_b,
-            stride_x_t, D,
-        )  # fmt: skip
-        x = x.to(ACC)
+        value, real = load_steps(x, padding_mask_ptr, segments, p, offs_d, length, D)
+        value = value.to(ACC)
         if POOLING == "mean":
-            pooled += x
+            pooled += value
         elif POOLING == "max":
             # Written out because tl.maximum drops a NaN, which must come through.
-            better = real[:, None] & ((x > pooled) | (x != x))
-            pooled = tl.where(better, x, pooled)
+            better = real[:, None] & ((value > pooled) | (value != value))
+            pooled = tl.where(better, value, pooled)
         elif POOLING == "first":
-            pooled += tl.where((first == p)[:, None], x, 0.0)
+            pooled += tl.where((span.first == p)[:, None], value, 0.0)
         else:
-            pooled += tl.where((last == p)[:, None], x, 0.0)
+            tl.static_assert(POOLING == "last", "unknown pooling")
+            pooled += tl.where((span.last == p)[:, None], value, 0.0)
     if POOLING == "mean":
-        pooled = pooled / tl.maximum(count, 1).to(ACC)[:, None]
+        pooled = pooled / tl.maximum(span.count, 1).to(ACC)[:, None]
     if POOLING == "max":
-        pooled = tl.where((count > 0)[:, None], pooled, 0.0)
+        pooled = tl.where((span.count > 0)[:, None], pooled, 0.0)
     return pooled
 
 
 @triton.jit
+def unpool_step(
+    dpooled,  # (BLOCK_S, BLOCK_D)
+    pooled,
+    x,  # (BLOCK_S, BLOCK_D), step p
+    real,
+    p,
+    span,
+    open_max,  # (BLOCK_S, BLOCK_D) bool: no step before took the gradient of the maximum
+    POOLING: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Return ``(dx, open_max)``: what step p gets of the gradient of `pool`."""
+    if POOLING == "mean":
+        dx = dpooled / tl.maximum(span.count, 1).to(ACC)[:, None]
+    elif POOLING == "max":
+        value = x.to(ACC)
+        same = (value == pooled) | ((value != value) & (pooled != pooled))
+        hit = open_max & same & real[:, None]
+        open_max = open_max & (hit == 0)
+        dx = tl.where(hit, dpooled, 0.0)
+    elif POOLING == "first":
+        dx = tl.where((span.first == p)[:, None], dpooled, 0.0)
+    else:
+        tl.static_assert(POOLING == "last", "unknown pooling")
+        dx = tl.where((span.last == p)[:, None], dpooled, 0.0)
+    return dx, open_max
+
+
+@triton.jit
 def score_segments(
-    x_ptr,
-    router_weight_ptr,
-    router_start_ptr,
+    x,  # Rows (B, T, D)
     padding_mask_ptr,
+    router,
     segment,  # (BLOCK_S,)
     mask_s,
     segments_per_sequence,
     length,
     num_experts,
-    stride_x_b,
-    stride_x_t,
-    stride_w_e,
     D: tl.constexpr,
     SEGMENT_SIZE: tl.constexpr,
     POOLING: tl.constexpr,
@@ -115,30 +134,21 @@ def score_segments(
     BLOCK_D: tl.constexpr,
 ):
     """Return ``(logits, routed)`` of segments: (BLOCK_S, EXPERTS) in ACC, 0 where not routed."""
+    CAUSAL: tl.constexpr = router.start_ptr is not None
     experts = tl.arange(0, EXPERTS)
     mask_e = experts < num_experts
     sequence = segment // segments_per_sequence
     index = segment % segments_per_sequence
-    own_step = index * SEGMENT_SIZE
+    own = Segments(sequence, index * SEGMENT_SIZE, mask_s)
     # A causal router looks at the segment before; the first one has none.
-    mask_x = mask_s
-    first_step = own_step
-    if router_start_ptr is not None:
-        mask_x = mask_s & (index > 0)
-        first_step = own_step - SEGMENT_SIZE
-    count = tl.full(segment.shape, 1, dtype=tl.int32)
-    first = tl.zeros(segment.shape, dtype=tl.int32)
-    last = first
+    seen = own
+    if CAUSAL:
+        seen = Segments(sequence, own.first_step - SEGMENT_SIZE, mask_s & (index > 0))
     if POOLING != "concat":
-        count, first, last = step_range(
-            padding_mask_ptr, sequence, first_step, mask_x, length, SEGMENT_SIZE
-        )
+        span = step_range(padding_mask_ptr, seen, length, SEGMENT_SIZE)
     routed = mask_s
     if padding_mask_ptr is not None:
-        own_count, _first, _last = step_range(
-            padding_mask_ptr, sequence, own_step, mask_s, length, SEGMENT_SIZE
-        )
-        routed = mask_s & (own_count > 0)
+        routed = mask_s & (step_range(padding_mask_ptr, own, length, SEGMENT_SIZE).count > 0)
 
     logits = tl.zeros((segment.shape[0], EXPERTS), dtype=ACC)
     for d0 in range(0, D, BLOCK_D):
@@ -147,28 +157,23 @@ def score_segments(
         # Where registers hold the operand, Triton 3.7 pipelines without a wait for wgmma: the next
         # steps would be loaded into registers that it still reads.
         for p in tl.range(
-            SEGMENT_SIZE if POOLING == "concat" else 1,
-            num_stages=1 if router_start_ptr is not None else None,
+            SEGMENT_SIZE if POOLING == "concat" else 1, num_stages=1 if CAUSAL else None
         ):
             if POOLING == "concat":
-                pooled, _real = load_steps(
-                    x_ptr, padding_mask_ptr, sequence, first_step + p, mask_x, offs_d, length,
-                    stride_x_b, stride_x_t, D,
-                )  # fmt: skip
+                pooled, _real = load_steps(x, padding_mask_ptr, seen, p, offs_d, length, D)
             else:
                 pooled = pool(
-                    x_ptr, padding_mask_ptr, sequence, first_step, mask_x, count, first, last,
-                    offs_d, length, stride_x_b, stride_x_t, D, SEGMENT_SIZE, POOLING, ACC,
-                )  # fmt: skip
+                    x, padding_mask_ptr, seen, span, offs_d, length, D, SEGMENT_SIZE, POOLING, ACC
+                )
                 # All but a mean are numbers of x's.
                 if POOLING != "mean":
-                    pooled = pooled.to(x_ptr.dtype.element_ty)
-            if router_start_ptr is not None:
-                start = tl.load(router_start_ptr + p * D + offs_d, mask=mask_d, other=0.0)
+                    pooled = pooled.to(x.ptr.dtype.element_ty)
+            if CAUSAL:
+                start = tl.load(router.start_ptr + p * D + offs_d, mask=mask_d, other=0.0)
                 start = start.to(pooled.dtype)
                 pooled = tl.where((index == 0)[:, None], start[None, :], pooled)
             w = tl.load(
-                router_weight_ptr + experts[:, None] * stride_w_e + p * D + offs_d[None, :],
+                router.weight_ptr + experts[:, None] * router.stride_row + p * D + offs_d[None, :],
                 mask=mask_e[:, None] & mask_d[None, :],
                 other=0.0,
             ).to(pooled.dtype)
@@ -184,7 +189,6 @@ def choose_experts(
     num_experts,
     temperature,
     dropout,
-    seed_ptr,  # (1,) int64 or None
     TOP_K: tl.constexpr,
     RENORMALIZE: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -198,9 +202,9 @@ def choose_experts(
     mask_e = experts < num_experts
     temperature = read_option(temperature, logits.dtype)
     probs = _softmax(logits / temperature, mask_e)
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-        probs *= dropout_scale(seed, segment, experts, num_experts, dropout, logits.dtype)
+    if dropout.seed_ptr is not None:
+        seed, p = tl.load(dropout.seed_ptr), dropout.probability
+        probs *= dropout_scale(seed, segment, experts, num_experts, p, logits.dtype)
     probs = tl.where(routed[:, None], probs, 0.0)
     key = tl.where(mask_e[None, :], tl.where(probs != probs, float("inf"), probs), -1.0)
     rank = tl.full(logits.shape, TOP_K, dtype=tl.int32)
@@ -235,7 +239,6 @@ def differentiate_choice(
     num_experts,
     temperature,
     dropout,
-    seed_ptr,  # (1,) int64 or None
     RENORMALIZE: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
@@ -245,9 +248,9 @@ def differentiate_choice(
     temperature = read_option(temperature, logits.dtype)
     probs = _softmax(logits / temperature, mask_e)
     scale = tl.full(logits.shape, 1.0, dtype=logits.dtype)
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-        scale *= dropout_scale(seed, segment, experts, num_experts, dropout, logits.dtype)
+    if dropout.seed_ptr is not None:
+        seed, p = tl.load(dropout.seed_ptr), dropout.probability
+        scale *= dropout_scale(seed, segment, experts, num_experts, p, logits.dtype)
     if RENORMALIZE:
         kept = tl.where(selected, probs * scale, 0.0)
         total = tl.sum(kept, 1)

@@ -1,7 +1,19 @@
 """Where rows live: device functions that find the expert of a tile and the steps of its rows."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Steps(NamedTuple):
+    """Where BLOCK_M rows live, in int32; all are the rows themselves where they are sorted."""
+
+    rows: Any  # in sorted order
+    slot: Any
+    choice: Any
+    sequence: Any
+    step: Any  # a row's first time step
 
 
 @triton.jit
@@ -104,20 +116,25 @@ def find_split(
 def find_steps(
     rows,  # (M,) int32, sorted rows
     mask_m,
-    sorted_to_slot_ptr,  # (R,) int32
+    slots,
     segments_per_sequence,
     LAYOUT: tl.constexpr,
 ):
-    """Return ``(slot, choice, sequence, step)`` of sorted rows; step is a row's first time step.
+    """Return the `Steps` of sorted rows.
 
     Where every step is a segment launchers make one sequence of all: nothing is divided.
     """
-    slot = tl.load(sorted_to_slot_ptr + rows // LAYOUT.rows_per_slot, mask=mask_m, other=0)
-    segment = slot // LAYOUT.top_k
-    if LAYOUT.segment_size == 1:
-        return slot, slot % LAYOUT.top_k, segment * 0, segment
-    step = (segment % segments_per_sequence) * LAYOUT.segment_size + rows % LAYOUT.rows_per_slot
-    return slot, slot % LAYOUT.top_k, segment // segments_per_sequence, step
+    if slots.sorted_to_slot_ptr is None:
+        return Steps(rows, rows, rows, rows, rows)
+    else:  # noqa: RET505  the branches are compile-time
+        ptrs = slots.sorted_to_slot_ptr + rows // LAYOUT.rows_per_slot
+        slot = tl.load(ptrs, mask=mask_m, other=0)
+        segment = slot // LAYOUT.top_k
+        if LAYOUT.segment_size == 1:
+            return Steps(rows, slot, slot % LAYOUT.top_k, segment * 0, segment)
+        step = segment % segments_per_sequence * LAYOUT.segment_size
+        step += rows % LAYOUT.rows_per_slot
+        return Steps(rows, slot, slot % LAYOUT.top_k, segment // segments_per_sequence, step)
 
 
 @triton.jit
@@ -142,13 +159,11 @@ def real_steps(
 @triton.jit
 def load_rows(
     x,  # Rows
-    padding_mask_ptr,
-    choice,
-    sequence,
-    step,
+    at,  # Steps
     mask_m,
     cols,  # (N,), up to D, or P * D where rows are whole segments
     width,
+    slots,
     length,
     LAYOUT: tl.constexpr,
 ):
@@ -157,17 +172,17 @@ def load_rows(
     With ``concat`` a row is a whole segment and its columns run over the steps.
     """
     D: tl.constexpr = LAYOUT.d_model
-    base = choice.to(tl.int64) * x.stride_k + sequence.to(tl.int64) * x.stride_b
-    base += step.to(tl.int64) * x.stride_t
+    base = at.choice.to(tl.int64) * x.stride_k + at.sequence.to(tl.int64) * x.stride_b
+    base += at.step.to(tl.int64) * x.stride_t
     if LAYOUT.concat:
-        steps = step[:, None] + (cols // D)[None, :]
+        steps = at.step[:, None] + (cols // D)[None, :]
         real = (mask_m[:, None] & (cols < width)[None, :]) & (steps < length)
-        if padding_mask_ptr is not None:
-            flags = (padding_mask_ptr + sequence.to(tl.int64) * length)[:, None] + steps
+        if slots.padding_mask_ptr is not None:
+            flags = (slots.padding_mask_ptr + at.sequence.to(tl.int64) * length)[:, None] + steps
             real &= tl.load(flags, mask=real, other=0) != 0
         offs = (cols // D).to(tl.int64) * x.stride_t + cols % D
     else:
-        rows_real = real_steps(padding_mask_ptr, sequence, step, mask_m, length)
+        rows_real = real_steps(slots.padding_mask_ptr, at.sequence, at.step, mask_m, length)
         real = rows_real[:, None] & (cols < width)[None, :]
         offs = cols
     return tl.load((x.ptr + base)[:, None] + offs[None, :], mask=real, other=0.0)
@@ -177,46 +192,36 @@ def load_rows(
 def store_segments(
     ptr,  # (top_k, B, T, D), contiguous
     value,  # (M, N)
-    padding_mask_ptr,
-    choice,
-    sequence,
-    step,
+    at,  # Steps
     mask_m,
     cols,  # (N,), up to P * D
     width,
+    slots,
     length,
     stride_k,
     D: tl.constexpr,
 ):
     """Store rows that are whole segments, 0 at masked steps; steps past the end are dropped."""
-    steps = step[:, None] + (cols // D)[None, :]
+    steps = at.step[:, None] + (cols // D)[None, :]
     inside = (mask_m[:, None] & (cols < width)[None, :]) & (steps < length)
-    if padding_mask_ptr is not None:
-        flags = (padding_mask_ptr + sequence.to(tl.int64) * length)[:, None] + steps
+    if slots.padding_mask_ptr is not None:
+        flags = (slots.padding_mask_ptr + at.sequence.to(tl.int64) * length)[:, None] + steps
         value = tl.where(tl.load(flags, mask=inside, other=0) != 0, value, 0.0)
     # A segment is consecutive steps of a contiguous tensor, so its P * D columns are too.
-    base = choice.to(tl.int64) * stride_k + (sequence.to(tl.int64) * length + step) * D
+    base = at.choice.to(tl.int64) * stride_k + (at.sequence.to(tl.int64) * length + at.step) * D
     tl.store((ptr + base)[:, None] + cols[None, :], value.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def place_steps(
-    padding_mask_ptr,
-    choice,
-    sequence,
-    step,
-    mask_m,
-    num_sequences,
-    length,
-):
+def place_steps(at, mask_m, slots, num_sequences, length):
     """Return the rows of steps in a contiguous (top_k, B, T, D).
 
     ``-1 - row`` for a masked step, -2**31 for one that isn't there. Computed before a kernel's
     loop: one 32-bit number a row stays alive through it, not four and two flags.
     """
-    inside = mask_m & (step < length)
-    real = real_steps(padding_mask_ptr, sequence, step, mask_m, length)
-    row = (choice * num_sequences + sequence) * length + step
+    inside = mask_m & (at.step < length)
+    real = real_steps(slots.padding_mask_ptr, at.sequence, at.step, mask_m, length)
+    row = (at.choice * num_sequences + at.sequence) * length + at.step
     return tl.where(inside, tl.where(real, row, -1 - row), -2147483648)
 
 

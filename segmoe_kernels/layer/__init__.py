@@ -68,7 +68,7 @@ class SegMoE(nn.Module):
             the same: one FFN on the projected segment.
         shared_d_ff: width of the shared expert's hidden layer, ``P`` times that in "segment";
             None: d_ff (official). Time-MoE's and Qwen2-MoE's is wider than their experts'.
-        activation: exact "gelu", "gelu_tanh", "silu" or "relu".
+        activation: a name in `segmoe_kernels.activations.ACTIVATIONS`, such as exact "gelu".
         gated: hidden is ``act(gate(x)) * up(x)`` instead of ``act(up(x))``.
         bias: biases in every FFN and projection; the router has none.
         dropout: on the hidden layers, in training.

@@ -61,6 +61,7 @@ def pool(x: Tensor, valid: Tensor | None, pooling: str) -> Tensor:
     if pooling == "first":
         step = torch.where(valid, steps, valid.shape[-1] - 1).amin(-1)
     else:
+        assert pooling == "last", pooling
         step = torch.where(valid, steps, 0).amax(-1)
     chosen = (steps == step[..., None])[..., None]
     return torch.where(chosen, x, 0).sum(2)

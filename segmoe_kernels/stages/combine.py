@@ -13,31 +13,28 @@ import triton.language as tl
 from torch import Tensor
 
 from segmoe_kernels import validation as check
+from segmoe_kernels._triton.arguments import Shared, rows_of
 from segmoe_kernels._triton.launch import (
     accumulator,
     define_operator,
     kernel,
     padded,
-    refuse_double_backward,
     step_flags,
 )
+from segmoe_kernels._triton.partials import store_sum
 from segmoe_kernels.autograd import apply
 
 
 @kernel
 def _combine_fwd_kernel(
-    expert_out_ptr,  # (top_k, B, T, D)
-    shared_ptr,  # (B, J * P, D) contiguous or None
-    gate_logits_ptr,  # (B, J) or None
+    expert_out,  # Rows (top_k, B, T, D)
+    shared,  # if there
     padding_mask_ptr,  # (B, T) bool or None
     y_ptr,  # (B, T, D) contiguous, every row is written
     num_steps,
     length,
     shared_rows,
     num_choices,
-    stride_out_k,
-    stride_out_b,
-    stride_out_t,
     D: tl.constexpr,
     STEPS_PER_GATE: tl.constexpr,
     ACC: tl.constexpr,
@@ -58,36 +55,33 @@ def _combine_fwd_kernel(
     step = rows % length
 
     y = tl.zeros((BLOCK_M, BLOCK_D), dtype=ACC)
-    ptrs = expert_out_ptr + (sequence * stride_out_b + step * stride_out_t)[:, None] + cols[None, :]
+    offs = sequence * expert_out.stride_b + step * expert_out.stride_t
+    ptrs = expert_out.ptr + offs[:, None] + cols[None, :]
     for _ in range(num_choices):
         y += tl.load(ptrs, mask=mask, other=0.0).to(ACC)
-        ptrs += stride_out_k
-    if shared_ptr is not None:
+        ptrs += expert_out.stride_k
+    if shared.out_ptr is not None:
         real = mask_m
         if padding_mask_ptr is not None:
             real &= tl.load(padding_mask_ptr + rows, mask=mask_m, other=0) != 0
         row = sequence * shared_rows + step
-        logit = tl.load(gate_logits_ptr + row // STEPS_PER_GATE, mask=real, other=0.0).to(ACC)
-        shared = tl.load(
-            shared_ptr + row[:, None] * D + cols[None, :], mask=mask & real[:, None], other=0.0
-        )
-        y += shared.to(ACC) / (1.0 + tl.exp(-logit))[:, None]
+        gate_ptrs = shared.gate_logits_ptr + row // STEPS_PER_GATE
+        logit = tl.load(gate_ptrs, mask=real, other=0.0).to(ACC)
+        ptrs = shared.out_ptr + row[:, None] * D + cols[None, :]
+        out = tl.load(ptrs, mask=mask & real[:, None], other=0.0)
+        y += out.to(ACC) / (1.0 + tl.exp(-logit))[:, None]
     tl.store(y_ptr + rows[:, None] * D + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @kernel
 def _combine_bwd_kernel(
-    dy_ptr,  # (B, T, D)
-    shared_ptr,  # (B, J * P, D) contiguous
-    gate_logits_ptr,  # (B, J)
+    dy_rows,  # Rows (B, T, D)
+    shared,
+    dshared,  # every element is written
     padding_mask_ptr,  # (B, T) bool or None
-    dshared_ptr,  # (B, J * P, D) contiguous, every row is written
-    dgate_logits_ptr,  # (B, J), every element is written
     num_gates,
     length,
     gates_per_sequence,
-    stride_dy_b,
-    stride_dy_t,
     D: tl.constexpr,
     STEPS_PER_GATE: tl.constexpr,
     ACC: tl.constexpr,
@@ -101,7 +95,7 @@ def _combine_bwd_kernel(
     gate = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_g = gate < num_gates
     sequence = gate // gates_per_sequence
-    logit = tl.load(gate_logits_ptr + gate, mask=mask_g, other=0.0).to(ACC)
+    logit = tl.load(shared.gate_logits_ptr + gate, mask=mask_g, other=0.0).to(ACC)
     opened = 1.0 / (1.0 + tl.exp(-logit))
     dot = tl.zeros((BLOCK_M,), dtype=ACC)
     for p in range(STEPS_PER_GATE):
@@ -112,18 +106,14 @@ def _combine_bwd_kernel(
         for d0 in range(0, D, BLOCK_D):
             cols = d0 + tl.arange(0, BLOCK_D)
             mask_d = (cols < D)[None, :]
-            dy = tl.load(
-                dy_ptr + (sequence * stride_dy_b + step * stride_dy_t)[:, None] + cols[None, :],
-                mask=real[:, None] & mask_d,
-                other=0.0,
-            ).to(ACC)
+            rows = sequence * dy_rows.stride_b + step * dy_rows.stride_t
+            ptrs = dy_rows.ptr + rows[:, None] + cols[None, :]
+            dy = tl.load(ptrs, mask=real[:, None] & mask_d, other=0.0).to(ACC)
             offs = ((gate * STEPS_PER_GATE + p) * D)[:, None] + cols[None, :]
-            shared = tl.load(shared_ptr + offs, mask=real[:, None] & mask_d, other=0.0).to(ACC)
-            dot += tl.sum(dy * shared, 1)
-            dshared = (dy * opened[:, None]).to(dshared_ptr.dtype.element_ty)
-            tl.store(dshared_ptr + offs, dshared, mask=mask_g[:, None] & mask_d)
-    dlogit = dot * opened * (1.0 - opened)
-    tl.store(dgate_logits_ptr + gate, dlogit.to(dgate_logits_ptr.dtype.element_ty), mask=mask_g)
+            out = tl.load(shared.out_ptr + offs, mask=real[:, None] & mask_d, other=0.0).to(ACC)
+            dot += tl.sum(dy * out, 1)
+            store_sum(dshared.out_ptr, offs, dy * opened[:, None], mask_g[:, None] & mask_d)
+    store_sum(dshared.gate_logits_ptr, gate, dot * opened * (1.0 - opened), mask_g)
 
 
 def launch_combine(
@@ -143,16 +133,14 @@ def launch_combine(
     programs = triton.cdiv(batch * length, block_m) * triton.cdiv(d_model, block_d)
     check.check_programs("combine", programs)
     _combine_fwd_kernel[(programs,)](
-        expert_out,
-        shared_out,
-        shared_gate_logits,
+        rows_of(expert_out),
+        Shared(shared_out, shared_gate_logits),
         padding_mask,
         y,
         batch * length,
         length,
         0 if shared_out is None else shared_out.shape[1] * (width // d_model),
         expert_out.shape[0],
-        *expert_out.stride()[:3],
         D=d_model,
         STEPS_PER_GATE=width // d_model,
         ACC=accumulator(y.dtype),
@@ -190,17 +178,13 @@ def _combine_bwd(
     block_m = rows_at_once(block_d, dy.dtype)
     num_gates = batch * shared_out.shape[1]
     _combine_bwd_kernel[(triton.cdiv(num_gates, block_m),)](
-        dy,
-        shared_out,
-        shared_gate_logits,
+        rows_of(dy),
+        Shared(shared_out, shared_gate_logits),
+        Shared(dshared, dgate_logits),
         padding_mask,
-        dshared,
-        dgate_logits,
         num_gates,
         length,
         shared_out.shape[1],
-        dy.stride(0),
-        dy.stride(1),
         D=d_model,
         STEPS_PER_GATE=shared_out.shape[2] // d_model,
         ACC=accumulator(dy.dtype),
@@ -221,18 +205,8 @@ def _combine_bwd_fake(
     return dshared, shared_gate_logits.new_empty(shared_gate_logits.shape)
 
 
-_combine_fwd_op = define_operator(
-    "combine_fwd(Tensor expert_out, Tensor? shared_out, Tensor? shared_gate_logits, "
-    "Tensor? padding_mask) -> Tensor",
-    launch_combine,
-    _combine_fwd_fake,
-)
-_combine_bwd_op = define_operator(
-    "combine_bwd(Tensor dy, Tensor shared_out, Tensor shared_gate_logits, Tensor? padding_mask) "
-    "-> (Tensor, Tensor)",
-    _combine_bwd,
-    _combine_bwd_fake,
-)
+_combine_fwd_op = define_operator("combine_fwd", launch_combine, _combine_fwd_fake)
+_combine_bwd_op = define_operator("combine_bwd", _combine_bwd, _combine_bwd_fake, gradient=True)
 
 
 class _Combine(torch.autograd.Function):
@@ -258,33 +232,8 @@ class _Combine(torch.autograd.Function):
         (dy,) = grads
         dshared = dgate_logits = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            dshared, dgate_logits = _CombineBackward.apply(dy, *ctx.saved_tensors)
+            dshared, dgate_logits = _combine_bwd_op(dy, *ctx.saved_tensors)
         return dy.expand(ctx.num_choices, *dy.shape), dshared, dgate_logits, None
-
-
-class _CombineBackward(torch.autograd.Function):
-    """The gradient as a function of its own, so that a second derivative is refused loudly."""
-
-    @staticmethod
-    def forward(
-        dy: Tensor,
-        shared_out: Tensor,
-        shared_gate_logits: Tensor,
-        padding_mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        # The parameters are written out: torch.compile counts them.
-        out: tuple[Tensor, Tensor] = _combine_bwd_op(
-            dy, shared_out, shared_gate_logits, padding_mask
-        )
-        return out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:  # noqa: ARG004
-        refuse_double_backward()
 
 
 def combine(

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from segmoe_kernels._triton.arguments import Places
 from segmoe_kernels._triton.launch import define_operator, kernel, padded
 from segmoe_kernels.routing import Permutation
 
@@ -85,10 +86,7 @@ def _permute_place_kernel(
     topk_ids_ptr,  # (R,) int32
     sums_ptr,  # (runs, E + 1) int32, of BLOCKS_IN_RUN histograms each
     block_starts_ptr,  # (blocks, E + 1) int32, inside a run; None for runs of one
-    sorted_to_slot_ptr,  # (R,) int32, every element is written
-    slot_to_sorted_ptr,  # (R,) int32, every element is written
-    expert_offsets_ptr,  # (E + 1,) int32, every element is written
-    expert_counts_ptr,  # (E,) int32, every element is written
+    out,  # Places
     num_slots,
     num_experts,
     num_runs,
@@ -123,8 +121,8 @@ def _permute_place_kernel(
         starts_ptr = block_starts_ptr + pid * (num_experts + 1) + groups
         running += tl.load(starts_ptr, mask=mask_g, other=0)
     first = pid == 0
-    tl.store(expert_offsets_ptr + groups, offsets, mask=mask_g & first)
-    tl.store(expert_counts_ptr + groups, totals, mask=(groups < num_experts) & first)
+    tl.store(out.expert_offsets_ptr + groups, offsets, mask=mask_g & first)
+    tl.store(out.expert_counts_ptr + groups, totals, mask=(groups < num_experts) & first)
     for start in range(0, SLOTS_PER_BLOCK, CHUNK):
         inner = start + tl.arange(0, CHUNK)
         slots = pid * SLOTS_PER_BLOCK + inner
@@ -134,8 +132,8 @@ def _permute_place_kernel(
         mine = ((group[:, None] == groups[None, :]) & mask[:, None]).to(tl.int32)
         places = running[None, :] + tl.cumsum(mine, 0) - mine
         rows = tl.sum(mine * places, 1)
-        tl.store(sorted_to_slot_ptr + rows, slots.to(tl.int32), mask=mask)
-        tl.store(slot_to_sorted_ptr + slots, rows, mask=mask)
+        tl.store(out.sorted_to_slot_ptr + rows, slots.to(tl.int32), mask=mask)
+        tl.store(out.slot_to_sorted_ptr + slots, rows, mask=mask)
         running += tl.sum(mine, 0)
 
 
@@ -180,7 +178,7 @@ def _permute(
         topk_ids,
         sums,
         block_starts,
-        *outputs,
+        Places(*outputs),
         num_slots,
         num_experts,
         num_runs,
@@ -201,12 +199,7 @@ def _permute_fake(
     return rows, torch.empty_like(rows), offsets, topk_ids.new_empty(num_experts)
 
 
-_permute_op = define_operator(
-    "permute(Tensor topk_ids, Tensor? block_counts, int num_experts) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    _permute,
-    _permute_fake,
-)
+_permute_op = define_operator("permute", _permute, _permute_fake)
 
 
 def permute(topk_ids: Tensor, num_experts: int, block_counts: Tensor | None = None) -> Permutation:

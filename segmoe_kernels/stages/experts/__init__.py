@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segmoe_kernels._triton.launch import define_operator, refuse_double_backward, step_flags
+from segmoe_kernels._triton.arguments import Slots
+from segmoe_kernels._triton.launch import define_operator, step_flags
 from segmoe_kernels._triton.tiles import MAX_FUSED_DW_WIDTH
 from segmoe_kernels.autograd import apply
 from segmoe_kernels.routing import FFNWeights, Permutation
@@ -53,10 +54,8 @@ def _expert_ffn_fwd(
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     weights = FFNWeights(up_proj, down_proj, gate_proj, up_bias, gate_bias, down_bias)
-    call = Call(
-        x, topk_weights, sorted_to_slot, expert_offsets, weights, padding_mask, seed,
-        segment_size, concat, activation, dropout,
-    )  # fmt: skip
+    slots = Slots(sorted_to_slot, expert_offsets, padding_mask)
+    call = Call(x, topk_weights, slots, weights, seed, segment_size, concat, activation, dropout)
     out, pre, gate_pre = _outputs(call, keep_hidden)
     if out.numel() == 0:
         return out, pre, gate_pre
@@ -80,12 +79,9 @@ def _outputs(call: Call, keep_hidden: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 def _call(tensors: Sequence[Any], *options: Any) -> Call:
     """The call that an operator's arguments describe."""
-    x, topk_weights, sorted_to_slot, expert_offsets = tensors[:4]
-    padding_mask, seed = tensors[10:12]
-    weights = FFNWeights(*tensors[4:10])
-    return Call(
-        x, topk_weights, sorted_to_slot, expert_offsets, weights, padding_mask, seed, *options
-    )
+    x, topk_weights, sorted_to_slot, expert_offsets, *weights, padding_mask, seed = tensors[:12]
+    slots = Slots(sorted_to_slot, expert_offsets, padding_mask)
+    return Call(x, topk_weights, slots, FFNWeights(*weights), seed, *options)
 
 
 def _expert_ffn_fwd_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,18 +90,7 @@ def _expert_ffn_fwd_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _outputs(call, keep_hidden)
 
 
-_TENSORS = (
-    "Tensor x, Tensor topk_weights, Tensor sorted_to_slot, Tensor expert_offsets, "
-    "Tensor up_proj, Tensor down_proj, Tensor? gate_proj, Tensor? up_bias, Tensor? gate_bias, "
-    "Tensor? down_bias, Tensor? padding_mask, Tensor? seed"
-)
-_OPTIONS = "SymInt segment_size, bool concat, str activation, float dropout"
-
-_expert_ffn_fwd_op = define_operator(
-    f"expert_ffn_fwd({_TENSORS}, {_OPTIONS}, bool keep_hidden) -> (Tensor, Tensor, Tensor)",
-    _expert_ffn_fwd,
-    _expert_ffn_fwd_fake,
-)
+_expert_ffn_fwd_op = define_operator("expert_ffn_fwd", _expert_ffn_fwd, _expert_ffn_fwd_fake)
 
 
 def _expert_ffn_bwd(
@@ -133,10 +118,8 @@ def _expert_ffn_bwd(
     need_dw: bool,
 ) -> list[Tensor]:
     weights = FFNWeights(up_proj, down_proj, gate_proj, up_bias, gate_bias, down_bias)
-    call = Call(
-        x, topk_weights, sorted_to_slot, expert_offsets, weights, padding_mask, seed,
-        segment_size, concat, activation, dropout,
-    )  # fmt: skip
+    slots = Slots(sorted_to_slot, expert_offsets, padding_mask)
+    call = Call(x, topk_weights, slots, weights, seed, segment_size, concat, activation, dropout)
     dx, drow_weights, *dw = _gradients(call, need_dx, need_dw)
     if call.num_rows == 0 or x.numel() == 0:
         return [t.zero_() for t in (dx, drow_weights, *dw)]
@@ -157,10 +140,9 @@ def _expert_ffn_bwd(
             launch_dw(call, dy, dweights)
     else:
         shares = drow_weights.new_empty(column_tiles(call), *drow_weights.shape)
-        backward_two_products(
-            call, dy, dx if need_dx else None, shares, dweights, pre,
-            gate_pre if gate_proj is not None else None,
-        )  # fmt: skip
+        wanted = dx if need_dx else None
+        gate_kept = gate_pre if call.gated else None
+        backward_two_products(call, dy, wanted, shares, dweights, pre, gate_kept)
         torch.sum(shares, dim=0, out=drow_weights)
     return [dx, drow_weights, *dw]
 
@@ -180,10 +162,7 @@ def _expert_ffn_bwd_fake(*args: Any) -> list[Tensor]:
 
 
 _expert_ffn_bwd_op = define_operator(
-    f"expert_ffn_bwd({_TENSORS}, Tensor dy, Tensor pre, Tensor gate_pre, {_OPTIONS}, "
-    "bool need_dx, bool need_drow_weights, bool need_dw) -> Tensor[]",
-    _expert_ffn_bwd,
-    _expert_ffn_bwd_fake,
+    "expert_ffn_bwd", _expert_ffn_bwd, _expert_ffn_bwd_fake, gradient=True
 )
 
 
@@ -206,7 +185,7 @@ class _ExpertFFN(torch.autograd.Function):
         seed: Tensor | None,
         options: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # The parameters are written out, here and below: torch.compile counts them.
+        # The parameters are written out: torch.compile counts them.
         out: tuple[Tensor, Tensor, Tensor] = _expert_ffn_fwd_op(
             x,
             # One column of the view is the contiguous (S, top_k) that it was made of.
@@ -238,12 +217,15 @@ class _ExpertFFN(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 13
-        *tensors, pre, gate_pre = ctx.saved_tensors
+        x, row_weights, *tensors, pre, gate_pre = ctx.saved_tensors
+        topk_weights = row_weights[..., 0].contiguous()
         need = ctx.needs_input_grad
         options = (*ctx.options[:-1], *need[:2], any(need[4:10]))
-        dx, drow_weights, *dw = differentiate_experts(*tensors, dy, pre, gate_pre, options)
+        dx, drow_weights, *dw = _expert_ffn_bwd_op(
+            x, topk_weights, *tensors, dy, pre, gate_pre, *options
+        )
         given = iter(dw)
-        dweights = [None if w is None or not dw else next(given) for w in tensors[4:10]]
+        dweights = [None if w is None or not dw else next(given) for w in tensors[2:8]]
         return (
             dx if need[0] else None,
             drow_weights if need[1] else None,
@@ -254,62 +236,6 @@ class _ExpertFFN(torch.autograd.Function):
             None,
             None,
         )
-
-
-class _ExpertFFNBackward(torch.autograd.Function):
-    """The gradient as a function of its own, so that a second derivative is refused loudly."""
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        row_weights: Tensor,
-        sorted_to_slot: Tensor,
-        expert_offsets: Tensor,
-        up_proj: Tensor,
-        down_proj: Tensor,
-        gate_proj: Tensor | None,
-        up_bias: Tensor | None,
-        gate_bias: Tensor | None,
-        down_bias: Tensor | None,
-        padding_mask: Tensor | None,
-        seed: Tensor | None,
-        dy: Tensor,
-        pre: Tensor,
-        gate_pre: Tensor,
-        options: tuple[Any, ...],
-    ) -> tuple[Tensor, ...]:
-        topk_weights = row_weights[..., 0].contiguous()
-        return tuple(
-            _expert_ffn_bwd_op(
-                x,
-                topk_weights,
-                sorted_to_slot,
-                expert_offsets,
-                up_proj,
-                down_proj,
-                gate_proj,
-                up_bias,
-                gate_bias,
-                down_bias,
-                padding_mask,
-                seed,
-                dy,
-                pre,
-                gate_pre,
-                *options,
-            )
-        )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:  # noqa: ARG004
-        refuse_double_backward()
-
-
-differentiate_experts = _ExpertFFNBackward.apply
 
 
 def expert_ffn(

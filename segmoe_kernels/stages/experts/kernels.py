@@ -6,12 +6,13 @@ and of the routing weights, one for the weight gradients, which are split over r
 sums and added up in a fixed order by `grouped_gemm`.
 """
 
+import triton
 import triton.language as tl
 
 from segmoe_kernels._triton.arguments import Gradients
 from segmoe_kernels._triton.ffn import ffn_rows, hidden_with_grads, load_chunk
 from segmoe_kernels._triton.launch import kernel
-from segmoe_kernels._triton.partials import store_gradients
+from segmoe_kernels._triton.partials import store_gradients, store_sum
 from segmoe_kernels._triton.sequences import (
     find_group,
     find_split,
@@ -59,25 +60,15 @@ def expert_ffn_fwd_kernel(
         return
     rows = row_start + tl.arange(0, BLOCK_M)
     mask_m = rows < row_end
-    slot, choice, sequence, step = find_steps(
-        rows,
-        mask_m,
-        slots.sorted_to_slot_ptr,
-        segments_per_sequence,
-        LAYOUT,
-    )
+    at = find_steps(rows, mask_m, slots, segments_per_sequence, LAYOUT)
     offs_d = tl.arange(0, BLOCK_D)
     e = expert.to(tl.int64)
     routed = mask_m & (expert < num_experts)
-    x = load_rows(
-        x_rows, slots.padding_mask_ptr, choice, sequence, step, routed, offs_d, D,
-        length, LAYOUT,
-    ).to(experts.up.ptr.dtype.element_ty)  # fmt: skip
-    weights = tl.load(topk_weights_ptr + slot, mask=routed, other=0.0).to(ACC)
-    row_ids = slot * SEGMENT_SIZE + rows % SEGMENT_SIZE
-    place = place_steps(
-        slots.padding_mask_ptr, choice, sequence, step, mask_m, num_sequences, length
-    )
+    x = load_rows(x_rows, at, routed, offs_d, D, slots, length, LAYOUT)
+    x = x.to(experts.up.ptr.dtype.element_ty)
+    weights = tl.load(topk_weights_ptr + at.slot, mask=routed, other=0.0).to(ACC)
+    row_ids = at.slot * SEGMENT_SIZE + rows % SEGMENT_SIZE
+    place = place_steps(at, mask_m, slots, num_sequences, length)
 
     # Rows without an expert have no hidden layer: their outputs are 0.
     f_end = tl.where(expert < num_experts, F, 0)
@@ -95,7 +86,7 @@ def expert_ffn_dx_kernel(
     experts,
     dx_ptr,  # (top_k, B, T, D) contiguous or None, every row is written
     drow_weights_ptr,  # (R, P) by slot, every element is written
-    kept,  # Kept or None
+    kept,  # if there
     slots,
     dropout,
     num_slots,
@@ -128,29 +119,16 @@ def expert_ffn_dx_kernel(
         return
     rows = row_start + tl.arange(0, BLOCK_M)
     mask_m = rows < row_end
-    slot, choice, sequence, step = find_steps(
-        rows,
-        mask_m,
-        slots.sorted_to_slot_ptr,
-        segments_per_sequence,
-        LAYOUT,
-    )
+    at = find_steps(rows, mask_m, slots, segments_per_sequence, LAYOUT)
     offs_d = tl.arange(0, BLOCK_D)
     e = expert.to(tl.int64)
     routed = mask_m & (expert < num_experts)
-    x = load_rows(
-        x_rows, slots.padding_mask_ptr, choice, sequence, step, routed, offs_d, D,
-        length, LAYOUT,
-    ).to(experts.up.ptr.dtype.element_ty)  # fmt: skip
-    dy = load_rows(
-        dy_rows, slots.padding_mask_ptr, choice, sequence, step, routed, offs_d, D,
-        length, LAYOUT,
-    )  # fmt: skip
-    weights = tl.load(topk_weights_ptr + slot, mask=routed, other=0.0).to(ACC)
-    row_ids = slot * SEGMENT_SIZE + rows % SEGMENT_SIZE
-    place = place_steps(
-        slots.padding_mask_ptr, choice, sequence, step, mask_m, num_sequences, length
-    )
+    x = load_rows(x_rows, at, routed, offs_d, D, slots, length, LAYOUT)
+    x = x.to(experts.up.ptr.dtype.element_ty)
+    dy = load_rows(dy_rows, at, routed, offs_d, D, slots, length, LAYOUT)
+    weights = tl.load(topk_weights_ptr + at.slot, mask=routed, other=0.0).to(ACC)
+    row_ids = at.slot * SEGMENT_SIZE + rows % SEGMENT_SIZE
+    place = place_steps(at, mask_m, slots, num_sequences, length)
 
     row_offs = rows.to(tl.int64) * F
     dx = tl.zeros((BLOCK_M, BLOCK_D), dtype=ACC)
@@ -165,10 +143,7 @@ def expert_ffn_dx_kernel(
             # Without tensor cores the sum and the products below would share dy in registers, whole
             # rows in each thread. Loaded anew, behind a barrier, it's read from shared memory.
             tl.debug_barrier()
-            dy = load_rows(
-                dy_rows, slots.padding_mask_ptr, choice, sequence, step, routed, offs_d, D,
-                length, LAYOUT,
-            )  # fmt: skip
+            dy = load_rows(dy_rows, at, routed, offs_d, D, slots, length, LAYOUT)
     for f0 in tl.range(0, f_end, BLOCK_F, disable_licm=True):
         offs_f = f0 + tl.arange(0, BLOCK_F)
         chunk = load_chunk(experts, e, offs_f, offs_d, D, F, ACC, True)
@@ -184,16 +159,95 @@ def expert_ffn_dx_kernel(
             dx = tl.dot(dpre, chunk.up, dx, input_precision=PRECISION, out_dtype=ACC)
             if experts.gate is not None:
                 dx = tl.dot(dgate, chunk.gate, dx, input_precision=PRECISION, out_dtype=ACC)
-        if kept is not None:
+        if kept.hidden_ptr is not None:
             offs = row_offs[:, None] + offs_f[None, :]
             mask = mask_m[:, None] & (offs_f < F)[None, :]
-            tl.store(kept.hidden_ptr + offs, (hidden * weights[:, None]).to(x.dtype), mask=mask)
-            tl.store(kept.dpre_ptr + offs, dpre, mask=mask)
+            store_sum(kept.hidden_ptr, offs, hidden * weights[:, None], mask)
+            store_sum(kept.dpre_ptr, offs, dpre, mask)
             if experts.gate is not None:
-                tl.store(kept.dgate_ptr + offs, dgate, mask=mask)
+                store_sum(kept.dgate_ptr, offs, dgate, mask)
     tl.store(drow_weights_ptr + row_ids, dweight, mask=mask_m)
     if dx_ptr is not None:
         store_steps(dx_ptr, dx, place, offs_d, D)
+
+
+@triton.jit
+def _sum_rows(
+    x_rows,
+    dy_rows,
+    topk_weights_ptr,
+    experts,
+    slots,
+    dropout,
+    e,
+    lo,
+    hi,
+    start,
+    stop,
+    before,
+    segments_per_sequence,
+    length,
+    first_f,
+    HAS_BIAS: tl.constexpr,
+    F: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Return the `Gradients` of expert e, whose rows are ``[lo, hi)``, from ``[start, stop)``.
+
+    These are tiles of all rows; ``before`` of them lie before the expert's first.
+    """
+    D: tl.constexpr = LAYOUT.d_model
+    SEGMENT_SIZE: tl.constexpr = LAYOUT.segment_size
+    WIDE: tl.constexpr = experts.up.ptr.dtype.element_ty.primitive_bitwidth > 16
+    offs_f = first_f + tl.arange(0, BLOCK_F)
+    offs_d = tl.arange(0, BLOCK_D)
+    chunk = load_chunk(experts, e, offs_f, offs_d, D, F, ACC, True)
+    # All (D, F): wgmma wants 64 rows at least, and a chunk of F may have fewer.
+    dup = tl.zeros((BLOCK_D, BLOCK_F), dtype=ACC)
+    ddown = tl.zeros((BLOCK_D, BLOCK_F), dtype=ACC)
+    dgate = tl.zeros((BLOCK_D, BLOCK_F), dtype=ACC)
+    dup_bias = tl.zeros((BLOCK_F,), dtype=ACC)
+    dgate_bias = tl.zeros((BLOCK_F,), dtype=ACC)
+    ddown_bias = tl.zeros((BLOCK_D,), dtype=ACC)
+    for tile in tl.range(start, stop, disable_licm=True):
+        rows = lo + (tile - before) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_m = rows < hi
+        at = find_steps(rows, mask_m, slots, segments_per_sequence, LAYOUT)
+        x = load_rows(x_rows, at, mask_m, offs_d, D, slots, length, LAYOUT)
+        x = x.to(experts.up.ptr.dtype.element_ty)
+        dy = load_rows(dy_rows, at, mask_m, offs_d, D, slots, length, LAYOUT)
+        weights = tl.load(topk_weights_ptr + at.slot, mask=mask_m, other=0.0).to(ACC)
+        row_ids = at.slot * SEGMENT_SIZE + rows % SEGMENT_SIZE
+        hidden, _dhidden, dpre, dgate_pre = hidden_with_grads(
+            x, dy, experts, chunk, dropout, row_ids, offs_f, first_f, F, ACTIVATION,
+            ACC, PRECISION,
+        )  # fmt: skip
+        hidden = (hidden * weights[:, None]).to(x.dtype)
+        dpre = dpre * weights[:, None]
+        dgate_pre = dgate_pre * weights[:, None]
+        # Registers are short: without tensor cores sums before products take fewer.
+        if HAS_BIAS and WIDE:
+            dup_bias += tl.sum(dpre, 0)
+            dgate_bias += tl.sum(dgate_pre, 0)
+            ddown_bias += tl.sum(dy.to(ACC) * weights[:, None], 0)
+        dup = tl.dot(tl.trans(x), dpre.to(x.dtype), dup, input_precision=PRECISION, out_dtype=ACC)
+        ddown = tl.dot(tl.trans(dy), hidden, ddown, input_precision=PRECISION, out_dtype=ACC)
+        if experts.gate is not None:
+            dgate = tl.dot(
+                tl.trans(x), dgate_pre.to(x.dtype), dgate, input_precision=PRECISION,
+                out_dtype=ACC,
+            )  # fmt: skip
+        if HAS_BIAS and not WIDE:
+            dup_bias += tl.sum(dpre, 0)
+            dgate_bias += tl.sum(dgate_pre, 0)
+            ddown_bias += tl.sum(dy.to(ACC) * weights[:, None], 0)
+    return Gradients(dup, ddown, dgate, dup_bias, ddown_bias, dgate_bias)
 
 
 @kernel
@@ -230,13 +284,10 @@ def expert_ffn_dw_kernel(
     D: tl.constexpr = LAYOUT.d_model
     SEGMENT_SIZE: tl.constexpr = LAYOUT.segment_size
     HAS_BIAS: tl.constexpr = gradients.up_bias is not None
-    WIDE: tl.constexpr = experts.up.ptr.dtype.element_ty.primitive_bitwidth > 16
     split = tl.program_id(0)
     first_f = tl.program_id(1) * BLOCK_F
     offs_f = first_f + tl.arange(0, BLOCK_F)
     offs_d = tl.arange(0, BLOCK_D)
-    mask_f = offs_f < F
-    mask_d = offs_d < D
     first, last, first_expert, end_expert, before = find_split(
         split, num_splits, slots.expert_offsets_ptr, num_experts, SEGMENT_SIZE, BLOCK_M, GROUPS
     )
@@ -248,68 +299,15 @@ def expert_ffn_dw_kernel(
         stop = tl.minimum(last, before + tiles)
         if start < stop:
             e = (split * 0 + expert).to(tl.int64)
-            chunk = load_chunk(experts, e, offs_f, offs_d, D, F, ACC, True)
-            # All (D, F): wgmma wants 64 rows at least, and a chunk of F may have fewer.
-            dup = tl.zeros((BLOCK_D, BLOCK_F), dtype=ACC)
-            ddown = tl.zeros((BLOCK_D, BLOCK_F), dtype=ACC)
-            dgate = tl.zeros((BLOCK_D, BLOCK_F), dtype=ACC)
-            dup_bias = tl.zeros((BLOCK_F,), dtype=ACC)
-            dgate_bias = tl.zeros((BLOCK_F,), dtype=ACC)
-            ddown_bias = tl.zeros((BLOCK_D,), dtype=ACC)
-            for tile in tl.range(start, stop, disable_licm=True):
-                rows = lo + (tile - before) * BLOCK_M + tl.arange(0, BLOCK_M)
-                mask_m = rows < hi
-                slot, choice, sequence, step = find_steps(
-                    rows, mask_m, slots.sorted_to_slot_ptr, segments_per_sequence, LAYOUT,
-                )  # fmt: skip
-                x = load_rows(
-                    x_rows, slots.padding_mask_ptr, choice, sequence, step, mask_m, offs_d, D,
-                    length, LAYOUT,
-                ).to(experts.up.ptr.dtype.element_ty)  # fmt: skip
-                dy = load_rows(
-                    dy_rows, slots.padding_mask_ptr, choice, sequence, step, mask_m, offs_d, D,
-                    length, LAYOUT,
-                )  # fmt: skip
-                weights = tl.load(topk_weights_ptr + slot, mask=mask_m, other=0.0).to(ACC)
-                row_ids = slot * SEGMENT_SIZE + rows % SEGMENT_SIZE
-                hidden, _dhidden, dpre, dgate_pre = hidden_with_grads(
-                    x, dy, experts, chunk, dropout, row_ids, offs_f, first_f, F, ACTIVATION,
-                    ACC, PRECISION,
-                )  # fmt: skip
-                hidden = (hidden * weights[:, None]).to(x.dtype)
-                dpre = dpre * weights[:, None]
-                dgate_pre = dgate_pre * weights[:, None]
-                # Registers are short: without tensor cores sums before products take fewer.
-                if HAS_BIAS and WIDE:
-                    dup_bias += tl.sum(dpre, 0)
-                    dgate_bias += tl.sum(dgate_pre, 0)
-                    ddown_bias += tl.sum(dy.to(ACC) * weights[:, None], 0)
-                dup = tl.dot(
-                    tl.trans(x), dpre.to(x.dtype), dup, input_precision=PRECISION, out_dtype=ACC
-                )
-                ddown = tl.dot(
-                    tl.trans(dy), hidden, ddown, input_precision=PRECISION, out_dtype=ACC
-                )
-                if experts.gate is not None:
-                    dgate = tl.dot(
-                        tl.trans(x), dgate_pre.to(x.dtype), dgate, input_precision=PRECISION,
-                        out_dtype=ACC,
-                    )  # fmt: skip
-                if HAS_BIAS and not WIDE:
-                    dup_bias += tl.sum(dpre, 0)
-                    dgate_bias += tl.sum(dgate_pre, 0)
-                    ddown_bias += tl.sum(dy.to(ACC) * weights[:, None], 0)
+            sums = _sum_rows(
+                x_rows, dy_rows, topk_weights_ptr, experts, slots, dropout, e, lo, hi, start, stop,
+                before, segments_per_sequence, length, first_f, HAS_BIAS, F, LAYOUT, ACTIVATION,
+                ACC, PRECISION, BLOCK_M, BLOCK_F, BLOCK_D,
+            )  # fmt: skip
             out = partials_ptr + (split + expert).to(tl.int64) * partial_size
             # From numbers that stay in registers anyway.
             whole = (first <= before) & (before + tiles <= last)
-            mask_df = mask_d[:, None] & mask_f[None, :]
-            offs_fd = offs_f[None, :] * D + offs_d[:, None]
-            offs_df = offs_d[:, None] * F + offs_f[None, :]
-            # Every chunk of F has the same sum; the first one stores it.
-            first_chunk = mask_d & (tl.program_id(1) == 0)
-            store_gradients(
-                whole, e, out, gradients,
-                Gradients(dup, ddown, dgate, dup_bias, ddown_bias, dgate_bias),
-                offs_fd, offs_df, offs_f, offs_d, mask_df, mask_df, mask_f, first_chunk, D, F,
-            )  # fmt: skip
+            # Every chunk of F has the same sum of down's bias; the first one stores it.
+            first_chunk = tl.program_id(1) == 0
+            store_gradients(whole, e, out, gradients, sums, offs_f, offs_d, first_chunk, D, F)
         before += tiles

@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from segmoe_kernels._triton.arguments import (
+    NO_KEPT,
     Gradients,
     Kept,
     Layout,
@@ -54,10 +55,8 @@ class Call:
         self,
         x: Tensor,
         topk_weights: Tensor,
-        sorted_to_slot: Tensor,
-        expert_offsets: Tensor,
+        slots: Slots,
         weights: FFNWeights,
-        padding_mask: Tensor | None,
         seed: Tensor | None,
         segment_size: int,
         concat: bool,
@@ -66,9 +65,7 @@ class Call:
     ) -> None:
         self.shape, self.segment_size = x.shape, segment_size
         self.x, self.topk_weights, self.weights = self.in_sequence(x), topk_weights, weights
-        self.sorted_to_slot, self.expert_offsets = sorted_to_slot, expert_offsets
-        self.padding_mask, self.seed = padding_mask, seed
-        self.activation, self.dropout = activation, dropout
+        self.slots, self.activation = slots, activation
         self.top_k, self.batch, self.length, self.d_model = self.x.shape
         self.num_slots = topk_weights.shape[0] * topk_weights.shape[1]
         self.segments_per_sequence = -(-self.length // segment_size)
@@ -81,7 +78,7 @@ class Call:
         # What the table of tiles asks of a fused kernel.
         self.fused_in = {
             "gated": self.gated,
-            "extras": biased or padding_mask is not None or seed is not None,
+            "extras": biased or slots.padding_mask_ptr is not None or seed is not None,
         }
         self.fused = self.width <= MAX_FUSED_WIDTH and not concat
         layout = Layout(self.d_model, self.top_k, segment_size, self.rows_per_slot, concat)
@@ -95,13 +92,7 @@ class Call:
             "ACTIVATION": activation,
             **self.numerics,
         }
-        self.sequences = Sequences(
-            Slots(sorted_to_slot, expert_offsets, padding_mask),
-            self.segments_per_sequence,
-            self.length,
-            layout,
-        )
-        self.slots = self.sequences.slots
+        self.sequences = Sequences(slots, self.segments_per_sequence, self.length, layout)
         self.x_rows, self.experts = rows_of(self.x), experts_of(weights)
         self.hidden_dropout = dropout_of(seed, dropout, self.dtype)
 
@@ -185,7 +176,7 @@ def launch_dx(
         call.experts,
         dx,
         drow_weights,
-        kept,
+        kept or NO_KEPT,
         call.slots,
         call.hidden_dropout,
         call.num_slots,
@@ -236,9 +227,8 @@ def launch_dw(call: Call, dy: Tensor, dweights: FFNWeights) -> None:
         BLOCK_D=tile.block_k,
         **tile.options(),
     )
-    reduce_partials(
-        partials, gradients, call.expert_offsets, splits, call.rows_per_slot, tile.block_m
-    )
+    offsets = call.slots.expert_offsets_ptr
+    reduce_partials(partials, gradients, offsets, splits, call.rows_per_slot, tile.block_m)
 
 
 def new_kept(call: Call) -> Kept:

@@ -14,6 +14,7 @@ from torch import Tensor
 from segmoe_kernels import validation as check
 from segmoe_kernels._triton.arguments import (
     NO_DROPOUT,
+    NO_FACTOR,
     Dropout,
     Factor,
     Sequences,
@@ -27,7 +28,6 @@ from segmoe_kernels._triton.launch import (
     define_operator,
     input_precision,
     padded,
-    refuse_double_backward,
     within_reach,
 )
 from segmoe_kernels._triton.partials import new_partials, reduce_partials
@@ -153,9 +153,9 @@ def product(
     grid = gemm_grid(num_rows, num_experts, n, tile)
     grouped_gemm_kernel[grid](
         rows_of(a),
-        None if a2 is None else rows_of(a2),
+        rows_of(a2),
         first,
-        second,
+        second or NO_FACTOR,
         row_weights,
         rows_of(y),
         sequences.slots,
@@ -229,17 +229,12 @@ def _grouped_gemm_dw_fake(
     return weight, x.new_empty((num_experts, dy.shape[1]) if has_bias else (0,))
 
 
+# Backward runs the forward's products too.
 _grouped_gemm_fwd_op = define_operator(
-    "grouped_gemm_fwd(Tensor x, Tensor weight, Tensor expert_offsets, Tensor? bias, "
-    "str activation) -> Tensor",
-    _grouped_gemm_fwd,
-    _grouped_gemm_fwd_fake,
+    "grouped_gemm_fwd", _grouped_gemm_fwd, _grouped_gemm_fwd_fake, gradient=True
 )
 _grouped_gemm_dw_op = define_operator(
-    "grouped_gemm_dw(Tensor dy, Tensor x, Tensor expert_offsets, bool has_bias) "
-    "-> (Tensor, Tensor)",
-    _grouped_gemm_dw,
-    _grouped_gemm_dw_fake,
+    "grouped_gemm_dw", _grouped_gemm_dw, _grouped_gemm_dw_fake, gradient=True
 )
 
 
@@ -260,48 +255,21 @@ class _GroupedGemm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = tuple(ctx.needs_input_grad[i] for i in (0, 1, 3))
-        dx, dweight, dbias = _GroupedGemmBackward.apply(
-            grads[0].contiguous(), *ctx.saved_tensors, ctx.activation, wanted
-        )
-        return dx, dweight, None, dbias, None
-
-
-class _GroupedGemmBackward(torch.autograd.Function):
-    """The gradient as a function of its own, so that a second derivative is refused loudly."""
-
-    @staticmethod
-    def forward(
-        dy: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        expert_offsets: Tensor,
-        bias: Tensor | None,
-        activation: str,
-        wanted: tuple[bool, bool, bool],
-    ) -> tuple[Tensor | None, ...]:
-        if activation != "none":
-            pre = _grouped_gemm_fwd_op(x, weight, expert_offsets, bias, "none")
+        x, weight, expert_offsets, bias = ctx.saved_tensors
+        (dy,) = grads
+        need_dx, need_dweight, _, need_dbias, _ = ctx.needs_input_grad
+        if ctx.activation != "none":
+            create_graph = torch.is_grad_enabled()
             with torch.enable_grad():
-                pre.requires_grad_()
-                y = ACTIVATIONS[activation].function(pre)
-                (dy,) = torch.autograd.grad(y, pre, dy)
-        dx = dweight = dbias = None
-        if wanted[0]:
+                pre = _grouped_gemm_fwd_op(x, weight, expert_offsets, bias, "none")
+                y = ACTIVATIONS[ctx.activation].function(pre)
+            (dy,) = torch.autograd.grad(y, pre, dy, create_graph=create_graph)
+        dy, dx, dweight, dbias = dy.contiguous(), None, None, None
+        if need_dx:
             dx = _grouped_gemm_fwd_op(dy, weight.transpose(1, 2), expert_offsets, None, "none")
-        if wanted[1] or wanted[2]:
-            has_bias = wanted[2]
-            dweight, dbias = _grouped_gemm_dw_op(dy, x, expert_offsets, has_bias)
-            dbias = dbias if has_bias else None
-        return dx, dweight if wanted[1] else None, dbias
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:  # noqa: ARG004
-        refuse_double_backward()
+        if need_dweight or need_dbias:
+            dweight, dbias = _grouped_gemm_dw_op(dy, x, expert_offsets, need_dbias)
+        return dx, dweight if need_dweight else None, None, dbias if need_dbias else None, None
 
 
 def grouped_gemm(

@@ -25,25 +25,20 @@ from segmoe_kernels._triton.sequences import (
 @triton.jit
 def _load_operand(
     x,  # Rows
-    padding_mask_ptr,
-    rows,
-    choice,
-    sequence,
-    step,
+    at,  # Steps
     mask_m,
     cols,
     width,
+    slots,
     length,
     LAYOUT: tl.constexpr,
 ):
     """Return (M, N) of a sorted matrix, or gathered from the sequences."""
     if x.stride_k is not None:
-        return load_rows(
-            x, padding_mask_ptr, choice, sequence, step, mask_m, cols, width, length, LAYOUT
-        )
+        return load_rows(x, at, mask_m, cols, width, slots, length, LAYOUT)
     else:  # noqa: RET505  the branches are compile-time
         mask = mask_m[:, None] & (cols < width)[None, :]
-        base = x.ptr + rows.to(tl.int64) * x.stride_t
+        base = x.ptr + at.rows.to(tl.int64) * x.stride_t
         return tl.load(base[:, None] + cols[None, :], mask=mask, other=0.0)
 
 
@@ -73,9 +68,9 @@ def _swizzled_tile(COLUMN_TILES: tl.constexpr, GROUP_M: tl.constexpr):
 @kernel
 def grouped_gemm_kernel(
     a_rows,  # Rows
-    a2_rows,  # Rows as a, or None: a second product is added, a2 @ second
+    a2_rows,  # Rows as a; if there, a second product is added, a2 @ second
     first,  # Factor
-    second,  # Factor or None; without a2 it is the gate's weight
+    second,  # Factor, if there; without a2 it is the gate's weight
     row_weights_ptr,  # (R,) by slot, or None
     y,  # Rows: a sorted matrix, or sequences to which rows are scattered; every row is written
     slots,  # sorted_to_slot_ptr is None where nothing needs the slot
@@ -100,8 +95,7 @@ def grouped_gemm_kernel(
 
     Grid: ``((cdiv(M, BLOCK_M) + E) * cdiv(N, BLOCK_N),)``. Sums in ACC, rounded at the store.
     """
-    D: tl.constexpr = LAYOUT.d_model
-    GATED: tl.constexpr = second is not None and a2_rows is None
+    GATED: tl.constexpr = second.ptr is not None and a2_rows.ptr is None
     ROWS_PER_SLOT: tl.constexpr = LAYOUT.rows_per_slot
     row_tile, column_tile = _swizzled_tile((N + BLOCK_N - 1) // BLOCK_N, GROUP_M)
     expert, row_start, row_end = find_group(
@@ -111,14 +105,7 @@ def grouped_gemm_kernel(
         return
     rows = row_start + tl.arange(0, BLOCK_M)
     mask_m = rows < row_end
-    slot = rows
-    choice = rows
-    sequence = rows
-    step = rows
-    if slots.sorted_to_slot_ptr is not None:
-        slot, choice, sequence, step = find_steps(
-            rows, mask_m, slots.sorted_to_slot_ptr, segments_per_sequence, LAYOUT
-        )
+    at = find_steps(rows, mask_m, slots, segments_per_sequence, LAYOUT)
     first_n = column_tile * BLOCK_N
     offs_n = first_n + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
@@ -130,23 +117,17 @@ def grouped_gemm_kernel(
     k_end = tl.where(expert < num_experts, K, 0)
     for k0 in range(0, k_end, BLOCK_K):
         offs_k = k0 + tl.arange(0, BLOCK_K)
-        a = _load_operand(
-            a_rows, slots.padding_mask_ptr, rows, choice, sequence, step, routed, offs_k, K,
-            length, LAYOUT,
-        )  # fmt: skip
+        a = _load_operand(a_rows, at, routed, offs_k, K, slots, length, LAYOUT)
         b = _load_factor(first, e, offs_n, offs_k, N, K)
         acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
         if GATED:
             b = _load_factor(second, e, offs_n, offs_k, N, K)
             acc2 = tl.dot(a, b, acc2, input_precision=PRECISION, out_dtype=ACC)
-    if a2_rows is not None:
+    if a2_rows.ptr is not None:
         # A loop of its own: two products into one accumulator in one loop miscompile on sm_10x.
         for k0 in range(0, k_end, BLOCK_K):
             offs_k = k0 + tl.arange(0, BLOCK_K)
-            a = _load_operand(
-                a2_rows, slots.padding_mask_ptr, rows, choice, sequence, step, routed, offs_k, K,
-                length, LAYOUT,
-            )  # fmt: skip
+            a = _load_operand(a2_rows, at, routed, offs_k, K, slots, length, LAYOUT)
             b = _load_factor(second, e, offs_n, offs_k, N, K)
             acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
 
@@ -159,38 +140,44 @@ def grouped_gemm_kernel(
     offs = rows.to(tl.int64)[:, None] * N + offs_n[None, :]
     mask_mn = mask_m[:, None] & mask_n[None, :]
     if first.pre_ptr is not None:
-        tl.store(first.pre_ptr + offs, acc.to(y.ptr.dtype.element_ty), mask=mask_mn)
+        store_sum(first.pre_ptr, offs, acc, mask_mn)
     if GATED and second.pre_ptr is not None:
-        tl.store(second.pre_ptr + offs, acc2.to(y.ptr.dtype.element_ty), mask=mask_mn)
+        store_sum(second.pre_ptr, offs, acc2, mask_mn)
     # In 16 bits the rounding of the result hides the error of the fast forms.
     FAST: tl.constexpr = y.ptr.dtype.element_ty.primitive_bitwidth == 16
     acc = activate(acc2, ACTIVATION, FAST) * acc if GATED else activate(acc, ACTIVATION, FAST)
     if dropout.seed_ptr is not None:
-        row_ids = slot * ROWS_PER_SLOT + rows % ROWS_PER_SLOT
+        row_ids = at.slot * ROWS_PER_SLOT + rows % ROWS_PER_SLOT
         acc *= dropout_scale(
             tl.load(dropout.seed_ptr), row_ids, offs_n, N, dropout.probability, ACC, first_n
         )
     if row_weights_ptr is not None:
-        acc *= tl.load(row_weights_ptr + slot, mask=routed, other=0.0).to(ACC)[:, None]
-    if y.stride_k is not None:
-        if LAYOUT.concat:
-            store_segments(
-                y.ptr, acc, slots.padding_mask_ptr, choice, sequence, step, mask_m, offs_n, N,
-                length, y.stride_k, D,
-            )  # fmt: skip
-        else:
-            place = place_steps(
-                slots.padding_mask_ptr,
-                choice,
-                sequence,
-                step,
-                mask_m,
-                y.stride_k // (length * D),
-                length,
-            )
-            store_steps(y.ptr, acc, place, offs_n, D)
+        acc *= tl.load(row_weights_ptr + at.slot, mask=routed, other=0.0).to(ACC)[:, None]
+    _store_rows(y, acc, at, mask_m, offs_n, N, slots, length, LAYOUT)
+
+
+@triton.jit
+def _store_rows(
+    y,  # Rows
+    value,
+    at,  # Steps
+    mask_m,
+    cols,
+    width: tl.constexpr,
+    slots,
+    length,
+    LAYOUT: tl.constexpr,
+):
+    """Store (M, N) to a sorted matrix, or scatter it to the sequences."""
+    D: tl.constexpr = LAYOUT.d_model
+    if y.stride_k is None:
+        offs = at.rows.to(tl.int64)[:, None] * width + cols[None, :]
+        store_sum(y.ptr, offs, value, mask_m[:, None] & (cols < width)[None, :])
+    elif LAYOUT.concat:
+        store_segments(y.ptr, value, at, mask_m, cols, width, slots, length, y.stride_k, D)
     else:
-        tl.store(y.ptr + offs, acc.to(y.ptr.dtype.element_ty), mask=mask_mn)
+        place = place_steps(at, mask_m, slots, y.stride_k // (length * D), length)
+        store_steps(y.ptr, value, place, cols, D)
 
 
 @kernel
@@ -235,9 +222,7 @@ def grouped_gemm_dhidden_kernel(
         return
     rows = row_start + tl.arange(0, BLOCK_M)
     mask_m = rows < row_end
-    slot, choice, sequence, step = find_steps(
-        rows, mask_m, slots.sorted_to_slot_ptr, segments_per_sequence, LAYOUT
-    )
+    at = find_steps(rows, mask_m, slots, segments_per_sequence, LAYOUT)
     first_n = column_tile * BLOCK_N
     offs_n = first_n + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
@@ -251,17 +236,12 @@ def grouped_gemm_dhidden_kernel(
     # rows would be loaded over those that it still reads.
     for k0 in tl.range(0, k_end, BLOCK_K, num_stages=1 if down_bias_ptr is not None else None):
         offs_k = k0 + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < K
-        dy = load_rows(
-            dy_rows, slots.padding_mask_ptr, choice, sequence, step, routed, offs_k, K, length,
-            LAYOUT,
-        )  # fmt: skip
+        dy = load_rows(dy_rows, at, routed, offs_k, K, slots, length, LAYOUT)
         w = _load_factor(down, e, offs_n, offs_k, N, K)
         dhidden = tl.dot(dy, w, dhidden, input_precision=PRECISION, out_dtype=ACC)
         if down_bias_ptr is not None:
-            bias = tl.load(
-                down_bias_ptr + e * K + offs_k, mask=mask_k & (column_tile == 0), other=0.0
-            )
+            mask_bias = (offs_k < K) & (column_tile == 0)
+            bias = tl.load(down_bias_ptr + e * K + offs_k, mask=mask_bias, other=0.0)
             # Rounded before the sum: fused with it, the lanes of a row would have different bits.
             dweight += tl.sum(tl.fma(dy.to(ACC), bias.to(ACC)[None, :], 0.0), 1)
 
@@ -269,32 +249,42 @@ def grouped_gemm_dhidden_kernel(
     mask_mn = mask_m[:, None] & mask_n[None, :]
     mask_in = routed[:, None] & mask_n[None, :]
     pre = tl.load(pre_ptr + offs, mask=mask_in, other=0.0).to(ACC)
-    row_ids = slot * ROWS_PER_SLOT + rows % ROWS_PER_SLOT
+    row_ids = at.slot * ROWS_PER_SLOT + rows % ROWS_PER_SLOT
     scale = tl.full((BLOCK_M, BLOCK_N), 1.0, dtype=ACC)
     if dropout.seed_ptr is not None:
-        scale *= dropout_scale(
-            tl.load(dropout.seed_ptr), row_ids, offs_n, N, dropout.probability, ACC, first_n
-        )
-    weights = tl.load(topk_weights_ptr + slot, mask=routed, other=0.0).to(ACC)[:, None]
+        seed, p = tl.load(dropout.seed_ptr), dropout.probability
+        scale *= dropout_scale(seed, row_ids, offs_n, N, p, ACC, first_n)
+    weights = tl.load(topk_weights_ptr + at.slot, mask=routed, other=0.0).to(ACC)[:, None]
     FAST: tl.constexpr = kept.hidden_ptr.dtype.element_ty.primitive_bitwidth == 16
     if gate_pre_ptr is not None:
         gate_pre = tl.load(gate_pre_ptr + offs, mask=mask_in, other=0.0).to(ACC)
         opened, slope = activate_with_grad(gate_pre, ACTIVATION, FAST)
-        hidden = opened * pre * scale
-        dgate = dhidden * scale * pre * slope * weights
-        tl.store(kept.dgate_ptr + offs, dgate.to(kept.dgate_ptr.dtype.element_ty), mask=mask_mn)
+        hidden = opened * pre
+        store_sum(kept.dgate_ptr, offs, dhidden * scale * pre * slope * weights, mask_mn)
         dpre = dhidden * scale * opened * weights
     else:
         hidden, slope = activate_with_grad(pre, ACTIVATION, FAST)
-        hidden = hidden * scale
         dpre = dhidden * scale * slope * weights
-    hidden = tl.where(mask_in, hidden, 0.0)
+    hidden = tl.where(mask_in, hidden * scale, 0.0)
     dweight += tl.sum(tl.fma(dhidden, hidden, 0.0), 1)
-    tl.store(kept.dpre_ptr + offs, dpre.to(kept.dpre_ptr.dtype.element_ty), mask=mask_mn)
-    hidden = (hidden * weights).to(kept.hidden_ptr.dtype.element_ty)
-    tl.store(kept.hidden_ptr + offs, hidden, mask=mask_mn)
+    store_sum(kept.dpre_ptr, offs, dpre, mask_mn)
+    store_sum(kept.hidden_ptr, offs, hidden * weights, mask_mn)
     out = drow_weights_ptr + column_tile.to(tl.int64) * num_slots * ROWS_PER_SLOT + row_ids
     tl.store(out, dweight, mask=mask_m)
+
+
+@triton.jit
+def _split_tile(n_tiles: tl.constexpr, k_tiles: tl.constexpr, GROUP_M: tl.constexpr):
+    """Return ``(split, tile of N, tile of K)`` of a program.
+
+    The programs of a split lie next to each other: they read the same rows.
+    """
+    split = tl.program_id(0) // (n_tiles * k_tiles)
+    inside = tl.program_id(0) % (n_tiles * k_tiles)
+    first_n = inside // (GROUP_M * k_tiles) * GROUP_M
+    height = tl.minimum(n_tiles - first_n, GROUP_M)
+    n_tile = first_n + inside % (GROUP_M * k_tiles) % height
+    return split, n_tile, inside % (GROUP_M * k_tiles) // height
 
 
 @kernel
@@ -331,15 +321,9 @@ def grouped_gemm_dw_kernel(
     """
     ROWS_PER_SLOT: tl.constexpr = LAYOUT.rows_per_slot
     HAS_BIAS: tl.constexpr = dbias_ptr is not None
-    # The programs of a split lie next to each other: they read the same rows.
-    n_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    k_tiles: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    split = tl.program_id(0) // (n_tiles * k_tiles)
-    inside = tl.program_id(0) % (n_tiles * k_tiles)
-    first_n = inside // (GROUP_M * k_tiles) * GROUP_M
-    height = tl.minimum(n_tiles - first_n, GROUP_M)
-    n_tile = first_n + inside % (GROUP_M * k_tiles) % height
-    k_tile = inside % (GROUP_M * k_tiles) // height
+    split, n_tile, k_tile = _split_tile(
+        (N + BLOCK_N - 1) // BLOCK_N, (K + BLOCK_K - 1) // BLOCK_K, GROUP_M
+    )
     offs_n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = k_tile * BLOCK_K + tl.arange(0, BLOCK_K)
     if WHOLE:
@@ -363,27 +347,15 @@ def grouped_gemm_dw_kernel(
             for tile in tl.range(start, stop, num_stages=1 if HAS_BIAS else None):
                 rows = lo + (tile - before) * BLOCK_M + tl.arange(0, BLOCK_M)
                 mask_m = rows < hi
-                slot = rows
-                choice = rows
-                sequence = rows
-                step = rows
-                if slots.sorted_to_slot_ptr is not None:
-                    slot, choice, sequence, step = find_steps(
-                        rows, mask_m, slots.sorted_to_slot_ptr, segments_per_sequence, LAYOUT
-                    )
-                a = _load_operand(
-                    a_rows, slots.padding_mask_ptr, rows, choice, sequence, step, mask_m, offs_n, N,
-                    length, LAYOUT,
-                )  # fmt: skip
-                b = _load_operand(
-                    b_rows, slots.padding_mask_ptr, rows, choice, sequence, step, mask_m, offs_k, K,
-                    length, LAYOUT,
-                ).to(a.dtype)  # fmt: skip
+                at = find_steps(rows, mask_m, slots, segments_per_sequence, LAYOUT)
+                a = _load_operand(a_rows, at, mask_m, offs_n, N, slots, length, LAYOUT)
+                b = _load_operand(b_rows, at, mask_m, offs_k, K, slots, length, LAYOUT)
+                b = b.to(a.dtype)
                 dw = tl.dot(tl.trans(a), b, dw, input_precision=PRECISION, out_dtype=ACC)
                 if HAS_BIAS:
                     a = a.to(ACC)
                     if row_weights_ptr is not None:
-                        weights = tl.load(row_weights_ptr + slot, mask=mask_m, other=0.0)
+                        weights = tl.load(row_weights_ptr + at.slot, mask=mask_m, other=0.0)
                         a = tl.fma(a, weights.to(ACC)[:, None], 0.0)
                     dbias += tl.sum(a, 0)
             out = partials_ptr + (split + expert).to(tl.int64) * partial_size

@@ -13,13 +13,19 @@ import triton
 from torch import Tensor
 
 from segmoe_kernels import validation as check
+from segmoe_kernels._triton.arguments import (
+    Routed,
+    RoutedGradients,
+    dropout_of,
+    router_of,
+    rows_of,
+)
 from segmoe_kernels._triton.launch import (
     accumulator,
     accumulator_dtype,
     define_operator,
     exact,
     padded,
-    refuse_double_backward,
     step_flags,
     within_reach,
 )
@@ -46,19 +52,7 @@ def _route_fwd(
     dropout: float,
     renormalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    outputs = _route_fwd_fake(
-        x,
-        router_weight,
-        router_start,
-        padding_mask,
-        seed,
-        segment_size,
-        top_k,
-        pooling,
-        temperature,
-        dropout,
-        renormalize,
-    )
+    outputs = _route_fwd_fake(x, router_weight, None, None, None, segment_size, top_k)
     num_segments = outputs[0].shape[0]
     if num_segments == 0:
         return outputs
@@ -67,21 +61,16 @@ def _route_fwd(
     # Kernels count steps in 32 bits, missing ones of the last segments included.
     check.check_programs("route", grid[0] * SEGMENTS_PER_BLOCK * segment_size)
     route_fwd_kernel[grid](
-        x,
-        router_weight,
-        router_start,
+        rows_of(x),
         padding_mask,
-        seed,
-        *outputs,
+        router_of(router_weight, router_start),
+        dropout_of(seed, dropout, x.dtype),
+        Routed(*outputs),
         num_segments,
         num_segments // x.shape[0],
         x.shape[1],
         router_weight.shape[0],
-        x.stride(0),
-        x.stride(1),
-        router_weight.stride(0),
         exact(temperature, x.dtype),
-        exact(dropout, x.dtype),
         D=x.shape[2],
         SEGMENT_SIZE=segment_size,
         TOP_K=top_k,
@@ -105,10 +94,7 @@ def _route_fwd_fake(
     seed: Tensor | None,  # noqa: ARG001
     segment_size: int,
     top_k: int,
-    pooling: str,  # noqa: ARG001
-    temperature: float,  # noqa: ARG001
-    dropout: float,  # noqa: ARG001
-    renormalize: bool,  # noqa: ARG001
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_segments = x.shape[0] * ((x.shape[1] + segment_size - 1) // segment_size)
     num_experts = router_weight.shape[0]
@@ -125,13 +111,7 @@ def _route_fwd_fake(
     )
 
 
-_route_fwd_op = define_operator(
-    "route_fwd(Tensor x, Tensor router_weight, Tensor? router_start, Tensor? padding_mask, "
-    "Tensor? seed, SymInt segment_size, SymInt top_k, str pooling, float temperature, "
-    "float dropout, bool renormalize) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _route_fwd,
-    _route_fwd_fake,
-)
+_route_fwd_op = define_operator("route_fwd", _route_fwd, _route_fwd_fake)
 
 
 def _route_bwd(
@@ -155,37 +135,14 @@ def _route_bwd(
     need_dx: bool,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight, dstart = _route_bwd_fake(
-        x,
-        router_weight,
-        router_start,
-        padding_mask,
-        seed,
-        logits,
-        topk_ids,
-        dtopk_weights,
-        drow_weights,
-        dprobs,
-        dlogits_in,
-        dslots,
-        segment_size,
-        pooling,
-        temperature,
-        dropout,
-        renormalize,
-        need_dx,
-        need_dweight,
-    )
+    dx, dweight, dstart = _route_bwd_fake(x, router_weight, router_start, need_dx, need_dweight)
     if logits.shape[0] == 0:
         return dx, dweight.zero_(), dstart.zero_()
     dlogits = logits_gradient(
         logits,
         topk_ids,
         seed,
-        dtopk_weights,
-        drow_weights,
-        dprobs,
-        dlogits_in,
+        RoutedGradients(dtopk_weights, drow_weights, dprobs, dlogits_in),
         temperature,
         dropout,
         renormalize,
@@ -219,16 +176,7 @@ def _route_bwd_fake(
     return dx, dweight, router_weight.new_empty(router_weight.shape[1:] if has_start else (0,))
 
 
-_route_bwd_op = define_operator(
-    "route_bwd(Tensor x, Tensor router_weight, Tensor? router_start, Tensor? padding_mask, "
-    "Tensor? seed, Tensor logits, Tensor topk_ids, Tensor? dtopk_weights, Tensor? drow_weights, "
-    "Tensor? dprobs, Tensor? dlogits_in, Tensor? dslots, SymInt segment_size, str pooling, "
-    "float temperature, "
-    "float dropout, bool renormalize, bool need_dx, bool need_dweight) "
-    "-> (Tensor, Tensor, Tensor)",
-    _route_bwd,
-    _route_bwd_fake,
-)
+_route_bwd_op = define_operator("route_bwd", _route_bwd, _route_bwd_fake, gradient=True)
 
 
 class _Route(torch.autograd.Function):
@@ -269,15 +217,9 @@ class _Route(torch.autograd.Function):
             # The router got no gradient: only what the next stages say about x is left.
             dx = dslots.sum(0) if need_dx and dslots is not None else None
             return dx, None, None, None, None, None
-        dx, dweight, dstart = differentiate_routing(
-            *ctx.saved_tensors,
-            dtopk_weights,
-            drow_weights,
-            dprobs,
-            dlogits,
-            dslots,
-            (ctx.options[0], *ctx.options[2:], need_dx, need_dweight),
-        )
+        given = (dtopk_weights, drow_weights, dprobs, dlogits, dslots)
+        options = (ctx.options[0], *ctx.options[2:], need_dx, need_dweight)
+        dx, dweight, dstart = _route_bwd_op(*ctx.saved_tensors, *given, *options)
         return (
             dx if need_dx else None,
             dweight if ctx.needs_input_grad[1] else None,
@@ -286,55 +228,6 @@ class _Route(torch.autograd.Function):
             None,
             None,
         )
-
-
-class _RouteBackward(torch.autograd.Function):
-    """The gradient as a function of its own, so that a second derivative is refused loudly."""
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        router_weight: Tensor,
-        router_start: Tensor | None,
-        padding_mask: Tensor | None,
-        seed: Tensor | None,
-        logits: Tensor,
-        topk_ids: Tensor,
-        dtopk_weights: Tensor | None,
-        drow_weights: Tensor | None,
-        dprobs: Tensor | None,
-        dlogits: Tensor | None,
-        dslots: Tensor | None,
-        options: tuple[Any, ...],
-    ) -> tuple[Tensor, ...]:
-        # The parameters are written out: torch.compile counts them.
-        out: tuple[Tensor, ...] = _route_bwd_op(
-            x,
-            router_weight,
-            router_start,
-            padding_mask,
-            seed,
-            logits,
-            topk_ids,
-            dtopk_weights,
-            drow_weights,
-            dprobs,
-            dlogits,
-            dslots,
-            *options,
-        )
-        return out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:  # noqa: ARG004
-        refuse_double_backward()
-
-
-differentiate_routing = _RouteBackward.apply
 
 
 def route_and_pass(

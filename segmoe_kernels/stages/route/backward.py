@@ -5,24 +5,25 @@ import triton
 from torch import Tensor
 
 from segmoe_kernels import validation as check
+from segmoe_kernels._triton.arguments import RoutedGradients, dropout_of, router_of, rows_of
 from segmoe_kernels._triton.launch import accumulator, exact, padded
+from segmoe_kernels._triton.partials import sum_splits
 from segmoe_kernels._triton.tiles import route_bwd_tile
-from segmoe_kernels.stages.route.kernels import dlogits_kernel, route_bwd_kernel, sum_splits_kernel
+from segmoe_kernels.stages.route.kernels import dlogits_kernel, route_bwd_kernel
 
 
 def logits_gradient(
     logits: Tensor,
     topk_ids: Tensor,
     seed: Tensor | None,
-    dtopk_weights: Tensor | None,
-    drow_weights: Tensor | None,
-    dprobs: Tensor | None,
-    dlogits_in: Tensor | None,
+    gradients: RoutedGradients,
     temperature: float,
     dropout: float,
     renormalize: bool,
 ) -> Tensor:
     """Launch `dlogits_kernel`; the arguments are its own. Returns (S, E)."""
+    gradients = RoutedGradients(*(None if d is None else d.contiguous() for d in gradients))
+    rows = gradients.row_weights_ptr
     num_segments, num_experts = logits.shape
     dlogits = torch.empty_like(logits)
     experts = padded(num_experts)
@@ -30,18 +31,14 @@ def logits_gradient(
     dlogits_kernel[(triton.cdiv(num_segments, block_s),)](
         logits,
         topk_ids,
-        seed,
-        None if dtopk_weights is None else dtopk_weights.contiguous(),
-        None if drow_weights is None else drow_weights.contiguous(),
-        None if dprobs is None else dprobs.contiguous(),
-        None if dlogits_in is None else dlogits_in.contiguous(),
+        gradients,
         dlogits,
+        dropout_of(seed, dropout, logits.dtype),
         num_segments,
         num_experts,
         exact(temperature, logits.dtype),
-        exact(dropout, logits.dtype),
         TOP_K=topk_ids.shape[1],
-        SEGMENT_SIZE=1 if drow_weights is None else drow_weights.shape[2],
+        SEGMENT_SIZE=1 if rows is None else rows.shape[2],
         RENORMALIZE=renormalize,
         EXPERTS=experts,
         BLOCK_S=block_s,
@@ -101,13 +98,12 @@ def input_gradients(
         partials = dlogits.new_empty(splits, *router_weight.shape)
     if dslots is not None and dslots.stride(-1) != 1:
         dslots = dslots.contiguous()
-    strides = (0, 0, 0) if dslots is None else dslots.stride()[:3]
     route_bwd_kernel[(splits, positions, columns)](
-        x,
-        router_weight,
+        rows_of(x),
         padding_mask,
+        router_of(router_weight, router_start),
         dlogits,
-        dslots,
+        rows_of(dslots),
         dx,
         partials,
         num_segments,
@@ -116,14 +112,9 @@ def input_gradients(
         num_experts,
         0 if dslots is None else dslots.shape[0],
         blocks_per_split,
-        x.stride(0),
-        x.stride(1),
-        router_weight.stride(0),
-        *strides,
         D=d_model,
         SEGMENT_SIZE=segment_size,
         POOLING=pooling,
-        CAUSAL=router_start is not None,
         ACC=accumulator(x.dtype),
         PRECISION=router_precision(x),
         EXPERTS=experts,
@@ -140,11 +131,3 @@ def input_gradients(
     first = dlogits.view(x.shape[0], -1, num_experts)[:, 0].sum(0)
     dweight.copy_(partials.sum(0) + first[:, None] * router_start.to(first.dtype))
     dstart.copy_(first @ router_weight.to(first.dtype))
-
-
-def sum_splits(partials: Tensor, out: Tensor) -> None:
-    """Add up ``partials (splits, ...)`` in a fixed order into ``out (...)``."""
-    size = out.numel()
-    sum_splits_kernel[(triton.cdiv(size, 64),)](
-        partials, out, partials.shape[0], size, ACC=accumulator(partials.dtype), SPLITS=32, BLOCK=64
-    )

@@ -8,36 +8,29 @@ import triton.language as tl
 
 from segmoe_kernels._triton.launch import kernel
 from segmoe_kernels._triton.router import (
+    Segments,
     choose_experts,
     differentiate_choice,
     load_steps,
     pool,
     score_segments,
     step_range,
+    unpool_step,
 )
 
 
 @kernel
 def route_fwd_kernel(
-    x_ptr,  # (B, T, D)
-    router_weight_ptr,  # (E, W)
-    router_start_ptr,  # (W,) or None
+    x_rows,  # Rows (B, T, D)
     padding_mask_ptr,  # (B, T) bool or None
-    seed_ptr,  # (1,) int64 or None
-    logits_ptr,  # (S, E), every row is written
-    probs_ptr,  # (S, E), every row is written
-    topk_weights_ptr,  # (S, TOP_K), every row is written
-    topk_ids_ptr,  # (S, TOP_K) int32, every row is written
-    block_counts_ptr,  # (blocks, E + 1) int32, every row is written
+    router,
+    dropout,
+    out,  # Routed
     num_segments,
     segments_per_sequence,
     length,
     num_experts,
-    stride_x_b,
-    stride_x_t,
-    stride_w_e,
     temperature,
-    dropout,
     D: tl.constexpr,
     SEGMENT_SIZE: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -67,27 +60,25 @@ def route_fwd_kernel(
         first = (pid * SEGMENTS + start).to(tl.int64)
         mask_s = segment < num_segments
         logits, routed = score_segments(
-            x_ptr, router_weight_ptr, router_start_ptr, padding_mask_ptr, segment, mask_s,
-            segments_per_sequence, length, num_experts, stride_x_b, stride_x_t, stride_w_e,
-            D, SEGMENT_SIZE, POOLING, ACC, EXPERTS, BLOCK_D,
+            x_rows, padding_mask_ptr, router, segment, mask_s, segments_per_sequence, length,
+            num_experts, D, SEGMENT_SIZE, POOLING, ACC, EXPERTS, BLOCK_D,
         )  # fmt: skip
         offs = inner[:, None] * num_experts + experts[None, :]
         mask_se = mask_s[:, None] & mask_e[None, :]
-        tl.store(logits_ptr + first * num_experts + offs, logits, mask=mask_se)
+        tl.store(out.logits_ptr + first * num_experts + offs, logits, mask=mask_se)
         probs, weights, rank = choose_experts(
-            logits, routed, segment, num_experts, temperature, dropout, seed_ptr, TOP_K,
-            RENORMALIZE, EXPERTS,
-        )  # fmt: skip
-        tl.store(probs_ptr + first * num_experts + offs, probs, mask=mask_se)
+            logits, routed, segment, num_experts, temperature, dropout, TOP_K, RENORMALIZE, EXPERTS
+        )
+        tl.store(out.probs_ptr + first * num_experts + offs, probs, mask=mask_se)
         selected = rank < TOP_K
         ids = tl.where(routed[:, None], experts[None, :], -1)
-        out = inner[:, None] * TOP_K + rank
+        place = inner[:, None] * TOP_K + rank
         chosen = selected & mask_s[:, None]
-        tl.store(topk_weights_ptr + first * TOP_K + out, weights, mask=chosen)
-        tl.store(topk_ids_ptr + first * TOP_K + out, ids, mask=chosen)
+        tl.store(out.topk_weights_ptr + first * TOP_K + place, weights, mask=chosen)
+        tl.store(out.topk_ids_ptr + first * TOP_K + place, ids, mask=chosen)
         counts += tl.sum((selected & routed[:, None]).to(tl.int32), 0)
         unrouted += tl.sum((mask_s & (routed == 0)).to(tl.int32), 0) * TOP_K
-    row = block_counts_ptr + pid.to(tl.int64) * (num_experts + 1)
+    row = out.block_counts_ptr + pid.to(tl.int64) * (num_experts + 1)
     tl.store(row + experts, counts, mask=mask_e)
     tl.store(row + num_experts, unrouted)
 
@@ -96,16 +87,12 @@ def route_fwd_kernel(
 def dlogits_kernel(
     logits_ptr,  # (S, E)
     topk_ids_ptr,  # (S, TOP_K) int32
-    seed_ptr,  # (1,) int64 or None
-    dtopk_weights_ptr,  # (S, TOP_K) or None
-    drow_weights_ptr,  # (S, TOP_K, SEGMENT_SIZE) or None: the same, one share for each step
-    dprobs_ptr,  # (S, E) or None
-    dlogits_in_ptr,  # (S, E) or None: the gradient of the logits themselves
+    gradients,  # RoutedGradients
     dlogits_ptr,  # (S, E), every row is written
+    dropout,
     num_segments,
     num_experts,
     temperature,
-    dropout,
     TOP_K: tl.constexpr,
     SEGMENT_SIZE: tl.constexpr,
     RENORMALIZE: tl.constexpr,
@@ -125,30 +112,30 @@ def dlogits_kernel(
 
     logits = tl.load(logits_ptr + offs, mask=mask_se, other=0.0)
     dprobs = tl.zeros((BLOCK_S, EXPERTS), dtype=logits.dtype)
-    if dprobs_ptr is not None:
-        dprobs += tl.load(dprobs_ptr + offs, mask=mask_se, other=0.0)
+    if gradients.probs_ptr is not None:
+        dprobs += tl.load(gradients.probs_ptr + offs, mask=mask_se, other=0.0)
     selected = tl.zeros((BLOCK_S, EXPERTS), dtype=tl.int1)
     dweights = tl.zeros((BLOCK_S, EXPERTS), dtype=logits.dtype)
-    if (dtopk_weights_ptr is not None) or (drow_weights_ptr is not None):
+    if (gradients.topk_weights_ptr is not None) or (gradients.row_weights_ptr is not None):
         for k in range(TOP_K):
             slot = segment * TOP_K + k
             ids = tl.load(topk_ids_ptr + slot, mask=mask_s, other=-1)
             dweight = tl.zeros((BLOCK_S,), dtype=logits.dtype)
-            if dtopk_weights_ptr is not None:
-                dweight += tl.load(dtopk_weights_ptr + slot, mask=mask_s, other=0.0)
-            if drow_weights_ptr is not None:
+            if gradients.topk_weights_ptr is not None:
+                dweight += tl.load(gradients.topk_weights_ptr + slot, mask=mask_s, other=0.0)
+            if gradients.row_weights_ptr is not None:
                 for p in range(SEGMENT_SIZE):
-                    share = drow_weights_ptr + slot * SEGMENT_SIZE + p
+                    share = gradients.row_weights_ptr + slot * SEGMENT_SIZE + p
                     dweight += tl.load(share, mask=mask_s, other=0.0)
             hit = experts[None, :] == ids[:, None]
             selected |= hit
             dweights = tl.where(hit, dweight[:, None], dweights)
     dlogits = differentiate_choice(
-        logits, selected, dweights, dprobs, segment, num_experts, temperature, dropout, seed_ptr,
+        logits, selected, dweights, dprobs, segment, num_experts, temperature, dropout,
         RENORMALIZE, EXPERTS,
     )  # fmt: skip
-    if dlogits_in_ptr is not None:
-        dlogits += tl.load(dlogits_in_ptr + offs, mask=mask_se, other=0.0)
+    if gradients.logits_ptr is not None:
+        dlogits += tl.load(gradients.logits_ptr + offs, mask=mask_se, other=0.0)
     # A segment that is not routed is a constant 0, whatever comes back.
     routed = tl.load(topk_ids_ptr + segment * TOP_K, mask=mask_s, other=-1) >= 0
     dlogits = tl.where(routed[:, None], dlogits, 0.0)
@@ -157,11 +144,11 @@ def dlogits_kernel(
 
 @kernel
 def route_bwd_kernel(
-    x_ptr,  # (B, T, D)
-    router_weight_ptr,  # (E, W)
+    x_rows,  # Rows (B, T, D)
     padding_mask_ptr,  # (B, T) bool or None
+    router,
     dlogits_ptr,  # (S, E)
-    dslots_ptr,  # (k, B, T, D) or None: gradients of x from the next stages
+    dslots,  # Rows (k, B, T, D), if there: gradients of x from the next stages
     dx_ptr,  # (B, T, D) contiguous or None, every row is written
     dweight_ptr,  # (splits, E, W) or None, every row is written
     num_segments,
@@ -170,16 +157,9 @@ def route_bwd_kernel(
     num_experts,
     num_choices,
     blocks_per_split,
-    stride_x_b,
-    stride_x_t,
-    stride_w_e,
-    stride_dslots_k,
-    stride_dslots_b,
-    stride_dslots_t,
     D: tl.constexpr,
     SEGMENT_SIZE: tl.constexpr,
     POOLING: tl.constexpr,
-    CAUSAL: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -198,21 +178,20 @@ def route_bwd_kernel(
     experts = tl.arange(0, EXPERTS)
     mask_e = experts < num_experts
     # position is 0 unless the pooled vector is the concatenation.
-    offs_w = experts[:, None] * stride_w_e + position * D + offs_d[None, :]
+    offs_w = experts[:, None] * router.stride_row + position * D + offs_d[None, :]
     mask_w = mask_e[:, None] & mask_d[None, :]
-    w = tl.load(router_weight_ptr + offs_w, mask=mask_w, other=0.0).to(ACC)
+    w = tl.load(router.weight_ptr + offs_w, mask=mask_w, other=0.0).to(ACC)
     dweight = tl.zeros((EXPERTS, BLOCK_D), dtype=ACC)
 
     for block in range(blocks_per_split):
         segment = (split * blocks_per_split + block) * BLOCK_S + tl.arange(0, BLOCK_S)
         mask_s = segment < num_segments
-        sequence = segment // segments_per_sequence
         index = segment % segments_per_sequence
-        first_step = index * SEGMENT_SIZE
+        segments = Segments(segment // segments_per_sequence, index * SEGMENT_SIZE, mask_s)
         # The logits that saw this segment: its own, or in a causal router the next one's.
         source = segment
         mask_l = mask_s
-        if CAUSAL:
+        if router.start_ptr is not None:
             source = segment + 1
             mask_l = mask_s & (index + 1 < segments_per_sequence)
         dlogits = tl.load(
@@ -222,56 +201,30 @@ def route_bwd_kernel(
         )
         dpooled = tl.dot(dlogits, w, input_precision=PRECISION, out_dtype=ACC)
         if POOLING == "concat":
-            x, real = load_steps(
-                x_ptr, padding_mask_ptr, sequence, first_step + position, mask_s, offs_d, length,
-                stride_x_b, stride_x_t, D,
-            )  # fmt: skip
-            dweight = tl.dot(
-                tl.trans(dlogits), x.to(ACC), dweight, input_precision=PRECISION, out_dtype=ACC
-            )
-            if dx_ptr is not None:
-                _store_dx(
-                    dpooled, real, dslots_ptr, dx_ptr, sequence, first_step + position, mask_s,
-                    offs_d, length, num_choices, stride_dslots_k, stride_dslots_b,
-                    stride_dslots_t, D, ACC,
-                )  # fmt: skip
+            x, real = load_steps(x_rows, padding_mask_ptr, segments, position, offs_d, length, D)
+            pooled = x.to(ACC)
         else:
-            count, first, last = step_range(
-                padding_mask_ptr, sequence, first_step, mask_s, length, SEGMENT_SIZE
-            )
+            span = step_range(padding_mask_ptr, segments, length, SEGMENT_SIZE)
             pooled = pool(
-                x_ptr, padding_mask_ptr, sequence, first_step, mask_s, count, first, last, offs_d,
-                length, stride_x_b, stride_x_t, D, SEGMENT_SIZE, POOLING, ACC,
+                x_rows, padding_mask_ptr, segments, span, offs_d, length, D, SEGMENT_SIZE,
+                POOLING, ACC,
             )  # fmt: skip
-            dweight = tl.dot(
-                tl.trans(dlogits), pooled, dweight, input_precision=PRECISION, out_dtype=ACC
+        dweight = tl.dot(
+            tl.trans(dlogits), pooled, dweight, input_precision=PRECISION, out_dtype=ACC
+        )
+        if dx_ptr is not None and POOLING == "concat":
+            _store_dx(
+                dpooled, real, dslots, dx_ptr, segments, position, offs_d, length, num_choices, D
             )
-            if dx_ptr is not None:
-                # The earliest maximum takes the gradient, once.
-                open_max = tl.full((BLOCK_S, BLOCK_D), 1, dtype=tl.int1)
-                for p in range(SEGMENT_SIZE):
-                    x, real = load_steps(
-                        x_ptr, padding_mask_ptr, sequence, first_step + p, mask_s, offs_d, length,
-                        stride_x_b, stride_x_t, D,
-                    )  # fmt: skip
-                    share = dpooled
-                    if POOLING == "mean":
-                        share = dpooled / tl.maximum(count, 1).to(ACC)[:, None]
-                    elif POOLING == "max":
-                        value = x.to(ACC)
-                        same = (value == pooled) | ((value != value) & (pooled != pooled))
-                        hit = open_max & same & real[:, None]
-                        open_max = open_max & (hit == 0)
-                        share = tl.where(hit, dpooled, 0.0)
-                    elif POOLING == "first":
-                        share = tl.where((first == p)[:, None], dpooled, 0.0)
-                    else:
-                        share = tl.where((last == p)[:, None], dpooled, 0.0)
-                    _store_dx(
-                        share, real, dslots_ptr, dx_ptr, sequence, first_step + p, mask_s, offs_d,
-                        length, num_choices, stride_dslots_k, stride_dslots_b, stride_dslots_t, D,
-                        ACC,
-                    )  # fmt: skip
+        elif dx_ptr is not None:
+            # The earliest maximum takes the gradient, once.
+            open_max = tl.full((BLOCK_S, BLOCK_D), 1, dtype=tl.int1)
+            for p in range(SEGMENT_SIZE):
+                x, real = load_steps(x_rows, padding_mask_ptr, segments, p, offs_d, length, D)
+                dx, open_max = unpool_step(
+                    dpooled, pooled, x, real, p, span, open_max, POOLING, ACC
+                )
+                _store_dx(dx, real, dslots, dx_ptr, segments, p, offs_d, length, num_choices, D)
     if dweight_ptr is not None:
         width = D * SEGMENT_SIZE if POOLING == "concat" else D
         row = split.to(tl.int64) * num_experts + experts
@@ -283,55 +236,27 @@ def route_bwd_kernel(
 def _store_dx(
     dx,  # (BLOCK_S, BLOCK_D)
     real,
-    dslots_ptr,
+    dslots,
     dx_ptr,
-    sequence,
-    step,
-    mask_s,
+    segments,
+    p,
     offs_d,
     length,
     num_choices,
-    stride_dslots_k,
-    stride_dslots_b,
-    stride_dslots_t,
     D: tl.constexpr,
-    ACC: tl.constexpr,
 ):
     """Add the gradients from the next stages, in the order of the choices, and store."""
     mask_d = (offs_d < D)[None, :]
+    step = segments.first_step + p
     dx = tl.where(real[:, None], dx, 0.0)
-    if dslots_ptr is not None:
-        offs = sequence.to(tl.int64) * stride_dslots_b + step.to(tl.int64) * stride_dslots_t
-        ptrs = dslots_ptr + offs[:, None] + offs_d[None, :]
+    if dslots.ptr is not None:
+        offs = segments.sequence.to(tl.int64) * dslots.stride_b
+        offs += step.to(tl.int64) * dslots.stride_t
+        ptrs = dslots.ptr + offs[:, None] + offs_d[None, :]
         for _ in range(num_choices):
-            dx += tl.load(ptrs, mask=real[:, None] & mask_d, other=0.0).to(ACC)
-            ptrs += stride_dslots_k
-    row = (sequence * length + step).to(tl.int64)
+            dx += tl.load(ptrs, mask=real[:, None] & mask_d, other=0.0).to(dx.dtype)
+            ptrs += dslots.stride_k
+    row = (segments.sequence * length + step).to(tl.int64)
     ptrs = dx_ptr + (row * D)[:, None] + offs_d[None, :]
-    mask = (mask_s & (step < length))[:, None] & mask_d
+    mask = (segments.mask & (step < length))[:, None] & mask_d
     tl.store(ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-
-
-@kernel
-def sum_splits_kernel(
-    partials_ptr,  # (splits, size)
-    out_ptr,  # (size,), every element is written
-    num_splits,
-    size,
-    ACC: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """Add up partial sums in a fixed order, SPLITS at a time.
-
-    Grid: ``(cdiv(size, BLOCK),)``. Sums in ACC, rounded at the store.
-    """
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), dtype=ACC)
-    # Some at once: loads in flight, not one behind the other.
-    for start in range(0, num_splits, SPLITS):
-        splits = start + tl.arange(0, SPLITS)
-        ptrs = partials_ptr + splits.to(tl.int64)[:, None] * size + offs[None, :]
-        mask = (splits < num_splits)[:, None] & (offs < size)[None, :]
-        acc += tl.sum(tl.load(ptrs, mask=mask, other=0.0), 0)
-    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < size)

@@ -15,21 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segmoe_kernels._triton.launch import (
-    define_operator,
-    refuse_double_backward,
-    step_flags,
-    within_reach,
-)
+from segmoe_kernels._triton.launch import define_operator, step_flags, within_reach
 from segmoe_kernels.autograd import apply
 from segmoe_kernels.routing import FFNWeights
 from segmoe_kernels.stages.shared.launch import SharedCall, backward, forward
 
-_WEIGHTS = (
-    "Tensor x, Tensor up_proj, Tensor down_proj, Tensor? gate_proj, Tensor? up_bias, "
-    "Tensor? gate_bias, Tensor? down_bias, Tensor shared_gate, Tensor? padding_mask, Tensor? seed"
-)
-_OPTIONS = "SymInt segment_size, str activation, float dropout"
+# y, the gate's logits, and what backward keeps: rows, pre and gate_pre.
+_Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _call(tensors: Sequence[Any], *options: Any) -> SharedCall:
@@ -38,9 +30,11 @@ def _call(tensors: Sequence[Any], *options: Any) -> SharedCall:
     return SharedCall(x, FFNWeights(*weights), shared_gate, padding_mask, seed, *options)
 
 
-def _shared_fwd_fake(expert_out: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    call = _call(args[:10], *args[10:-1])
-    keep = args[-1]
+def _shared_fwd_fake(expert_out: Tensor, *args: Any) -> _Forward:
+    return _outputs(_call(args[:10], *args[10:-1]), expert_out, args[-1])
+
+
+def _outputs(call: SharedCall, expert_out: Tensor, keep: bool) -> _Forward:
     y = expert_out.new_empty(expert_out.shape[1:])
     logits = call.new_scalars(call.num_rows)
     copied = keep and not call.are_rows(call.x)
@@ -50,11 +44,30 @@ def _shared_fwd_fake(expert_out: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return y, logits, rows, pre, gate_pre
 
 
-def _shared_fwd(expert_out: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    call, keep = _call(args[:10], *args[10:-1]), args[-1]
-    if call.x.numel() == 0:
-        return _shared_fwd_fake(expert_out, *args)
-    with torch.autocast(call.x.device.type, enabled=False):
+def _shared_fwd(
+    expert_out: Tensor,
+    x: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    gate_proj: Tensor | None,
+    up_bias: Tensor | None,
+    gate_bias: Tensor | None,
+    down_bias: Tensor | None,
+    shared_gate: Tensor,
+    padding_mask: Tensor | None,
+    seed: Tensor | None,
+    segment_size: int,
+    activation: str,
+    dropout: float,
+    keep: bool,
+) -> _Forward:
+    weights = FFNWeights(up_proj, down_proj, gate_proj, up_bias, gate_bias, down_bias)
+    call = SharedCall(
+        x, weights, shared_gate, padding_mask, seed, segment_size, activation, dropout
+    )
+    if x.numel() == 0:
+        return _outputs(call, expert_out, keep)
+    with torch.autocast(x.device.type, enabled=False):
         return forward(call, expert_out, keep)
 
 
@@ -70,33 +83,44 @@ def _shared_bwd_fake(dy: Tensor, *args: Any) -> list[Tensor]:  # noqa: ARG001  s
     return _gradients(args[0], args[1:8], args[-1])
 
 
-def _shared_bwd(dy: Tensor, *args: Any) -> list[Tensor]:
-    logits, rows, pre, gate_pre = args[10:14]
-    call, need = _call(args[:10], *args[14:-1]), args[-1]
-    found = _gradients(args[0], args[1:8], need)
-    if call.x.numel() == 0:
+def _shared_bwd(
+    dy: Tensor,
+    x: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    gate_proj: Tensor | None,
+    up_bias: Tensor | None,
+    gate_bias: Tensor | None,
+    down_bias: Tensor | None,
+    shared_gate: Tensor,
+    padding_mask: Tensor | None,
+    seed: Tensor | None,
+    logits: Tensor,
+    rows: Tensor,
+    pre: Tensor,
+    gate_pre: Tensor,
+    segment_size: int,
+    activation: str,
+    dropout: float,
+    need: list[bool],
+) -> list[Tensor]:
+    weights = FFNWeights(up_proj, down_proj, gate_proj, up_bias, gate_bias, down_bias)
+    found = _gradients(x, [*weights, shared_gate], need)
+    if x.numel() == 0:
         return [t.zero_() for t in found]
+    call = SharedCall(
+        x, weights, shared_gate, padding_mask, seed, segment_size, activation, dropout
+    )
     if dy.stride(-1) != 1:
         dy = dy.contiguous()
     wanted = [g if n else None for g, n in zip(found, need, strict=True)]
-    gate_pre = gate_pre if call.gated else None
-    with torch.autocast(call.x.device.type, enabled=False):
-        backward(call, dy, logits, rows, pre, gate_pre, wanted)
+    with torch.autocast(x.device.type, enabled=False):
+        backward(call, dy, logits, rows, pre, gate_pre if call.gated else None, wanted)
     return found
 
 
-_shared_fwd_op = define_operator(
-    f"shared_combine_fwd(Tensor expert_out, {_WEIGHTS}, {_OPTIONS}, bool keep) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _shared_fwd,
-    _shared_fwd_fake,
-)
-_shared_bwd_op = define_operator(
-    f"shared_combine_bwd(Tensor dy, {_WEIGHTS}, Tensor logits, Tensor rows, Tensor pre, "
-    f"Tensor gate_pre, {_OPTIONS}, bool[] need) -> Tensor[]",
-    _shared_bwd,
-    _shared_bwd_fake,
-)
+_shared_fwd_op = define_operator("shared_combine_fwd", _shared_fwd, _shared_fwd_fake)
+_shared_bwd_op = define_operator("shared_combine_bwd", _shared_bwd, _shared_bwd_fake, gradient=True)
 
 
 class _SharedCombine(torch.autograd.Function):
@@ -120,7 +144,7 @@ class _SharedCombine(torch.autograd.Function):
         seed: Tensor | None,
         options: tuple[Any, ...],
     ) -> tuple[Tensor, ...]:
-        # The parameters are written out, here and below: torch.compile counts them.
+        # The parameters are written out: torch.compile counts them.
         out: tuple[Tensor, ...] = _shared_fwd_op(
             expert_out,
             x,
@@ -155,63 +179,9 @@ class _SharedCombine(torch.autograd.Function):
         need = ctx.needs_input_grad
         found: tuple[Tensor | None, ...] = (None,) * 8
         if any(need[1:9]):
-            made = _SharedCombineBackward.apply(
-                dy, *ctx.saved_tensors, (*ctx.options[:-1], list(need[1:9]))
-            )
+            made = _shared_bwd_op(dy, *ctx.saved_tensors, *ctx.options[:-1], list(need[1:9]))
             found = tuple(g if n else None for g, n in zip(made, need[1:9], strict=True))
         return dy.expand(ctx.num_choices, *dy.shape), *found, None, None, None
-
-
-class _SharedCombineBackward(torch.autograd.Function):
-    """The gradient as a function of its own, so that a second derivative is refused loudly."""
-
-    @staticmethod
-    def forward(
-        dy: Tensor,
-        x: Tensor,
-        up_proj: Tensor,
-        down_proj: Tensor,
-        gate_proj: Tensor | None,
-        up_bias: Tensor | None,
-        gate_bias: Tensor | None,
-        down_bias: Tensor | None,
-        shared_gate: Tensor,
-        padding_mask: Tensor | None,
-        seed: Tensor | None,
-        logits: Tensor,
-        rows: Tensor,
-        pre: Tensor,
-        gate_pre: Tensor,
-        options: tuple[Any, ...],
-    ) -> tuple[Tensor, ...]:
-        return tuple(
-            _shared_bwd_op(
-                dy,
-                x,
-                up_proj,
-                down_proj,
-                gate_proj,
-                up_bias,
-                gate_bias,
-                down_bias,
-                shared_gate,
-                padding_mask,
-                seed,
-                logits,
-                rows,
-                pre,
-                gate_pre,
-                *options,
-            )
-        )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:  # noqa: ARG004
-        refuse_double_backward()
 
 
 def shared_combine(

@@ -3,15 +3,17 @@
 A row is a whole segment, ``P * D`` columns. M is the number of segments, W = P * D, H = P * F.
 """
 
+import triton
 import triton.language as tl
 
 from segmoe_kernels._triton.activations import activate, activate_with_grad, dropout_scale
 from segmoe_kernels._triton.launch import kernel
+from segmoe_kernels._triton.partials import store_sum
 
 
 @kernel
 def shared_rows_kernel(
-    x_ptr,  # (B, T, D)
+    x_rows,  # Rows (B, T, D)
     vector_ptr,  # (W,) or None
     padding_mask_ptr,  # (B, T) bool or None
     rows_ptr,  # (M, W) or None, every element is written
@@ -19,8 +21,6 @@ def shared_rows_kernel(
     num_rows,
     segments_per_sequence,
     length,
-    stride_x_b,
-    stride_x_t,
     W: tl.constexpr,
     D: tl.constexpr,
     SEGMENT_SIZE: tl.constexpr,
@@ -38,12 +38,12 @@ def shared_rows_kernel(
     step = (rows % segments_per_sequence) * SEGMENT_SIZE
     # How many of the columns lie inside the sequence.
     limit = tl.where(mask_m, tl.minimum(length - step, SEGMENT_SIZE) * D, 0)
-    base = x_ptr + sequence * stride_x_b + step.to(tl.int64) * stride_x_t
+    base = x_rows.ptr + sequence * x_rows.stride_b + step.to(tl.int64) * x_rows.stride_t
     flags = sequence * length + step
     along = tl.zeros((BLOCK_M,), dtype=ACC)
     for n0 in range(0, W, BLOCK_N):
         cols = n0 + tl.arange(0, BLOCK_N)
-        offs = cols + (cols // D).to(tl.int64) * (stride_x_t - D)
+        offs = cols + (cols // D).to(tl.int64) * (x_rows.stride_t - D)
         real = cols[None, :] < limit[:, None]
         if padding_mask_ptr is not None:
             ptrs = (padding_mask_ptr + flags)[:, None] + (cols // D)[None, :]
@@ -61,14 +61,10 @@ def shared_rows_kernel(
 
 @kernel
 def shared_activate_kernel(
-    pre_ptr,  # (M, H)
-    gate_pre_ptr,  # (M, H) or None
-    up_bias_ptr,  # (H,) or None
-    gate_bias_ptr,  # (H,) or None
-    seed_ptr,  # (1,) int64 or None
-    hidden_ptr,  # (M, H), every element is written; may be pre itself
-    num_rows,
+    pre,
+    hidden_ptr,  # (M, H), every element is written; may be pre.up_ptr itself
     dropout,
+    num_rows,
     H: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ACC: tl.constexpr,
@@ -89,38 +85,38 @@ def shared_activate_kernel(
     offs = long_rows[:, None] * H + cols[None, :]
 
     FAST: tl.constexpr = hidden_ptr.dtype.element_ty.primitive_bitwidth == 16
-    pre = tl.load(pre_ptr + offs, mask=mask, other=0.0).to(ACC)
-    if up_bias_ptr is not None:
-        pre += tl.load(up_bias_ptr + cols, mask=cols < H, other=0.0).to(ACC)[None, :]
-    if gate_pre_ptr is not None:
-        gate_pre = tl.load(gate_pre_ptr + offs, mask=mask, other=0.0).to(ACC)
-        if gate_bias_ptr is not None:
-            gate_pre += tl.load(gate_bias_ptr + cols, mask=cols < H, other=0.0).to(ACC)[None, :]
-        hidden = activate(gate_pre, ACTIVATION, FAST) * pre
+    up = _load_pre(pre.up_ptr, pre.up_bias_ptr, offs, mask, cols, H, ACC)
+    if pre.gate_ptr is not None:
+        gate = _load_pre(pre.gate_ptr, pre.gate_bias_ptr, offs, mask, cols, H, ACC)
+        hidden = activate(gate, ACTIVATION, FAST) * up
     else:
-        hidden = activate(pre, ACTIVATION, FAST)
-    if seed_ptr is not None:
-        hidden *= dropout_scale(tl.load(seed_ptr), long_rows, cols, H, dropout, ACC, first_n)
-    tl.store(hidden_ptr + offs, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
+        hidden = activate(up, ACTIVATION, FAST)
+    if dropout.seed_ptr is not None:
+        seed = tl.load(dropout.seed_ptr)
+        hidden *= dropout_scale(seed, long_rows, cols, H, dropout.probability, ACC, first_n)
+    store_sum(hidden_ptr, offs, hidden, mask)
+
+
+@triton.jit
+def _load_pre(ptr, bias_ptr, offs, mask, cols, H: tl.constexpr, ACC: tl.constexpr):
+    """Return a tile of what the activation sees, with its bias, in ACC."""
+    pre = tl.load(ptr + offs, mask=mask, other=0.0).to(ACC)
+    if bias_ptr is not None:
+        pre += tl.load(bias_ptr + cols, mask=cols < H, other=0.0).to(ACC)[None, :]
+    return pre
 
 
 @kernel
 def shared_activate_bwd_kernel(
     dhidden_ptr,  # (M, H): before the opened gate
-    pre_ptr,  # (M, H)
-    gate_pre_ptr,  # (M, H) or None
-    up_bias_ptr,  # (H,) or None
-    gate_bias_ptr,  # (H,) or None
+    pre,
     logits_ptr,  # (M,) in ACC
     from_bias_ptr,  # (M,) in ACC or None: <dy, down_bias>
-    seed_ptr,  # (1,) int64 or None
-    hidden_ptr,  # (M, H), every element is written, as in all: hidden times the opened gate
-    dpre_ptr,  # (M, H); may be dhidden itself
-    dgate_ptr,  # (M, H) or None
+    kept,  # Kept, every element is written, as in all; dpre may be dhidden itself
     dlogits_ptr,  # (M,) in ACC
-    dbias_ptr,  # (programs, H), or (programs, 2 * H) with gate_pre, in ACC, or None
-    num_rows,
+    dbias_ptr,  # (programs, H), or (programs, 2 * H) with a gate, in ACC, or None
     dropout,
+    num_rows,
     H: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ACC: tl.constexpr,
@@ -136,7 +132,7 @@ def shared_activate_bwd_kernel(
     mask_m = rows < num_rows
     long_rows = rows.to(tl.int64)
     opened = 1.0 / (1.0 + tl.exp(-tl.load(logits_ptr + rows, mask=mask_m, other=0.0)))
-    FAST: tl.constexpr = hidden_ptr.dtype.element_ty.primitive_bitwidth == 16
+    FAST: tl.constexpr = kept.hidden_ptr.dtype.element_ty.primitive_bitwidth == 16
     dopened = tl.zeros((BLOCK_M,), dtype=ACC)
     if from_bias_ptr is not None:
         dopened += tl.load(from_bias_ptr + rows, mask=mask_m, other=0.0)
@@ -146,36 +142,32 @@ def shared_activate_bwd_kernel(
         mask = mask_m[:, None] & mask_n[None, :]
         offs = long_rows[:, None] * H + cols[None, :]
         dhidden = tl.load(dhidden_ptr + offs, mask=mask, other=0.0).to(ACC)
-        pre = tl.load(pre_ptr + offs, mask=mask, other=0.0).to(ACC)
-        if up_bias_ptr is not None:
-            pre += tl.load(up_bias_ptr + cols, mask=mask_n, other=0.0).to(ACC)[None, :]
+        up = _load_pre(pre.up_ptr, pre.up_bias_ptr, offs, mask, cols, H, ACC)
         scale = tl.full((BLOCK_M, BLOCK_N), 1.0, dtype=ACC)
-        if seed_ptr is not None:
-            scale *= dropout_scale(tl.load(seed_ptr), long_rows, cols, H, dropout, ACC, n0)
-        if gate_pre_ptr is not None:
-            gate_pre = tl.load(gate_pre_ptr + offs, mask=mask, other=0.0).to(ACC)
-            if gate_bias_ptr is not None:
-                bias = tl.load(gate_bias_ptr + cols, mask=mask_n, other=0.0)
-                gate_pre += bias.to(ACC)[None, :]
-            active, slope = activate_with_grad(gate_pre, ACTIVATION, FAST)
-            hidden = active * pre * scale
+        if dropout.seed_ptr is not None:
+            seed = tl.load(dropout.seed_ptr)
+            scale *= dropout_scale(seed, long_rows, cols, H, dropout.probability, ACC, n0)
+        if pre.gate_ptr is not None:
+            gate = _load_pre(pre.gate_ptr, pre.gate_bias_ptr, offs, mask, cols, H, ACC)
+            active, slope = activate_with_grad(gate, ACTIVATION, FAST)
+            hidden = active * up * scale
             dpre = dhidden * scale * active * opened[:, None]
-            dgate = dhidden * scale * pre * slope * opened[:, None]
-            tl.store(dgate_ptr + offs, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
+            dgate = dhidden * scale * up * slope * opened[:, None]
+            store_sum(kept.dgate_ptr, offs, dgate, mask)
         else:
-            active, slope = activate_with_grad(pre, ACTIVATION, FAST)
+            active, slope = activate_with_grad(up, ACTIVATION, FAST)
             hidden = active * scale
             dpre = dhidden * scale * slope * opened[:, None]
         # The gradient of opened, without the product that made the output.
         dopened += tl.sum(dhidden * hidden, 1)
         hidden *= opened[:, None]
-        tl.store(hidden_ptr + offs, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
-        tl.store(dpre_ptr + offs, dpre.to(dpre_ptr.dtype.element_ty), mask=mask)
+        store_sum(kept.hidden_ptr, offs, hidden, mask)
+        store_sum(kept.dpre_ptr, offs, dpre, mask)
         if dbias_ptr is not None:
-            gates: tl.constexpr = 1 if gate_pre_ptr is None else 2
+            gates: tl.constexpr = 1 if pre.gate_ptr is None else 2
             out = dbias_ptr + pid.to(tl.int64) * (gates * H) + cols
             tl.store(out, tl.sum(dpre, 0), mask=mask_n)
-            if gate_pre_ptr is not None:
+            if pre.gate_ptr is not None:
                 tl.store(out + H, tl.sum(dgate, 0), mask=mask_n)
     tl.store(dlogits_ptr + rows, dopened * opened * (1.0 - opened), mask=mask_m)
 
@@ -222,34 +214,3 @@ def shared_dx_kernel(
     dx = drows + dlogit[:, None] * vector
     ptrs = dx_ptr + steps[:, None] * D + cols[None, :]
     tl.store(ptrs, dx.to(dx_ptr.dtype.element_ty), mask=inside[:, None] & mask_d)
-
-
-@kernel
-def shared_reduce_kernel(
-    partials_ptr,  # (num_partials, H), or (num_partials, 2 * H) with the gate's columns behind
-    up_bias_ptr,  # (H,) or None, every element is written
-    gate_bias_ptr,  # (H,) or None, every element is written
-    num_partials,
-    partial_size,
-    H: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """Add up the sums of BLOCK columns in a fixed order, BLOCK_R of them at a time.
-
-    Grid: ``(cdiv(partial size, BLOCK),)``. Rounded at the store.
-    """
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < partial_size
-    acc = tl.zeros((BLOCK_R, BLOCK), dtype=ACC)
-    for first in range(0, num_partials, BLOCK_R):
-        slots = first + tl.arange(0, BLOCK_R)
-        ptrs = partials_ptr + slots.to(tl.int64)[:, None] * partial_size + offs[None, :]
-        acc += tl.load(ptrs, mask=(slots < num_partials)[:, None] & mask[None, :], other=0.0)
-    total = tl.sum(acc, 0)
-    if up_bias_ptr is not None:
-        tl.store(up_bias_ptr + offs, total.to(up_bias_ptr.dtype.element_ty), mask=offs < H)
-    if gate_bias_ptr is not None:
-        total = total.to(gate_bias_ptr.dtype.element_ty)
-        tl.store(gate_bias_ptr + offs - H, total, mask=mask & (offs >= H))

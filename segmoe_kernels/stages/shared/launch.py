@@ -7,14 +7,15 @@ import triton
 from torch import Tensor
 
 from segmoe_kernels import validation as check
-from segmoe_kernels._triton.launch import accumulator, accumulator_dtype, exact, padded
+from segmoe_kernels._triton.arguments import Kept, Pre, dropout_of, rows_of
+from segmoe_kernels._triton.launch import accumulator, accumulator_dtype, padded
+from segmoe_kernels._triton.partials import sum_splits
 from segmoe_kernels.routing import FFNWeights
 from segmoe_kernels.stages.combine import launch_combine, rows_at_once
 from segmoe_kernels.stages.shared.kernels import (
     shared_activate_bwd_kernel,
     shared_activate_kernel,
     shared_dx_kernel,
-    shared_reduce_kernel,
     shared_rows_kernel,
 )
 
@@ -34,8 +35,8 @@ class SharedCall:
         dropout: float,
     ) -> None:
         self.x, self.weights, self.shared_gate = x, weights, shared_gate
-        self.padding_mask, self.seed = padding_mask, seed
-        self.segment_size, self.dropout = segment_size, dropout
+        self.padding_mask = padding_mask
+        self.segment_size, self.dropout = segment_size, dropout_of(seed, dropout, x.dtype)
         self.batch, self.length, self.d_model = x.shape
         self.hidden, self.width = weights.up_proj.shape
         self.segments_per_sequence = -(-self.length // segment_size)
@@ -76,7 +77,7 @@ def _lay_out_rows(
     if copied or vector is not None:
         block_m, block_n = _pass_block(call.width)
         shared_rows_kernel[(triton.cdiv(call.num_rows, block_m),)](
-            x,
+            rows_of(x),
             vector,
             call.padding_mask,
             rows if copied else None,
@@ -84,7 +85,6 @@ def _lay_out_rows(
             call.num_rows,
             call.segments_per_sequence,
             call.length,
-            *x.stride()[:2],
             W=call.width,
             **call.places,
             **call.acc,
@@ -95,7 +95,9 @@ def _lay_out_rows(
     return rows, along
 
 
-def forward(call: SharedCall, expert_out: Tensor, keep: bool) -> tuple[Tensor, ...]:
+def forward(
+    call: SharedCall, expert_out: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return y, the gate's logits, and the rows, pre and gate_pre that backward needs."""
     up, down, gate, up_bias, gate_bias, down_bias = call.weights
     rows, logits = _lay_out_rows(call, call.x, call.shared_gate)
@@ -107,14 +109,10 @@ def forward(call: SharedCall, expert_out: Tensor, keep: bool) -> tuple[Tensor, .
     programs = triton.cdiv(call.num_rows, block_m) * triton.cdiv(call.hidden, block_n)
     check.check_programs("shared_combine", programs)
     shared_activate_kernel[(programs,)](
-        pre,
-        gate_pre,
-        up_bias,
-        gate_bias,
-        call.seed,
+        Pre(pre, gate_pre, up_bias, gate_bias),
         hidden,
+        call.dropout,
         call.num_rows,
-        exact(call.dropout, call.x.dtype),
         H=call.hidden,
         **call.activation,
         **call.acc,
@@ -132,8 +130,8 @@ def forward(call: SharedCall, expert_out: Tensor, keep: bool) -> tuple[Tensor, .
     )
     found = [None if call.are_rows(call.x) else rows, pre, gate_pre]
     # Outputs may not alias each other: an empty tensor for each that is not there.
-    kept = [call.x.new_empty(0) if t is None or not keep else t for t in found]
-    return (y, logits, *kept)
+    rows, pre, gate_pre = (call.x.new_empty(0) if t is None or not keep else t for t in found)
+    return y, logits, rows, pre, gate_pre
 
 
 def backward(
@@ -163,20 +161,14 @@ def backward(
         dbias = call.new_scalars(programs, call.hidden * (2 if call.gated else 1))
     shared_activate_bwd_kernel[(programs,)](
         dpre,
-        pre,
-        gate_pre,
-        up_bias,
-        gate_bias,
+        Pre(pre, gate_pre, up_bias, gate_bias),
         logits,
         from_bias,
-        call.seed,
-        hidden,
-        dpre,
-        dgate,
+        Kept(hidden, dpre, dgate),
         dlogits,
         dbias,
+        call.dropout,
         call.num_rows,
-        exact(call.dropout, call.x.dtype),
         H=call.hidden,
         **call.activation,
         **call.acc,
@@ -185,17 +177,7 @@ def backward(
         num_warps=8,
     )
     if dbias is not None:
-        shared_reduce_kernel[(triton.cdiv(dbias.shape[1], 32),)](
-            dbias,
-            dup_bias,
-            dgate_bias,
-            *dbias.shape,
-            H=call.hidden,
-            **call.acc,
-            BLOCK_R=32,
-            BLOCK=32,
-            num_warps=4,
-        )
+        sum_splits(dbias, *[dup_bias, dgate_bias][: 2 if call.gated else 1])
     if ddown is not None:
         torch.mm(drows.t(), hidden, out=ddown)
     if ddown_bias is not None:
