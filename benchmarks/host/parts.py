@@ -14,7 +14,7 @@ import triton
 from triton.backends.nvidia import driver
 
 from benchmarks.host.calls import Case, calls_of
-from segmoe_kernels import SegMoE, functional, options, pipeline, validation
+from segmoe_kernels import SegMoE, autograd, functional, options, pipeline, validation
 from segmoe_kernels._triton import launch, tiles
 from segmoe_kernels._triton.prepared import Kernel
 
@@ -140,12 +140,12 @@ def _install(timers: Timers) -> None:
     for function in torch.autograd.Function.__subclasses__():
         if function.__module__.startswith("segmoe_kernels.stages"):
             _function(timers, function)
+    _everywhere(timers, "autograd.Function.apply", (autograd.apply,))
     _method(timers, "autograd's engine", torch.autograd, "grad")
     _method(timers, "layer, pipeline", SegMoE, "__call__")
 
 
 def _function(timers: Timers, function: Any) -> None:
-    function.apply = timers.wrap("autograd.Function.apply", function.apply)
     for name in ("setup_context", "backward"):
         part = f"autograd.Function.{name}"
         setattr(function, name, staticmethod(timers.wrap(part, getattr(function, name))))
