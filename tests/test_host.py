@@ -1,5 +1,6 @@
 """Host time of our call beside that of the official loop, in a process of its own without a GPU."""
 
+import json
 import os
 import subprocess
 import sys
@@ -21,12 +22,18 @@ LIMITS = {
 }
 
 
-def run_host(*words):
+def run_python(*words):
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.host", *words]
-    return subprocess.run(
-        command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True
-    ).stdout
+    command = [sys.executable, *words]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run_host(*words):
+    return run_python("-m", "benchmarks.host", *words)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +62,11 @@ def test_launches_are_counted(rows):
 def test_a_profile_names_parts_of_a_call():
     lines = run_host("profile", "--rounds", "20").splitlines()
     parts = {line[:44].strip(): float(line.split()[-1]) for line in lines[1:]}
-    assert {"Triton: JITFunction.run", "operators' bodies", "checks"} < parts.keys()
+    assert {"launches: Python", "operators: bodies", "checks"} < parts.keys()
     assert parts.pop("all") == pytest.approx(sum(parts.values()), abs=1)
     assert all(us > 0 for us in parts.values())
+
+
+def test_prepared_launches_are_tritons_own():
+    """In `prepared_worker`: the same launches, nothing new for new lengths, seen by who watches."""
+    assert json.loads(run_python("tests/prepared_worker.py"))["launches"] > 100
