@@ -88,10 +88,8 @@ def check_layer(
     return options
 
 
-def call_key(
-    x: Any, weights: LayerWeights, padding_mask: Any, options: Options
-) -> tuple[Any, ...] | None:
-    """All that the checks of a call look at, to compare it with another.
+def call_key(x: Any, weights: LayerWeights, options: Options) -> tuple[Any, ...] | None:
+    """All that the checks of a call look at, but batch and length, to compare it with another.
 
     None in traced code, and where something of another class has a say.
     """
@@ -103,7 +101,10 @@ def call_key(
     kind = x.device.type
     cast = kind != "meta" and torch.is_autocast_enabled(kind)
     key: list[Any] = [options, kinds, torch.get_autocast_dtype(kind) if cast else None]
-    for field in (x, padding_mask, *weights):
+    if x.is_nested:
+        return None
+    key += (x.ndim, x.shape[-1:], x.dtype, x.device, x.layout)
+    for field in weights:
         key.append(type(field))
         for tensor in field if isinstance(field, tuple) else (field,):
             if tensor is None:
