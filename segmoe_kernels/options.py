@@ -93,7 +93,8 @@ def call_key(x: Any, weights: LayerWeights, options: Options) -> tuple[Any, ...]
 
     None in traced code, and where something of another class has a say.
     """
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS:
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    if traced or type(x) not in _PLAIN_TENSORS:
         return None
     kinds = tuple(map(type, options))  # True is no 1 here
     if not _PLAIN_VALUES.issuperset(kinds):

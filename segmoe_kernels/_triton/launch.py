@@ -32,9 +32,7 @@ OF_THE_BATCH = (
     "num_steps",
     "blocks_per_split",
     "gates_per_sequence",
-    "list_size",
     "num_gates",
-    "segments_per_block",
     "segments_per_sequence",
     "shared_rows",
 )
@@ -82,7 +80,32 @@ def define_operator(
         torch.library.register_autograd(qualified, _refuse_second_derivative, lib=_LIBRARY)
     packet = getattr(torch.ops.segmoe_kernels, name)
     register_flops(packet, name)
-    return undispatched(packet.default, guarded)
+    operator = packet.default
+    if gradient:
+
+        def operator(*args: Any) -> Any:
+            # PyTorch's transforms take no formula of an operator, but functions.
+            transformed = torch._C._are_functorch_transforms_active()
+            return _Gradient.apply(packet, *args) if transformed else packet.default(*args)
+
+    return undispatched(operator, guarded)
+
+
+class _Gradient(torch.autograd.Function):
+    """An operator of a backward under torch.func."""
+
+    @staticmethod
+    def forward(operator: Callable[..., Any], *args: Any) -> Any:
+        out = operator(*args)
+        return tuple(out) if isinstance(out, list) else out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> None:
+        _refuse_second_derivative(ctx, *grads)
 
 
 def _refuse_wrong_bfloat16(args: tuple[Any, ...]) -> None:

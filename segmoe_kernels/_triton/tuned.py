@@ -84,7 +84,7 @@ def question(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     for name, value in _signature(function).bind(*args, **kwargs).arguments.items():
         if name == "rows_per_expert":
             words.append(f"{name}={power(value, 16, 128)}")
-        elif name != "num_segments":
+        else:
             words.append(f"{name}={str(value).removeprefix('torch.')}")
     return f"{function.__name__}({', '.join(words)})"
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from segmoe_kernels import validation as check
 from segmoe_kernels._triton.arguments import (
-    NO_DROPOUT,
     NO_FACTOR,
     Dropout,
     Factor,
     Sequences,
+    dropout_of,
     factor_of,
     rows_of,
     sorted_rows,
@@ -123,7 +123,7 @@ def product(
     a2: Tensor | None = None,
     second: Factor | None = None,
     row_weights: Tensor | None = None,
-    dropout: Dropout = NO_DROPOUT,
+    dropout: Dropout | None = None,
     activation: str = "none",
 ) -> None:
     """Launch `grouped_gemm_kernel`.
@@ -140,6 +140,7 @@ def product(
         dropout: see the kernel.
         activation: see the kernel.
     """
+    dropout = dropout_of(None, 0.0, a.dtype) if dropout is None else dropout
     num_experts, n, k = first.ptr.shape
     tile = grouped_gemm_tile(
         n,
