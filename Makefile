@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Test processes: one for each core of a small machine.
 JOBS ?= 2
 
-.PHONY: demo quick test slow fuzz accuracy mutants matrix ptx ttsem sanitize lint docs bench gpu clean
+.PHONY: demo quick test slow fuzz accuracy mutants matrix ptx ttsem sanitize lint docs bench traffic gpu clean
 
 $(READY): setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -68,9 +68,12 @@ docs: $(READY)  ## pages and API reference; begin at build/docs/index.html
 	$(RUN) -m docs.pictures
 	$(RUN) -m docs.build
 
-bench: $(READY)  ## traffic and launches of every plan, and CPU timing of the reference
+bench: $(READY)  ## microbenchmarks of stages and layer; a minute for the reference on a CPU
+	$(RUN) -m pytest benchmarks -q --benchmark-only --benchmark-autosave \
+		--benchmark-columns=min,median,iqr,rounds $(ARGS)
+
+traffic: $(READY)  ## bytes and launches of every kernel beside ScatterMoE's
 	$(RUN) -m benchmarks.traffic
-	$(RUN) -m benchmarks.reference_cpu
 
 # The machine with the GPU has its own torch and triton, so no environment is made for it. Each step
 # takes less than ten minutes and goes on where it was stopped: make gpu STEP="--step layer".

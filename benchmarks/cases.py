@@ -22,6 +22,7 @@ def make_case(
     routing: str,
     dtype: torch.dtype,
     device: torch.device,
+    dropout: float = 0.0,
 ) -> tuple[SegMoE, Inputs]:
     """Make a layer and what it is called with, the same for the same arguments.
 
@@ -32,6 +33,7 @@ def make_case(
             segments choose expert 0 (among their top_k).
         dtype: of parameters and inputs.
         device: of both.
+        dropout: of the hidden layers, in training.
 
     Returns:
         ``(layer, inputs)``.
@@ -47,6 +49,7 @@ def make_case(
         shared_expert=None if part == "routed" else "segment",
         activation=workload.activation,
         gated=workload.gated,
+        dropout=dropout,
         device=device,
         dtype=dtype,
     )

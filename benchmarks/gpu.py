@@ -8,11 +8,11 @@ Steps, in order:
 * ``tests``: every test, those marked ``gpu`` first -> tests.json
 * ``ceilings``: copy rate and GEMM rate of the device -> ceilings.json
 * ``layer``: the headline shapes beside every peer, routed part and whole layer, uniform and skewed
-  routing, eager and CUDA graph -> layer.json
+  routing, eager and CUDA graph; memory -> layer.json
 * ``compiled``: the same for the peers under ``torch.compile``
 * ``tune``: the search for tiles -> tune.json
 * ``profiles``: kernels' shares, and hardware counters -> profiles.json
-* ``stages``, ``memory``: stages.json, memory.json
+* ``stages``: microbenchmarks of each stage, by pytest-benchmark -> stages.json
 * ``llm``, ``paper``, ``grid``: the other shapes -> layer.json
 * ``sanitize``: the kernels under compute-sanitizer -> sanitizer.json
 
@@ -37,9 +37,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import outcome_log
 from benchmarks.common import device_name, environment
 from benchmarks.store import ROOT, code_version, results_folder
+from tests import outcome_log
 
 __all__ = ["STEPS", "Step"]
 
@@ -54,7 +54,8 @@ class Step:
 
     Attributes:
         name: for ``--step``.
-        commands: words; "{deadline}" stands for the seconds that are left.
+        commands: words; "{deadline}" stands for the seconds that are left, "{folder}" for that of
+            the results.
         quick: the same for a machine without a GPU, on tiny shapes.
     """
 
@@ -73,6 +74,9 @@ _PEERS = (
     "--providers segmoe,eager,grouped_mm,official,scattermoe,scattermoe_nosync,liger,transformers"
 )
 _COMPILED = "--providers segmoe,compile,grouped_mm_compile"
+_STAGES = (
+    "pytest benchmarks/test_stages.py -q --benchmark-only --benchmark-json={folder}/stages.json"
+)
 _LLM_PEERS = "--providers segmoe,grouped_mm,scattermoe,scattermoe_nosync,liger,transformers"
 
 STEPS = (
@@ -96,16 +100,7 @@ STEPS = (
         ("profiles --shapes headline --deadline {deadline}", "profiles --counters"),
         (f"profiles {_ONE} --providers segmoe",),
     ),
-    Step(
-        "stages",
-        ("stages --shapes headline --deadline {deadline}",),
-        (f"stages {_ONE} --providers segmoe,eager,sort,grouped_mm",),
-    ),
-    Step(
-        "memory",
-        ("memory --shapes headline --deadline {deadline}",),
-        (f"memory {_ONE} {_FAST_PEERS}",),
-    ),
+    Step("stages", (_STAGES,), (f"{_STAGES} --shapes tiny-k2 --rounds 2 -k combine",)),
     Step(
         "llm",
         (f"layer --shapes llm --parts routed {_LLM_PEERS} --limit 300 --deadline {{deadline}}",),
@@ -119,13 +114,15 @@ QUICK_TESTS = ("tests/test_losses.py",)
 
 
 def _command(words: str, deadline_s: float, folder: Path, *, quick: bool) -> list[str]:
-    module, *rest = words.format(deadline=f"{deadline_s:.0f}").split()
+    module, *rest = words.format(deadline=f"{deadline_s:.0f}", folder=folder).split()
     if module == "tests":
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "benchmarks.outcome_log"]
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "tests.outcome_log"]
         # Compilation of the kernels takes most of the time, and the processors do it side by side.
         if not quick and importlib.util.find_spec("xdist"):
             command += ["-n", str(min(8, max(1, (os.cpu_count() or 1) // 2)))]
         return command + list(QUICK_TESTS if quick else ())
+    if module == "pytest":
+        return [sys.executable, "-m", module, *rest]
     if module == "sanitize":
         return [sys.executable, "tests/sanitize.py", *rest, "--out", str(folder)]
     command = [sys.executable, "-m", f"benchmarks.{module}", *rest]

@@ -6,11 +6,12 @@
 Each provider (`peers`) has to pass the `gate` before it is timed; `timing` says how. "routed" is
 the layer without a shared expert, "whole" the one with the segment-wide shared expert. "forward"
 runs without gradients; "forward+backward" asks for those of x and of every parameter. Mode "graph"
-replays a captured CUDA graph: what kernels take without the host. Dropout is off.
+replays a captured CUDA graph: what kernels take without the host. "forward+backward" has the
+``--dropout``, the gate and "forward" have none.
 
 Columns: median (quartiles) of the time; TFLOP/s and GB/s of the work that the definition of the
 layer needs (`work`), whatever a provider really executes and moves; time over that of ``segmoe``,
-median over the rounds.
+median over the rounds. Forward + backward has columns of `memory` too.
 """
 
 import sys
@@ -22,10 +23,11 @@ from torch import Tensor
 
 from benchmarks.cases import DTYPES, PARTS, busiest_expert_share, make_case, release_memory
 from benchmarks.gate import Gate, RefusedError, Verdict
+from benchmarks.memory import memory_columns
 from benchmarks.peers import PROVIDERS, Provider, build
 from benchmarks.runner import MODES, PASSES, Configuration, Emit, Options, Suite, run_suite
 from benchmarks.timing import Clock, capture, summary, time_interleaved
-from benchmarks.work import floor_bytes, needed_flops
+from benchmarks.work import layer_work
 from segmoe_kernels.testing import Inputs
 
 __all__ = ["SUITE", "admit", "calls"]
@@ -70,7 +72,9 @@ def admit(
         routing=configuration.routing,
         dtype=DTYPES[configuration.dtype],
         device=device,
+        dropout=configuration.dropout,
     )
+    layer.eval()
 
     def refuse(name: str, key: str, why: str) -> None:
         for identity in options.identities():
@@ -83,6 +87,7 @@ def admit(
     gate, admitted, share = Gate(layer, inputs), [], 0.0
     for provider in providers:
         try:
+            provider.module.eval()
             admitted.append((provider, gate.check(provider)))
         except RefusedError as error:
             refuse(provider.name, "refused", str(error))
@@ -107,13 +112,14 @@ def measure(configuration: Configuration, options: Options, emit: Emit) -> None:
     """Time one configuration."""
     admitted, inputs, share = admit(configuration, options, emit)
     clock = Clock(torch.device(configuration.device))
-    shared = configuration.part == "whole"
+    providers = {provider.name: provider for provider, _ in admitted}
+    verdicts = {provider.name: verdict for provider, verdict in admitted}
     workload = configuration.find_workload()
-    kind = {"gated": workload.gated, "shared": shared}
     for mode in options.modes:
         for passed in options.passes:
             functions: dict[str, Callable[[], Any]] = {}
             for provider, _ in admitted:
+                provider.module.train(passed != "forward")
                 function = calls(provider, inputs, passed)
                 if mode == "graph":
                     identity = {"provider": provider.name, "pass": passed, "mode": mode}
@@ -127,11 +133,8 @@ def measure(configuration: Configuration, options: Options, emit: Emit) -> None:
             timings = time_interleaved(
                 functions, clock, budget_s=options.budget_s, least_rounds=options.rounds
             )
-            backward = passed != "forward"
-            itemsize = inputs.x.element_size()
-            flops = needed_flops(workload.shape, backward=backward, **kind)
-            size = floor_bytes(workload.shape, backward=backward, itemsize=itemsize, **kind)
-            verdicts = {provider.name: verdict for provider, verdict in admitted}
+            backward, itemsize = passed != "forward", inputs.x.element_size()
+            work = layer_work(workload, configuration.part, backward=backward, itemsize=itemsize)
             for name, timing in timings.items():
                 numbers = summary(timing)
                 seconds = numbers["time_median_ms"] / 1e3
@@ -140,16 +143,18 @@ def measure(configuration: Configuration, options: Options, emit: Emit) -> None:
                     "pass": passed,
                     "mode": mode,
                     **numbers,
-                    "needed_gflop": flops / 1e9,
-                    "floor_mb": size / 1e6,
-                    "needed_tflop_per_s": flops / 1e12 / seconds,
-                    "floor_gb_per_s": size / 1e9 / seconds,
+                    **work,
+                    "needed_tflop_per_s": work["needed_gflop"] / 1e3 / seconds,
+                    "floor_gb_per_s": work["floor_mb"] / 1e3 / seconds,
                     "busiest_expert_share": share,
                     "error_over_limit": verdicts[name].error_over_limit,
                     "l2_flushed": clock.flushes,
                 }
+                if backward and mode == "eager":
+                    row |= memory_columns(providers[name], inputs)
                 if "segmoe" in timings:
-                    row["time_over_segmoe"] = timing.ratio(timings["segmoe"])[1]
+                    row["time_over_segmoe"] = timing.ratio(timings["segmoe"])
+                    row["least_over_segmoe"] = timing.least_ratio(timings["segmoe"])
                 emit(row)
             release_memory(clock.device)
 
@@ -193,7 +198,6 @@ def line(row: dict[str, Any]) -> str:
 SUITE = Suite(
     name="layer",
     parts=PARTS,
-    default_parts=PARTS,
     providers=tuple(PROVIDERS),
     passes=PASSES,
     modes=MODES,

@@ -1,6 +1,4 @@
-"""Memory of the layer beside its peers: what is kept for the backward, and the peak.
-
-    python -m benchmarks.memory [--shapes headline] [--parts routed,whole]
+"""Memory of a layer's provider: what is kept for the backward, and the peak; columns of `layer`.
 
 * ``saved_mib``: tensors that the forward hands to autograd, each storage once, without x and the
   parameters, which live anyway; counted by hooks, on any device;
@@ -10,18 +8,12 @@
   gradients, and forward and backward, add to what was there before.
 """
 
-import sys
-from typing import Any
-
 import torch
 
-from benchmarks.cases import PARTS, release_memory
-from benchmarks.layer import admit, describe
-from benchmarks.peers import PROVIDERS, Provider
-from benchmarks.runner import Configuration, Emit, Options, Suite, run_suite
+from benchmarks.peers import Provider
 from segmoe_kernels.testing import Inputs
 
-__all__ = ["SUITE", "saved_bytes"]
+__all__ = ["memory_columns", "saved_bytes"]
 
 MIB = 2**20
 
@@ -75,53 +67,11 @@ def _on_gpu(provider: Provider, inputs: Inputs) -> dict[str, float]:
     return found
 
 
-def measure(configuration: Configuration, options: Options, emit: Emit) -> None:
-    """Measure one configuration."""
-    device = torch.device(configuration.device)
-    admitted, inputs, _ = admit(configuration, options, emit)
-    for provider, verdict in admitted:
-        identity = {"provider": provider.name, "pass": "forward+backward", "mode": "eager"}
-        try:
-            size = saved_bytes(provider, inputs)
-            row: dict[str, Any] = {
-                "saved_mib": size / MIB,
-                "saved_bytes_per_step": size / (inputs.x.shape[0] * inputs.x.shape[1]),
-                "x_mib": inputs.x.numel() * inputs.x.element_size() / MIB,
-                "error_over_limit": verdict.error_over_limit,
-            }
-            if device.type == "cuda":
-                row |= _on_gpu(provider, inputs)
-        except Exception as error:  # a peer may break in any way
-            row = {"failed": describe(error)}
-        emit({**identity, **row})
-        release_memory(device)
-
-
-def line(row: dict[str, Any]) -> str:
-    """Format the numbers of a row."""
-    text = f"saved {row['saved_mib']:>10.2f} MiB ({row['saved_bytes_per_step']:.1f} bytes a step)"
-    if "peak_mib" in row:
-        text += f"  retained {row['retained_mib']:.2f}  peak {row['peak_forward_mib']:.2f} forward"
-        text += f", {row['peak_mib']:.2f} MiB with backward"
-    return text
-
-
-SUITE = Suite(
-    name="memory",
-    parts=PARTS,
-    default_parts=PARTS,
-    providers=tuple(PROVIDERS),
-    passes=("forward+backward",),
-    modes=("eager",),
-    measure=measure,
-    line=line,
-)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line."""
-    return run_suite(SUITE, __doc__.splitlines()[0], arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def memory_columns(provider: Provider, inputs: Inputs) -> dict[str, float]:
+    """Measure what the module's docstring lists."""
+    size = saved_bytes(provider, inputs)
+    found = {
+        "saved_mib": size / MIB,
+        "saved_bytes_per_step": size / (inputs.x.shape[0] * inputs.x.shape[1]),
+    }
+    return found | (_on_gpu(provider, inputs) if inputs.x.is_cuda else {})

@@ -60,6 +60,7 @@ class SegmentPeer(nn.Module):
         self.top_k, self.renormalize = layer.top_k, layer.renormalize
         self.temperature = layer.router_temperature
         self.activation, self.gated = layer.activation, layer.gated
+        self.dropout = layer.dropout  # of the layer: the peer has none
         self.router = copy.deepcopy(layer.router)
         self.shared_expert = copy.deepcopy(layer.shared_expert)
         self.shared_gate = copy.deepcopy(layer.shared_gate)
@@ -269,7 +270,9 @@ class Transformers(SegmentPeer):
     """The function that Transformers' expert modules run, with itself as the module."""
 
     has_bias = False
+    has_post_expert_norm = False
     is_transposed = False
+    _is_expert_parallel = False
 
     def __init__(self, layer: SegMoE, function: Callable[..., Tensor]) -> None:
         super().__init__(layer)

@@ -52,7 +52,16 @@ from segmoe_kernels import SegMoE
 from segmoe_kernels.functional import resolve_backend
 from segmoe_kernels.testing import route_ids
 
-__all__ = ["PROVIDERS", "Provider", "SkippedError", "build", "load_scattermoe", "route_ids"]
+__all__ = [
+    "PROVIDERS",
+    "Provider",
+    "SkippedError",
+    "build",
+    "load_scattermoe",
+    "load_scattermoe_on",
+    "need_triton",
+    "route_ids",
+]
 
 SCATTERMOE_FOLDER = Path(__file__).resolve().parents[1] / "peers" / "scattermoe"
 
@@ -123,15 +132,25 @@ def _first_line(error: Exception) -> str:
 
 
 def _peer(name: str, peer: SegmentPeer, **options: Any) -> Provider:
+    if peer.dropout:
+        raise SkippedError("has no dropout")
     return Provider(
         name, peer, peer, peer.route_ids, peer.layer_gradients, yardstick="loop", **options
     )
 
 
+def need_triton(x: Tensor) -> None:
+    """Raise a SkippedError where the kernels can't run on a tensor."""
+    try:
+        resolve_backend("triton", x)
+    except RuntimeError as error:
+        raise SkippedError(str(error)) from error
+
+
 def _segmoe(layer: SegMoE, device: torch.device) -> Provider:
     ours = copy.deepcopy(layer)
-    if device.type == "cuda" and resolve_backend(ours.backend, ours.experts.up_proj) != "triton":
-        raise SkippedError("the Triton backend can't run here: see python -m segmoe_kernels doctor")
+    if device.type == "cuda" or ours.backend == "triton":
+        need_triton(ours.experts.up_proj)
     return Provider("segmoe", ours, ours, lambda x: route_ids(ours, x), dict, ours=True)
 
 
@@ -208,17 +227,20 @@ def _needs_gpu(device: torch.device) -> None:
         raise SkippedError(f"its kernels need a GPU, got {device.type}")
 
 
-def _scattermoe(layer: SegMoE, device: torch.device) -> Provider:
+def load_scattermoe_on(device: torch.device) -> types.ModuleType:
+    """`load_scattermoe`, for a device on which its kernels can run."""
     _needs_gpu(device)
-    package = load_scattermoe(plain=device.type != "cuda")
+    return load_scattermoe(plain=device.type != "cuda")
+
+
+def _scattermoe(layer: SegMoE, device: torch.device) -> Provider:
+    package = load_scattermoe_on(device)
     peer = ScatterMoE(layer, package).to(device, layer.experts.up_proj.dtype)
     return _peer("scattermoe", peer, waits="its bincount waits for the host")
 
 
 def _scattermoe_nosync(layer: SegMoE, device: torch.device) -> Provider:
-    _needs_gpu(device)
-    package = load_scattermoe(plain=device.type != "cuda")
-    return _peer("scattermoe_nosync", ScatterMoENoSync(layer, package))
+    return _peer("scattermoe_nosync", ScatterMoENoSync(layer, load_scattermoe_on(device)))
 
 
 def _liger(layer: SegMoE, device: torch.device) -> Provider:

@@ -1,7 +1,7 @@
 """Where the time of one call goes: each kernel's share, and hardware counters where there are any.
 
     python -m benchmarks.profiles [--shapes headline] [--parts routed]
-    python -m benchmarks.profiles --counters [--shapes d128-e4-k1-p5-100k]
+    python -m benchmarks.profiles --counters [--shapes 128-4-1-5-1e5]
 
 Without ``--counters``, PyTorch's profiler adds up each kernel (on a CPU, each operator) over some
 calls of ``segmoe``. With it, Nsight Compute (``ncu``) reads counters of every kernel of one call:
@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.cases import PARTS, make_case
+from benchmarks.cases import make_case
 from benchmarks.common import device_name
 from benchmarks.layer import admit, calls
 from benchmarks.runner import PASSES, Configuration, Emit, Options, Suite, run_suite
 from benchmarks.shapes import find_workloads
 from benchmarks.store import ROOT, Store, code_version, results_folder
 
-COUNTED_SHAPE = "d128-e4-k1-p5-100k"
+COUNTED_SHAPE = "128-4-1-5-1e5"
 
 __all__ = ["SUITE", "kernel_rows", "parse_counters"]
 
@@ -113,8 +113,7 @@ def line(row: dict[str, Any]) -> str:
 
 SUITE = Suite(
     name="profiles",
-    parts=PARTS,
-    default_parts=("routed",),
+    parts=("routed",),
     providers=("segmoe", "grouped_mm", "scattermoe", "compile"),
     passes=PASSES,
     modes=("eager",),

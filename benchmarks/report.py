@@ -47,6 +47,9 @@ class Results:
         self.environments: dict[str, dict[str, str]] = {}
         for path in sorted(folder.glob("*.json")):
             content = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(content, dict) and "benchmarks" in content:
+                self.rows[path.stem] = [_benchmark_row(row) for row in content["benchmarks"]]
+                self.environments[path.stem] = content["machine_info"]["environment"]
             if isinstance(content, dict) and isinstance(content.get("rows"), list):
                 self.rows[path.stem] = content["rows"]
             if isinstance(content, dict) and "environment" in content:
@@ -64,6 +67,14 @@ class Results:
             return None
         compute = row["needed_gflop"] / gemm["rate_tflop_per_s"]
         return max(compute, row["floor_mb"] / copy["rate_gb_per_s"])
+
+
+def _benchmark_row(saved: dict[str, Any]) -> Row:
+    """A row from what pytest-benchmark saved of one of `test_stages`."""
+    params, stats = saved["params"], saved["stats"]
+    times = {f"time_{key}_ms": 1e3 * stats[key] for key in ("median", "q1", "q3")}
+    configuration = f"{params['shape']}/{params['stage']}"
+    return {**params, "configuration": configuration, "pass": params["passed"], **times}
 
 
 def _groups(rows: list[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
@@ -179,14 +190,13 @@ def _sections(results: Results) -> list[str]:
         parts.append(f"{title}\n\n{layer_table(results, rows)}")
     for (passed, mode), rows in _groups(results.timed("stages"), "pass", "mode").items():
         parts.append(f"## Stages, {passed}, {SHORT[mode]}\n\n{stage_table(rows)}")
-    if memory := [row for row in results.rows.get("memory", []) if "saved_mib" in row]:
+    if memory := [row for row in results.timed("layer") if "saved_mib" in row]:
         parts.append(f"## Memory\n\n{memory_table(memory)}")
     for rows in results.rows.values():
         if render.is_modelled(rows):
             parts += render.sections(rows)
-    for name in ("layer", "stages", "memory"):
-        if reasons := _absent(results.rows.get(name, [])):
-            parts.append(f"## Not measured in {name}\n\n" + "\n".join(reasons))
+    if reasons := _absent(results.rows.get("layer", [])):
+        parts.append("## Not measured\n\n" + "\n".join(reasons))
     return parts
 
 
@@ -361,7 +371,7 @@ def _draw_roofline(results: Results, plt: Any) -> Any:
 
 
 def _draw_memory(results: Results, plt: Any) -> Any:
-    rows = [row for row in results.rows.get("memory", []) if "saved_mib" in row]
+    rows = [row for row in results.timed("layer") if "saved_mib" in row]
     if not rows:
         return None
     labels = [f"{r['workload']} {r['part']} {r['provider']}" for r in rows]

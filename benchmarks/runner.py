@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import DTYPES, ROUTINGS
+from benchmarks.cases import DTYPES, PARTS, ROUTINGS
 from benchmarks.common import device_name, environment
 from benchmarks.shapes import Workload, find_workloads
 from benchmarks.store import ROOT, Store, code_version, results_folder
@@ -48,11 +48,14 @@ class Configuration:
     routing: str
     dtype: str
     device: str
+    dropout: float = 0.0
 
     @property
     def key(self) -> str:
         """Names it in rows."""
-        words = (self.workload, self.part, self.routing, self.dtype)
+        words = [self.workload, self.part, self.routing, self.dtype]
+        if self.dropout:
+            words.append(f"dropout {self.dropout:g}")
         return "/".join(words)
 
     def find_workload(self) -> Workload:
@@ -92,8 +95,7 @@ class Suite:
 
     Attributes:
         name: of its module and result file.
-        parts: what ``--parts`` can name.
-        default_parts: those measured unless told otherwise.
+        parts: those measured unless told otherwise.
         providers: what ``--providers`` can name.
         passes: what ``--passes`` can name.
         modes: what ``--modes`` can name.
@@ -103,7 +105,6 @@ class Suite:
 
     name: str
     parts: tuple[str, ...]
-    default_parts: tuple[str, ...]
     providers: tuple[str, ...]
     passes: tuple[str, ...]
     modes: tuple[str, ...]
@@ -156,8 +157,15 @@ def _parser(suite: Suite, description: str) -> argparse.ArgumentParser:
         "--shapes", help="groups or names in shapes.py (default: headline, or tiny)"
     )
     choices("--dtype", tuple(DTYPES), None, ", ".join(DTYPES))
-    choices("--parts", suite.parts, suite.default_parts, ", ".join(suite.parts))
+    choices("--parts", PARTS, suite.parts, ", ".join(PARTS))
     choices("--routing", ROUTINGS, ("uniform",), ", ".join(ROUTINGS))
+    parser.add_argument(
+        "--dropout",
+        type=lambda text: [float(word) for word in text.split(",")],
+        default=[0.0],
+        metavar="P,...",
+        help="of the hidden layers, in training",
+    )
     choices("--passes", suite.passes, suite.passes, ", ".join(suite.passes))
     choices("--modes", suite.modes, None, ", ".join(suite.modes))
     choices("--providers", suite.providers, suite.providers, ", ".join(suite.providers))
@@ -204,11 +212,13 @@ class _Run:
         """All that the arguments ask for."""
         args = self.args
         product = itertools.product(
-            find_workloads(args.shapes), args.parts, args.routing, args.dtype
+            find_workloads(args.shapes), args.parts, args.routing, args.dtype, args.dropout
         )
         return [
-            Configuration(self.suite.name, workload.name, part, routing, dtype, args.device)
-            for workload, part, routing, dtype in product
+            Configuration(
+                self.suite.name, workload.name, part, routing, dtype, args.device, dropout
+            )
+            for workload, part, routing, dtype, dropout in product
         ]
 
     def run(self) -> int:

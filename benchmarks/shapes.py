@@ -4,12 +4,16 @@ Groups, by the name that ``--shapes`` takes:
 
 * ``traffic``: small enough for Triton's interpreter; bytes are counted there, not time;
 * ``paper``: one layer of the runs of Seg-MoE, from its code's configurations and scripts;
-* ``grid``: widths, segment sizes, experts, top-k and rows around them, one axis at a time;
+* ``grid``: widths, segment sizes, experts, top-k and rows around them, modelled by `clock`;
 * ``headline``: the few of them that say most, for a first run;
 * ``llm``: token-wise gated layers of language models;
+* ``official``: the three official configurations, with batches for a CPU;
 * ``tiny``: a second on a CPU, to exercise the measurements themselves.
+
+D-E-k-P-rows, such as ``64-4-1-5-1e6``, is a shape with F = 2 D and sequences of 60 steps.
 """
 
+import re
 from dataclasses import dataclass
 
 __all__ = ["GROUPS", "TRAFFIC_SHAPES", "Shape", "Workload", "find_workloads"]
@@ -123,23 +127,29 @@ def _paper() -> tuple[Workload, ...]:
     return tuple(found)
 
 
-# 64 steps a sequence, as in the paper: about 1e4, 1e5, 2.58e5 (Weather) and 1e6 rows.
-_BATCHES = {"10k": 160, "100k": 1600, "258k": 4032, "1m": 15632}
+_SIZES = re.compile(r"(\d+)-(\d+)-(\d+)-(\d+)-([\d.e]+)")
 
 
-def _grid() -> tuple[Workload, ...]:
-    source = "no run of its own: an axis around the paper's shapes"
-    found = {}
-    for d_model, experts, top_k, segment_size, rows in (
-        *((d, 4, 1, 5, rows) for d in (64, 128, 256) for rows in _BATCHES),
-        *((d, 4, 1, p, "258k") for d in (64, 128, 256) for p in (3, 4)),
-        *((d, 8, k, 4, "258k") for d in (64, 128, 256) for k in (1, 2)),
-    ):
-        name = f"d{d_model}-e{experts}-k{top_k}-p{segment_size}-{rows}"
-        sizes = (d_model, 2 * d_model, experts, top_k, segment_size)
-        found[name] = Workload(name, Shape(_BATCHES[rows], 64, *sizes), source)
-    return tuple(found.values())
+def _from_sizes(name: str) -> Workload:
+    """Read D-E-k-P-rows."""
+    sizes = _SIZES.fullmatch(name)
+    d, e, k, p = map(int, sizes.groups()[:4])
+    shape = Shape(max(1, round(float(sizes[5]) / 60)), 60, d, 2 * d, e, k, p)
+    return Workload(name, shape, "no run of its own: D-E-k-P-rows, F = 2 D")
 
+
+_GRID = tuple(
+    _from_sizes(name)
+    for name in (
+        *(
+            f"{d}-{e}-{k}-5-{rows}"
+            for d in (64, 128, 256)
+            for e, k in ((4, 1), (8, 1), (8, 2))
+            for rows in ("1e4", "1e5", "1e6")
+        ),
+        *(f"{d}-{e}-2-{p}-1e5" for d in (64, 128, 256) for e, p in ((4, 3), (8, 4))),
+    )
+)
 
 _GATED = {"activation": "silu", "gated": True}
 _QWEN3 = "Qwen3-30B-A3B: hidden 2048, experts 128 x 768, top 8"
@@ -168,6 +178,17 @@ _LLM = (
     ),
 )
 
+# Widths, experts and segment sizes of the layers as in examples/studies/cost.py.
+_OFFICIAL = tuple(
+    Workload(f"official-{name}-p{p}", Shape(batch, 64, d, 2 * d, e, 1, p), f"{_CODE}: {name}")
+    for name, batch, d, e, segment_sizes in (
+        ("tiny", 64, 64, 4, (3, 5)),
+        ("small", 64, 128, 4, (3, 5)),
+        ("base", 32, 256, 8, (3, 4, 5)),
+    )
+    for p in segment_sizes
+)
+
 _TINY = (
     Workload("tiny", Shape(3, 17, 16, 32, 4, 1, 5), "none: exercises the measurements"),
     Workload("tiny-k2", Shape(2, 16, 16, 32, 4, 2, 3), "none: exercises the measurements"),
@@ -182,20 +203,21 @@ _TRAFFIC = tuple(
 )
 
 _HEADLINE_NAMES = (
-    "d64-e4-k1-p5-10k",
-    "d64-e4-k1-p5-258k",
-    "d128-e4-k1-p5-100k",
+    "64-4-1-5-1e4",
+    "64-4-1-5-1e6",
+    "128-4-1-5-1e5",
     "weather-small-p5",
-    "d128-e8-k2-p4-258k",
-    "d256-e4-k1-p5-100k",
+    "128-8-2-5-1e6",
+    "256-4-1-5-1e5",
     "weather-base-p4",
 )
 
 GROUPS: dict[str, tuple[Workload, ...]] = {
     "traffic": _TRAFFIC,
     "paper": _paper(),
-    "grid": _grid(),
+    "grid": _GRID,
     "llm": _LLM,
+    "official": _OFFICIAL,
     "tiny": _TINY,
 }
 _BY_NAME = {workload.name: workload for group in GROUPS.values() for workload in group}
@@ -206,7 +228,7 @@ def find_workloads(names: str) -> list[Workload]:
     """Look up groups and single workloads.
 
     Args:
-        names: of groups or workloads, separated by commas.
+        names: of groups or workloads, or D-E-k-P-rows, separated by commas.
 
     Returns:
         Each once, in the order asked for.
@@ -216,6 +238,9 @@ def find_workloads(names: str) -> list[Workload]:
     """
     found: dict[str, Workload] = {}
     for name in names.split(","):
+        if _SIZES.fullmatch(name):
+            found[name] = _from_sizes(name)
+            continue
         if name not in GROUPS and name not in _BY_NAME:
             raise ValueError(
                 f"--shapes must name groups ({', '.join(GROUPS)}) or shapes of them, got {name!r}"

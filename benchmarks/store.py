@@ -78,8 +78,9 @@ class Store:
             self.rows += added.values()
             # Whole or not at all: the process may be stopped at any moment.
             partial = self.path.with_name(self.path.name + ".partial")
-            text = json.dumps({"environment": environment(), "rows": self.rows}, indent=1)
-            partial.write_text(text + "\n", encoding="utf-8")
+            lines = ",\n".join(map(json.dumps, self.rows))
+            text = f'{{"environment": {json.dumps(environment())},\n"rows": [\n{lines}\n]}}\n'
+            partial.write_text(text, encoding="utf-8")
             partial.replace(self.path)
 
     def has(self, identity: tuple[str, ...], code: str, *, retry: bool = False) -> bool:

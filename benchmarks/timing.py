@@ -1,24 +1,51 @@
-"""Interleaved timing on a GPU or a CPU, with the caches flushed, and CUDA graphs.
+"""The one timer of functions in turns: interleaved rounds, caches flushed, and CUDA graphs.
 
 Protocol: every function is called a few times; then, in each round, every function once, every
 other round in reverse order, so that drift of the clocks meets all of them alike. Before each call
 on a GPU a buffer of twice the L2 cache is overwritten. Times are of device events around the call;
-on a CPU, of the wall clock. The device is idle when a call is issued, so an eager time holds what
-the host needs beyond the flush.
+the device is idle when a call is issued, so an eager time holds what the host needs beyond the
+flush. On a CPU each call follows one that does not count, which finds the caches and the allocator
+as another function left them. There it is the wall clock, or with one thread (OMP_NUM_THREADS=1)
+the process's own time, to which other processes on the machine add little.
 """
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
-from benchmarks.common import Timing
-
-__all__ = ["Clock", "capture", "time_interleaved"]
+__all__ = ["WARMUP_CALLS", "Clock", "Timing", "capture", "time_interleaved"]
 
 WARMUP_CALLS = 3
+Name = TypeVar("Name")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one function, over all rounds.
+
+    Attributes:
+        times_ms: one for each round, in order.
+    """
+
+    times_ms: tuple[float, ...]
+
+    def quartiles(self) -> tuple[float, float, float]:
+        """Return the lower quartile, the median and the upper quartile, in ms."""
+        low, median, high = statistics.quantiles(self.times_ms, n=4, method="inclusive")
+        return low, median, high
+
+    def ratio(self, other: "Timing") -> float:
+        """Median of ``self / other``, round by round: drift of the machine cancels."""
+        pairs = zip(self.times_ms, other.times_ms, strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+    def least_ratio(self, other: "Timing") -> float:
+        """Least over least: what is left where other processes disturb most of the rounds."""
+        return min(self.times_ms) / min(other.times_ms)
 
 
 class Clock:
@@ -27,6 +54,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._buffer: torch.Tensor | None = None
+        self._now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         if device.type == "cuda":
             size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
             self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
@@ -36,30 +64,41 @@ class Clock:
         """Whether caches are flushed before each call."""
         return self._buffer is not None
 
+    def flush(self) -> None:
+        """Overwrite the caches of a GPU; what is enqueued next follows it."""
+        if self._buffer is not None:
+            self._buffer.zero_()
+
+    def wait(self) -> None:
+        """Wait for the device."""
+        if self._buffer is not None:
+            torch.cuda.synchronize(self.device)
+
     def time_ms(self, function: Callable[[], object]) -> float:
-        """Call it once."""
+        """Call it; on a CPU once more before."""
         if self._buffer is None:
-            start = time.perf_counter()
             function()
-            return 1e3 * (time.perf_counter() - start)
+            start = self._now()
+            function()
+            return 1e3 * (self._now() - start)
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(self.device)
-        self._buffer.zero_()
+        self.wait()
+        self.flush()
         first.record()
         function()
         last.record()
-        torch.cuda.synchronize(self.device)
+        self.wait()
         return float(first.elapsed_time(last))
 
 
 def time_interleaved(
-    functions: Mapping[str, Callable[[], object]],
+    functions: Mapping[Name, Callable[[], object]],
     clock: Clock,
     *,
     budget_s: float,
     least_rounds: int = 10,
     most_rounds: int = 200,
-) -> dict[str, Timing]:
+) -> dict[Name, Timing]:
     """Time functions in turns.
 
     Args:
@@ -72,7 +111,7 @@ def time_interleaved(
     Returns:
         A Timing for each name.
     """
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    times: dict[Name, list[float]] = {name: [] for name in functions}
     cost_s = 0.0
     for function in functions.values():
         for _ in range(WARMUP_CALLS):

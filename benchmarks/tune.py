@@ -1,6 +1,6 @@
 """Search for better tiles: what `_triton.tiles` should say, measured.
 
-    python -m benchmarks.tune [--shapes d128-e4-k1-p5-258k] [--deadline SECONDS]
+    python -m benchmarks.tune [--shapes 128-4-1-5-1e5] [--deadline SECONDS]
                               [--write tiles.json]
 
 For each workload, the functions of the table that its calls ask are found, then changed one value

@@ -450,16 +450,18 @@ def run_layer(
     backend: str,
 ) -> tuple[Tensor, Routing]:
     """`seg_moe` with its arguments in order; a call as one before it is not checked again."""
-    key = call_key(x, weights, padding_mask, options)
+    key = call_key(x, weights, options)
     known = None if key is None else _CHECKED.get(key)
     if known is None:
         check.check_x("seg_moe", x)
         check.check_weights("seg_moe", x, weights)
-        check.check_mask("seg_moe", padding_mask, x)  # in traced code, too: see SegMoE
+    check.check_mask("seg_moe", padding_mask, x)  # in traced code, too: see SegMoE
     weights, dtype = pipeline.autocast_weights(x, weights)
     options = known or check_layer("seg_moe", x, weights, dtype, options)
-    if known is None and key is not None:
-        if len(_CHECKED) >= _MOST_CHECKED:  # lengths may change in every batch
+    if known is not None:
+        check.check_steps("seg_moe", x, options.segment_size, options.top_k)
+    elif key is not None:
+        if len(_CHECKED) >= _MOST_CHECKED:
             _CHECKED.clear()
         _CHECKED[key] = options
     stages = backend_stages(backend, x)

@@ -88,14 +88,13 @@ def check_layer(
     return options
 
 
-def call_key(
-    x: Any, weights: LayerWeights, padding_mask: Any, options: Options
-) -> tuple[Any, ...] | None:
-    """All that the checks of a call look at, to compare it with another.
+def call_key(x: Any, weights: LayerWeights, options: Options) -> tuple[Any, ...] | None:
+    """All that the checks of a call look at, but batch and length, to compare it with another.
 
     None in traced code, and where something of another class has a say.
     """
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS:
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    if traced or type(x) not in _PLAIN_TENSORS:
         return None
     kinds = tuple(map(type, options))  # True is no 1 here
     if not _PLAIN_VALUES.issuperset(kinds):
@@ -103,7 +102,10 @@ def call_key(
     kind = x.device.type
     cast = kind != "meta" and torch.is_autocast_enabled(kind)
     key: list[Any] = [options, kinds, torch.get_autocast_dtype(kind) if cast else None]
-    for field in (x, padding_mask, *weights):
+    if x.is_nested:
+        return None
+    key += (x.ndim, x.shape[-1:], x.dtype, x.device, x.layout)
+    for field in weights:
         key.append(type(field))
         for tensor in field if isinstance(field, tuple) else (field,):
             if tensor is None:

@@ -6,22 +6,23 @@ import sys
 from benchmarks.clock import chip, compiled, measured, work
 from benchmarks.clock.capture import OperatorCall, capture_layer
 from benchmarks.clock.machine import SENSITIVITY
-from benchmarks.clock.tables import check_rows, parse_workload
+from benchmarks.clock.tables import check_rows
+from benchmarks.shapes import find_workloads
 
 
 def main():
     facts = {}
-    million = capture_layer(parse_workload("64-8-2-5-1e6").shape)
+    million = capture_layer(find_workloads("64-8-2-5-1e6")[0].shape)
     facts["names"] = [
         [call.name for call in calls] for calls in (million.forward, million.backward)
     ]
     (router,) = million.kernels("route_fwd")
     facts["x_bytes"] = router.tensors["x_rows.ptr"]
     tiles = {"expert_ffn_dw_tile": {"block_n": 128}}
-    narrow = parse_workload("128-8-2-5-1e6").shape
+    narrow = find_workloads("128-8-2-5-1e6")[0].shape
     both = (capture_layer(narrow), capture_layer(narrow, tiles=tiles))
     facts["dw_grids"] = [c.kernels("expert_ffn_dw")[0].grid for c in both]
-    single = capture_layer(parse_workload("64-4-1-5-1e6").shape)
+    single = capture_layer(find_workloads("64-4-1-5-1e6")[0].shape)
     facts["single"] = [call.name for call in single.forward]
     (launch,) = single.kernels("sum_splits")
     times = {n: launch.changed(num_splits=n) for n in (64, 202, 404)}
@@ -53,7 +54,7 @@ def main():
     facts["compared"] = measured.compare(chip.LayerTime(times, []), profiled)
     facts["why not"] = measured.why_not()
     shared = capture_layer(
-        parse_workload("64-4-1-5-1e6").shape, shared_expert="segment", backward=False
+        find_workloads("64-4-1-5-1e6")[0].shape, shared_expert="segment", backward=False
     )
     facts["mm"] = next(vars(c) for c in shared.forward if c.name == "mm")
     passes = [c for c in shared.forward if c.name.startswith(("shared", "mm", "_combine"))]

@@ -1,6 +1,6 @@
 """Kernels with and without an address in 32 bits, for `test_addresses`; run as a program.
 
-Prints which of them `benchmarks.addresses` finds fault with, as JSON. In a process of its own,
+Prints which of them `addresses` finds fault with, as JSON. In a process of its own,
 since the interpreter, which the tests run in, makes no IR.
 """
 
@@ -12,8 +12,8 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 import triton
 import triton.language as tl
+from addresses import narrow_addresses
 
-from benchmarks.addresses import narrow_addresses
 from benchmarks.codegen import caught_launches
 
 

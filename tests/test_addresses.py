@@ -28,7 +28,7 @@ def run_without_interpreter(*command):
 
 
 def test_no_kernel_computes_an_address_in_32_bits():
-    done = run_without_interpreter("-m", "benchmarks.addresses")
+    done = run_without_interpreter("-m", "tests.addresses")
     assert done.returncode == 0, done.stdout
     kernels = {line.split()[0] for line in done.stdout.splitlines() if line.endswith(" 0 narrow")}
     defined = set()

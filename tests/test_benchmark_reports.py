@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 
+import outcome_log
 import pytest
 import torch
 from benchmark_runs import CPU, ROOT, needs_scattermoe, rows_of
@@ -15,11 +16,8 @@ from benchmarks import (
     ceilings,
     gpu,
     layer,
-    memory,
-    outcome_log,
     profiles,
     report,
-    stages,
     tune,
 )
 from benchmarks.cases import make_case
@@ -143,15 +141,26 @@ def fake_results(folder):
 
     layers = [
         row(workload.name, provider, time_ms * scale, mode, workload)
-        for scale, workload in enumerate(find_workloads("d64-e4-k1-p5-10k,d64-e4-k1-p5-100k"), 1)
+        for scale, workload in enumerate(find_workloads("64-4-1-5-1e4,64-4-1-5-1e5"), 1)
         for provider, time_ms in (("segmoe", 2.0), ("grouped_mm", 5.0), ("scattermoe", 7.0))
         for mode in ("eager", "graph")
     ]
+    layers[0] |= {"saved_mib": 3.0, "saved_bytes_per_step": 9.0}
     absent = {**layers[0], "provider": "liger", "skipped": "SwiGLU experts only"}
     del absent["time_median_ms"]
     write("layer", [*layers, absent])
-    write("stages", layers)
-    write("memory", [{**r, "saved_mib": 3.0, "saved_bytes_per_step": 9.0} for r in layers[::2]])
+    stage = {
+        "params": {
+            "shape": "tiny",
+            "stage": "route",
+            "provider": "segmoe",
+            "passed": "forward",
+            "mode": "eager",
+        },
+        "stats": {"median": 0.002, "q1": 0.0018, "q3": 0.0022},
+    }
+    saved = {"machine_info": {"environment": environment}, "benchmarks": [stage]}
+    (folder / "stages.json").write_text(json.dumps(saved))
     write(
         "ceilings",
         [
@@ -169,6 +178,8 @@ def test_report_makes_tables_and_plots_from_the_files(tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "2.50 (grouped_mm)" in text
     assert "2 (1.8 to 2.2)" in text
+    assert "## Stages, forward, eager" in text
+    assert "| tiny route | 2 (1.8 to 2.2) |" in text
     # 4 GFLOP at 800 TFLOP/s take 5 us, 8 MB at 4,000 GB/s 2 us; 2 ms were taken.
     assert report.Results(tmp_path).bound_ms(report.Results(tmp_path).rows["layer"][0]) == 0.005
     assert "liger skipped (eager): SwiGLU experts only" in text
@@ -177,7 +188,7 @@ def test_report_makes_tables_and_plots_from_the_files(tmp_path):
     block = readme.read_text()
     assert block.startswith("before\n<!-- benchmarks -->\nA GPU")
     assert block.endswith("<!-- /benchmarks -->\nafter\n")
-    assert "| d64-e4-k1-p5-10k (routed, forward) | 10240 | 2 | 2.50 | grouped_mm |" in block
+    assert "| 64-4-1-5-1e4 (routed, forward) | 10020 | 2 | 2.50 | grouped_mm |" in block
     assert "old" not in block
 
 
@@ -237,11 +248,11 @@ def test_gpu_commands_are_known_to_their_modules(tmp_path, capsys):
             command = gpu._command(words, 100.0, tmp_path, quick=False)
             if "pytest" in command or "--counters" in command:
                 continue
-            module = {"layer": layer, "stages": stages, "memory": memory, "profiles": profiles}
+            module = {"layer": layer, "profiles": profiles}
             name = command[2].removeprefix("benchmarks.")
             if name in module:
                 assert module[name].main([*command[3:], "--list"]) == 0
-    assert "d64-e4-k1-p5-1m/routed/uniform" in capsys.readouterr().out
+    assert "64-4-1-5-1e6/routed/uniform" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what to do without a GPU")
@@ -297,7 +308,7 @@ def test_outcomes_are_kept_by_a_run_of_pytest(tmp_path):
     """The tests' conftest takes settings out of the environment, but not this one."""
     path = tmp_path / "tests.json"
     environment = {**os.environ, outcome_log.VARIABLE: str(path)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.outcome_log", "-n", "0"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.outcome_log", "-n", "0"]
     command += ["tests/test_promises.py", "-k", "targets"]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False

@@ -12,12 +12,10 @@ import torch
 from benchmark_runs import CPU, ROOT, needs_scattermoe, rows_of
 
 from benchmarks import (
-    common,
     layer,
     memory,
     peers,
     profiles,
-    stages,
     timing,
 )
 from benchmarks import store as stores
@@ -205,13 +203,23 @@ UNITS = (
     "_over_limit",
 )
 UNITS += ("_over_segmoe",)
-SETTINGS = {"steps", "batch", "length", "d_model", "d_ff", "num_experts", "top_k", "segment_size"}
+SETTINGS = {
+    "dropout",
+    "steps",
+    "batch",
+    "length",
+    "d_model",
+    "d_ff",
+    "num_experts",
+    "top_k",
+    "segment_size",
+}
 
 
 def assert_units(row):
     for key, value in row.items():
         if isinstance(value, float):
-            assert key.endswith(UNITS), key
+            assert key.endswith(UNITS) or key in SETTINGS, key
         elif isinstance(value, int) and not isinstance(value, bool):
             assert key in SETTINGS | {"rounds"}, key
 
@@ -230,6 +238,7 @@ def test_layer_writes_rows_with_units_and_resumes(tmp_path, capsys, monkeypatch)
         assert_units(row)
         assert row["time_q1_ms"] <= row["time_median_ms"] <= row["time_q3_ms"]
         assert row["configuration"] == "tiny-k2/routed/uniform/float32"
+        assert ("saved_mib" in row) == (row["pass"] == "forward+backward")
     capsys.readouterr()
 
     assert layer.main(arguments) == 0
@@ -338,41 +347,6 @@ def test_results_go_where_they_are_told(monkeypatch):
     assert stores.results_folder("cpu", "here") == Path("here")
 
 
-def test_stages_measure_every_part(tmp_path, monkeypatch):
-    monkeypatch.setenv("SEGMOE_BACKEND", "reference")
-    providers = "segmoe,eager,sort,grouped_mm"
-    assert stages.main([*FAST, "--out", str(tmp_path), "--providers", providers]) == 0
-    timed = [row for row in rows_of(tmp_path, "stages") if "time_median_ms" in row]
-    assert {row["part"] for row in timed} == set(stages.SUITE.parts)
-    for part in ("expert_ffn", "grouped_gemm"):
-        found = {row["provider"] for row in timed if row["part"] == part}
-        assert found == {"segmoe", "eager", "grouped_mm"}
-    assert {row["provider"] for row in timed if row["part"] == "permute"} >= {"segmoe", "sort"}
-    assert not [row for row in rows_of(tmp_path, "stages") if "refused" in row or "failed" in row]
-    for row in timed:
-        assert_units(row)
-
-
-@needs_scattermoe
-@pytest.mark.interpreter
-def test_stages_run_scattermoes_experts(tmp_path, monkeypatch):
-    monkeypatch.setenv("SEGMOE_BACKEND", "reference")
-    arguments = [*FAST, "--out", str(tmp_path), "--parts", "expert_ffn"]
-    arguments += ["--passes", "forward"]
-    assert stages.main([*arguments, "--providers", "scattermoe,scattermoe_nosync"]) == 0
-    assert all("time_median_ms" in row for row in rows_of(tmp_path, "stages"))
-
-
-def test_memory_counts_saved_bytes(tmp_path, monkeypatch):
-    monkeypatch.setenv("SEGMOE_BACKEND", "reference")
-    arguments = [*FAST, "--out", str(tmp_path), "--providers", "segmoe,eager,grouped_mm"]
-    assert memory.main(arguments) == 0
-    rows = rows_of(tmp_path, "memory")
-    assert all(row["saved_mib"] > 0 for row in rows)
-    for row in rows:
-        assert_units(row)
-
-
 def test_saved_bytes_leave_out_x_and_parameters():
     weight = torch.nn.Parameter(torch.randn(16, 16))
 
@@ -413,12 +387,14 @@ def test_timing_interleaves_and_alternates():
     order = []
     functions = {name: lambda name=name: order.append(name) for name in "ab"}
     found = timing.time_interleaved(functions, timing.Clock(CPU), budget_s=0, least_rounds=3)
-    assert "".join(order) == "aaabbb" + "ba" + "ab" + "ba"
+    # Every call is timed behind one of the same function that isn't.
+    assert "".join(order) == "aaaaaabbbbbb" + "bbaa" + "aabb" + "bbaa"
     assert {len(t.times_ms) for t in found.values()} == {3}
     assert timing.summary(found["a"])["rounds"] == 3
 
 
-def test_cpu_timing_leaves_out_the_first_of_several_calls(monkeypatch):
+@pytest.mark.parametrize(("threads", "name"), [(1, "process_time"), (2, "perf_counter")])
+def test_cpu_timing_leaves_out_the_first_of_two_calls(monkeypatch, threads, name):
     clock, order = [0.0], []
 
     def function(name, ms):
@@ -426,9 +402,27 @@ def test_cpu_timing_leaves_out_the_first_of_several_calls(monkeypatch):
         clock[0] += ms * (10 if order[-1:] != [name] else 1) / 1e3
         order.append(name)
 
-    monkeypatch.setattr(common.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing.time, name, lambda: clock[0])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     functions = {"a": lambda: function("a", 2.0), "b": lambda: function("b", 3.0)}
-    found = common.interleaved(functions, rounds=4, warmup=0, calls=3)
-    assert len(order) == 2 * 4 * 3
+    found = timing.time_interleaved(functions, timing.Clock(CPU), budget_s=0, least_rounds=4)
     assert found["a"].quartiles() == pytest.approx((2.0, 2.0, 2.0))
-    assert found["b"].quartiles() == pytest.approx((3.0, 3.0, 3.0))
+    assert found["b"].ratio(found["a"]) == pytest.approx(1.5)
+    assert found["b"].least_ratio(found["a"]) == pytest.approx(1.5)
+
+
+def test_dropout_is_timed_and_not_judged(tmp_path, capsys):
+    arguments = [*FAST, "--out", str(tmp_path), "--parts", "routed", "--dropout", "0,0.5"]
+    assert layer.main([*arguments, "--providers", "segmoe,official,grouped_mm"]) == 0
+    rows = [row for row in rows_of(tmp_path, "layer") if row["dropout"]]
+    assert {row["configuration"] for row in rows} == {"tiny-k2/routed/uniform/float32/dropout 0.5"}
+    timed = [row for row in rows if "time_median_ms" in row]
+    assert {row["provider"] for row in timed} == {"segmoe", "official"}
+    assert {row["skipped"] for row in rows if row not in timed} == {"has no dropout"}
+    assert "has no dropout" in capsys.readouterr().out
+
+
+def test_shapes_are_read_from_their_sizes():
+    (workload,) = find_workloads("64-4-2-5-1e4")
+    assert str(workload.shape) == "B167-T60-D64-F128-E4-k2-P5"
+    assert find_workloads("64-4-2-5-1e4,tiny")[1].name == "tiny"

@@ -5,9 +5,10 @@ import contextlib
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from segmoe_kernels import functional
+from segmoe_kernels import SegMoE, functional
 from segmoe_kernels.reference import permute
 from segmoe_kernels.reference.experts import composed_ffn, dense_ffn, gather_rows, grouped_ffn
 from segmoe_kernels.routing import FFNWeights
@@ -192,8 +193,9 @@ def test_operator_refuses_a_second_derivative():
     (_, _, *weights), *_ = make_inputs("gated")
     rows = torch.randn(7, D).double().requires_grad_()
     out = OPS.grouped_ffn(rows, *weights, None, torch.tensor([0, 3, 3, 6]), "silu")
-    with pytest.raises(NotImplementedError, match="no second one"):
-        torch.autograd.grad(out.sum(), rows, create_graph=True)
+    (drows,) = torch.autograd.grad(out.sum(), rows, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        drows.sum().backward()
 
 
 def test_rows_of_no_expert_are_not_read():
@@ -237,3 +239,34 @@ def test_offsets_that_leave_rows_unwritten_are_refused(offsets):
     a, b = torch.randn(4, 3), torch.randn(2, 5, 3)
     with pytest.raises(ValueError, match="expert_offsets to ascend from 0 to at most M=4, got"):
         functional.grouped_gemm(a, b, torch.tensor(offsets, dtype=torch.int32))
+
+
+def test_a_recorded_graph_serves_other_routings():
+    """Rows an expert has today are no constants of a traced graph."""
+    layer = SegMoE(4, 6, 3, segment_size=2, shared_expert=None, backend="reference").eval()
+    x, other = torch.randn(2, 3, 8, 4).unbind()
+    with torch.no_grad():
+        for recorded in (torch.jit.trace(layer, x, check_trace=False), make_fx(layer)(x)):
+            torch.testing.assert_close(recorded(other), layer(other))
+
+
+def test_autocast_does_not_reach_stages_whose_weights_are_not_cast():
+    (_, _, *weights), *_ = make_inputs("gated", dtype=torch.float32)
+    rows, offsets = torch.randn(7, D), torch.tensor([0, 3, 3, 6])
+    expected = grouped_ffn(rows, weights, None, offsets, "silu")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(grouped_ffn(rows, weights, None, offsets, "silu"), expected)
+
+
+def test_no_expert_gives_zeros():
+    weights = [torch.zeros(0, 6, 4), None, None, None, None, None]
+    out = grouped_ffn(torch.ones(3, 4), weights, None, torch.zeros(1, dtype=torch.int32), None)
+    assert torch.equal(out, torch.zeros(3, 6))
+
+
+def test_first_derivatives_of_tensors_without_values_may_ask_for_a_graph():
+    layer = SegMoE(4, 6, 3, segment_size=2, shared_expert=None, backend="reference", device="meta")
+    x = torch.zeros(1, 4, 4, device="meta", requires_grad=True)
+    (dx,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        dx.sum().backward()

@@ -1,5 +1,6 @@
 """Host time of our call beside that of the official loop, in a process of its own without a GPU."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,19 +15,25 @@ pytestmark = pytest.mark.skipif(
 )
 # Over the official loop's time, in the same turns: a third above what was measured.
 LIMITS = {
-    ("no shared expert", "infer"): 2.5,
-    ("no shared expert", "forward + backward"): 1.9,
-    ("reference", "infer"): 2.8,
-    ("reference", "forward + backward"): 2.0,
+    ("no shared expert", "infer"): 1.2,
+    ("no shared expert", "forward + backward"): 1.05,
+    ("reference", "infer"): 2.0,
+    ("reference", "forward + backward"): 1.6,
 }
 
 
-def run_host(*words):
+def run_python(*words):
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.host", *words]
-    return subprocess.run(
-        command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True
-    ).stdout
+    command = [sys.executable, *words]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run_host(*words):
+    return run_python("-m", "benchmarks.host", *words)
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +47,9 @@ def rows(tmp_path_factory):
 
 @pytest.mark.parametrize(("case", "passed"), LIMITS)
 def test_a_call_takes_no_more_of_the_host_than_it_may(rows, case, passed):
-    assert rows[case, passed, "official"]["over_official"] == [1, 1, 1]
+    assert rows[case, passed, "official"]["over_official"] == 1
     # The lower quartile: what else runs on the machine makes a call slower, never faster.
-    assert rows[case, passed, "segmoe"]["over_official"][0] < LIMITS[case, passed]
+    assert rows[case, passed, "segmoe"]["over_official"] < LIMITS[case, passed]
 
 
 def test_launches_are_counted(rows):
@@ -55,6 +62,11 @@ def test_launches_are_counted(rows):
 def test_a_profile_names_parts_of_a_call():
     lines = run_host("profile", "--rounds", "20").splitlines()
     parts = {line[:44].strip(): float(line.split()[-1]) for line in lines[1:]}
-    assert {"Triton: JITFunction.run", "operators' bodies", "checks"} < parts.keys()
+    assert {"launches: Python", "operators: bodies", "checks"} < parts.keys()
     assert parts.pop("all") == pytest.approx(sum(parts.values()), abs=1)
     assert all(us > 0 for us in parts.values())
+
+
+def test_prepared_launches_are_tritons_own():
+    """In `prepared_worker`: the same launches, nothing new for new lengths, seen by who watches."""
+    assert json.loads(run_python("tests/prepared_worker.py"))["launches"] > 100

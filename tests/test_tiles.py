@@ -38,13 +38,6 @@ def arch(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(params=[name for name in tile_table.TILES_OF if name != "gfx942"])
-def block_arch(request, monkeypatch):
-    """One that plan block runs on."""
-    monkeypatch.setenv("SEGMOE_ARCH", request.param)
-    return request.param
-
-
 def most_columns(operation):
     if operation.startswith("expert_ffn_dw"):
         return tiles.MAX_FUSED_DW_WIDTH

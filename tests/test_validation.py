@@ -308,4 +308,8 @@ def test_a_call_is_checked_once_and_lengths_take_no_memory(monkeypatch):
     assert len(checked) == 2
     for length in range(1, 30):
         functional.seg_moe(**call | {"x": torch.randn(1, length, 4)})
+    assert len(checked) == 2
+    for size in range(1, 30):
+        weight = torch.randn(3, 4 * size)
+        functional.seg_moe(**call | {"router_weight": weight, "segment_size": size})
         assert len(functional._CHECKED) <= 8

@@ -36,9 +36,9 @@ from benchmarks.clock.tables import (
     clock_environment,
     kernel_row,
     layer_rows,
-    parse_workload,
     sensitivity_rows,
 )
+from benchmarks.shapes import find_workloads
 from benchmarks.store import Store, results_folder
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "clock" / "sm_90.json"
@@ -97,7 +97,7 @@ def _table(args: argparse.Namespace) -> None:
     print("modelled us, forward/backward, launches at 1 us | at 2 us")
     print(f"{'shape':<18}" + "".join(f"{name:>30}" for name in providers))
     for name in args.shapes.split(","):
-        workload = parse_workload(name)
+        workload = find_workloads(name)[0]
         tiles = _tiles(args.tile)
         rows = layer_rows(workload, providers, DTYPES[args.dtype], tiles=tiles)
         cells = []
@@ -124,7 +124,7 @@ def _line(row: dict[str, Any], label: str = "") -> str:
 
 
 def _layer(args: argparse.Namespace) -> None:
-    workload = parse_workload(args.shape)
+    workload = find_workloads(args.shape)[0]
     tiles = _tiles(args.tile)
     for row in layer_rows(workload, [args.provider], DTYPES[args.dtype], tiles=tiles):
         if "skipped" in row:
@@ -136,7 +136,7 @@ def _layer(args: argparse.Namespace) -> None:
 
 
 def _kernel(args: argparse.Namespace) -> int:
-    workload = parse_workload(args.shape)
+    workload = find_workloads(args.shape)[0]
     tiles = _tiles(args.tile)
     capture = capture_provider(workload, args.provider, DTYPES[args.dtype], tiles=tiles)
     found = capture.kernels(args.name)
@@ -179,7 +179,7 @@ def _checks(args: argparse.Namespace) -> int:
             flush=True,
         )
     for name in SENSITIVE:
-        found = sensitivity_rows(parse_workload(name), PROVIDERS)
+        found = sensitivity_rows(find_workloads(name)[0], PROVIDERS)
         for row in found:
             if "skipped" not in row:
                 print(

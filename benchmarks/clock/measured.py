@@ -7,8 +7,9 @@ import torch
 
 from benchmarks.cases import make_case
 from benchmarks.clock.chip import LayerTime, time_layer
-from benchmarks.clock.tables import capture_provider, parse_workload
+from benchmarks.clock.tables import capture_provider
 from benchmarks.profiles import kernel_rows
+from benchmarks.shapes import find_workloads
 from benchmarks.store import code_version
 
 __all__ = ["compare", "measure", "why_not"]
@@ -58,7 +59,7 @@ def measure(name: str) -> dict[str, Any]:
     Returns:
         A row for clock.json, its ``kernels`` from `compare`.
     """
-    workload, device = parse_workload(name), torch.device("cuda")
+    workload, device = find_workloads(name)[0], torch.device("cuda")
     dtype = torch.bfloat16
     times = time_layer(capture_provider(workload, "segmoe"))
     layer, inputs = make_case(

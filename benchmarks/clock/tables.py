@@ -15,7 +15,7 @@ from benchmarks.clock.peers import capture_scattermoe
 from benchmarks.codegen import NVIDIA_BIN, run_tool
 from benchmarks.common import environment
 from benchmarks.peers import SkippedError
-from benchmarks.shapes import Shape, Workload, find_workloads
+from benchmarks.shapes import Workload, find_workloads
 
 __all__ = [
     "PROVIDERS",
@@ -25,43 +25,13 @@ __all__ = [
     "clock_environment",
     "kernel_row",
     "layer_rows",
-    "parse_workload",
     "sensitivity_rows",
 ]
 
 PROVIDERS = ("segmoe", "scattermoe")
-_SPEC = re.compile(r"(\d+)-(\d+)-(\d+)-(\d+)-([\d.e]+)")
 
-# The committed table: D-E-k-P-rows, with F = 2 D and sequences of 60 steps, then language models.
-TARGETS = (
-    *(
-        f"{d}-{e}-{k}-5-{rows}"
-        for d in (64, 128, 256)
-        for e, k in ((4, 1), (8, 1), (8, 2))
-        for rows in ("1e4", "1e5", "1e6")
-    ),
-    *(f"{d}-{e}-2-{p}-1e5" for d in (64, 128, 256) for e, p in ((4, 3), (8, 4))),
-    *("qwen3-8k", "qwen3-32k", "mixtral-8k"),
-)
-
-
-def parse_workload(text: str) -> Workload:
-    """Read a shape.
-
-    Args:
-        text: ``D-E-k-P-rows``, such as ``64-4-1-5-1e6``, with F = 2 D and sequences of 60 steps, or
-            a name of `shapes`.
-
-    Raises:
-        ValueError: if it is neither.
-    """
-    found = _SPEC.fullmatch(text)
-    if not found:
-        (workload,) = find_workloads(text)
-        return workload
-    d, e, k, p = (int(number) for number in found.groups()[:4])
-    batch = max(1, round(float(found[5]) / 60))
-    return Workload(text, Shape(batch, 60, d, 2 * d, e, k, p), "D-E-k-P-rows, F = 2 D")
+# The committed table.
+TARGETS = tuple(w.name for w in find_workloads("grid,qwen3-8k,qwen3-32k,mixtral-8k"))
 
 
 def capture_provider(

@@ -56,7 +56,7 @@ def _rows(case: str, options: argparse.Namespace) -> list[dict[str, Any]]:
                 "pass": passed,
                 "provider": name,
                 "us": [round(1e3 * t, 1) for t in timing.quartiles()],
-                "over_official": [round(r, 3) for r in timing.ratio(timings[YARDSTICK, passed])],
+                "over_official": round(timing.ratio(timings[YARDSTICK, passed]), 3),
                 "rounds": options.rounds,
                 "load": [round(load, 1), round(os.getloadavg()[0], 1)],
                 "triton_launches": LIBRARY.stub_launches() - before,
@@ -71,7 +71,7 @@ def _table(options: argparse.Namespace) -> None:
     for case in options.cases:
         for row in _rows(case, options):
             rows.append(row)
-            us, ratio = row["us"][1], row["over_official"][1]
+            us, ratio = row["us"][1], row["over_official"]
             words = f"{case:26}{row['pass']:20}{row['provider']:19}"
             print(f"{words}{us:7.0f}{ratio:12.2f}{row['triton_launches']:10}", flush=True)
     if options.json:

@@ -1,7 +1,6 @@
 """The layers that are called, the peers beside them, and how their calls are timed."""
 
 import gc
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.common import Timing, interleaved
+from benchmarks.timing import Clock, Timing, time_interleaved
 from segmoe_kernels import SegMoE
 
 __all__ = ["CASES", "DTYPES", "PASSES", "PROVIDERS", "Case", "calls_of", "measure"]
@@ -93,10 +92,13 @@ def _passes(
 
 
 def measure(functions: Mapping[Any, Callable[[], object]], *, rounds: int) -> dict[Any, Timing]:
-    """CPU time of this thread, for others share the cores; without the garbage collector."""
+    """CPU time, for others share the cores; without the garbage collector."""
     gc.collect()
     gc.disable()
     try:
-        return interleaved(functions, rounds=rounds, warmup=10, calls=5, clock=time.thread_time)
+        clock = Clock(torch.device("cpu"))
+        return time_interleaved(
+            functions, clock, budget_s=0, least_rounds=rounds, most_rounds=rounds
+        )
     finally:
         gc.enable()

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import triton
 from triton.backends.nvidia import driver
-from triton.runtime import jit
 
 from benchmarks.host.calls import Case, calls_of
-from segmoe_kernels import SegMoE, functional, options, pipeline, validation
+from segmoe_kernels import SegMoE, autograd, functional, options, pipeline, validation
 from segmoe_kernels._triton import launch, tiles
+from segmoe_kernels._triton.prepared import Kernel
 
 __all__ = ["profile"]
 
@@ -102,8 +102,8 @@ def _operators(timers: Timers) -> None:
     define = launch.define_operator
 
     def timed(name: str, implementation: Callable[..., Any], *rest: Any, **options_: Any) -> Any:
-        body = timers.wrap("operators' bodies", implementation)
-        return timers.wrap("torch.library", define(name, body, *rest, **options_))
+        body = timers.wrap("operators: bodies", implementation)
+        return timers.wrap("operators: calls", define(name, body, *rest, **options_))
 
     launch.define_operator = timed
     guard = launch.device_guard
@@ -140,27 +140,20 @@ def _install(timers: Timers) -> None:
     for function in torch.autograd.Function.__subclasses__():
         if function.__module__.startswith("segmoe_kernels.stages"):
             _function(timers, function)
+    _everywhere(timers, "autograd.Function.apply", (autograd.apply,))
     _method(timers, "autograd's engine", torch.autograd, "grad")
     _method(timers, "layer, pipeline", SegMoE, "__call__")
 
 
 def _function(timers: Timers, function: Any) -> None:
-    function.apply = timers.wrap("autograd.Function.apply", function.apply)
     for name in ("setup_context", "backward"):
         part = f"autograd.Function.{name}"
         setattr(function, name, staticmethod(timers.wrap(part, getattr(function, name))))
 
 
 def _triton(timers: Timers) -> None:
-    create_binder = jit.JITFunction.create_binder
-
-    def create(function: Any) -> Any:
-        *rest, binder = create_binder(function)
-        return *rest, timers.wrap("Triton: binder", binder)
-
-    jit.JITFunction.create_binder = create
-    _method(timers, "Triton: key", jit, "compute_cache_key")
-    _method(timers, "Triton: JITFunction.run", jit.JITFunction, "run")
+    _method(timers, "launches: key", Kernel, "_key")
+    _method(timers, "launches: Python", Kernel, "run")
     _method(timers, "Triton: launcher, Python", driver.CudaLauncher, "__call__")
     utils = triton.runtime.driver.active.utils
     _method(timers, "Triton: launcher, C", utils, "launch")

@@ -119,9 +119,6 @@ class Dropout(NamedTuple):
     probability: Any
 
 
-NO_DROPOUT = Dropout(None, 0.0)
-
-
 class Kept(NamedTuple):
     """What backward writes for the products that make weight gradients.
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from segmoe_kernels._triton.launch import accumulator, kernel, padded
+from segmoe_kernels._triton.launch import accumulator, cdiv, kernel, padded
 from segmoe_kernels._triton.sequences import expert_tiles, split_starts
 from segmoe_kernels._triton.tiles import NUM_SMS
 
@@ -59,7 +59,7 @@ def reduce_partials(
     sizes = tuple(0 if out is None else out[0].numel() for out in outputs)
     # Programs find their splits, which costs more than to add them up: few where there are many.
     block = 2048 if num_experts * partials.shape[1] >= 2048 * NUM_SMS else 512
-    grid = (triton.cdiv(partials.shape[1], block), num_experts)
+    grid = (cdiv(partials.shape[1], block), num_experts)
     reduce_partials_kernel[grid](
         partials,
         tuple(outputs),
@@ -197,7 +197,7 @@ def sum_splits(partials: Tensor, *outputs: Tensor | None) -> None:
             one that nobody wants.
     """
     num_splits, size = partials.shape[0], partials[0].numel()
-    sum_splits_kernel[(triton.cdiv(size, 64),)](
+    sum_splits_kernel[(cdiv(size, 64),)](
         partials,
         outputs,
         (size // len(outputs),) * len(outputs),

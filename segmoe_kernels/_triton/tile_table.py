@@ -91,7 +91,7 @@ def architecture() -> str:
 
 def power(size: int, least: int, most: int) -> int:
     """Round up to a power of two within bounds."""
-    return int(min(most, max(least, triton.next_power_of_2(size))))
+    return min(most, max(least, 1 << (size - 1).bit_length()))
 
 
 def kind_of(dtype: torch.dtype) -> str:

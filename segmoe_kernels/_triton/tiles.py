@@ -9,7 +9,6 @@ file: `tuned`.
 import os
 
 import torch
-import triton
 
 from segmoe_kernels._triton.tile_table import (
     FUSED_TILES,
@@ -121,7 +120,7 @@ def _gemm_tile(
         operation = GEMM_LIKE.get(operation, operation)
     tile = found[power(rows_per_expert, 16, 128)]
     block_n = tile.block_n
-    if block_n > 128 and triton.cdiv(n, block_n) * block_n > 1.1 * n:
+    if block_n > 128 and -(-n // block_n) * block_n > 1.1 * n:
         block_n = 128
     return tile._replace(block_n=power(n, 16, block_n), block_k=power(k, 16, tile.block_k))
 

@@ -26,6 +26,9 @@ VARIABLE = "SEGMOE_TILES"
 FUSED = ("block_m", "block_n", "num_warps", "num_stages")
 PRODUCT = (*FUSED, "block_k")
 
+# Of each function of the table; the number of rows may change in every batch.
+_MOST_KNOWN = 1024
+
 _Answer = TypeVar("_Answer")
 # Function of the table -> the fields that may be changed, filled where the table is defined.
 _FIELDS: dict[str, tuple[str, ...]] = {}
@@ -43,14 +46,17 @@ def replaceable(*fields: str) -> Callable[[Callable[..., _Answer]], Callable[...
     """
 
     def decorate(function: Callable[..., _Answer]) -> Callable[..., _Answer]:
-        @functools.wraps(function)
-        def answer(*args: Any, **kwargs: Any) -> _Answer:
+        @functools.lru_cache(_MOST_KNOWN)
+        def find(path: str | None, arch: str, *args: Any, **kwargs: Any) -> _Answer:
             shipped = function(*args, **kwargs)
-            path = os.environ.get(VARIABLE)
             if not path or shipped is None:
                 return shipped
-            found = _replacement(path, architecture(), question(answer, *args, **kwargs))
+            found = _replacement(path, arch, question(function, *args, **kwargs))
             return shipped._replace(**found) if found else shipped  # type: ignore[attr-defined]
+
+        @functools.wraps(function)
+        def answer(*args: Any, **kwargs: Any) -> _Answer:
+            return find(os.environ.get(VARIABLE), architecture(), *args, **kwargs)
 
         _FIELDS[function.__name__] = fields
         return answer
@@ -78,7 +84,7 @@ def question(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     for name, value in _signature(function).bind(*args, **kwargs).arguments.items():
         if name == "rows_per_expert":
             words.append(f"{name}={power(value, 16, 128)}")
-        elif name != "num_segments":
+        else:
             words.append(f"{name}={str(value).removeprefix('torch.')}")
     return f"{function.__name__}({', '.join(words)})"
 

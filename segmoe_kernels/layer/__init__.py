@@ -390,7 +390,8 @@ class SegMoE(nn.Module):
             resolve_backend(self.backend, x)
         if padding_mask is not None:
             x = x.masked_fill(~padding_mask[..., None], 0)
-        dropout = self.dropout if self.training else 0.0
+        options = self._options().checked("SegMoE.forward")
+        dropout = options.dropout if self.training else 0.0
         if ffn.is_plain():
             weights = ffn.weights()
             cast, dtype = autocast_weights(x, LayerWeights(weights.up_proj, weights))

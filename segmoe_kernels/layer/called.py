@@ -68,6 +68,10 @@ def run_called(
     named = {"shared_gate": shared_gate, "in_proj": in_proj, "out_proj": out_proj}
     for name, part in named.items():
         check.check_linear("SegMoE.forward", name, part, x)
+    options = options.checked("SegMoE.forward")
+    if in_proj is not None and options.pooling != "concat":
+        rule = "be 'concat' with expert_scope='projected'"
+        check.fail_value("SegMoE.forward", "pooling", rule, repr(options.pooling))
     length, d_model = x.shape[-2:]
     segment_size = options.segment_size
     if (shared is None) != (shared_gate is None):

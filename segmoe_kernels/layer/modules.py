@@ -219,7 +219,7 @@ class FeedForward(nn.Module):
         return all(is_plain(part) for part in (self.up_proj, self.gate_proj, self.down_proj))
 
     def run(self, rows: Tensor, activation: str, dropout: float) -> Tensor:
-        """Compute `composed_ffn.dense_ffn` by calls of the linear maps."""
+        """Compute `reference.experts.dense_ffn` by calls of the linear maps."""
         for name, part in self.named_children():
             check.check_linear("SegMoE.forward", f"shared_expert.{name}", part, rows)
         function = ACTIVATIONS[activation].function

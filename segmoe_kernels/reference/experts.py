@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import _C, Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import is_fake
 
 from segmoe_kernels import validation as check
 from segmoe_kernels.activations import ACTIVATIONS
 from segmoe_kernels.autograd import apply
 from segmoe_kernels.flops import register_flops
+from segmoe_kernels.pipeline import no_autocast
 from segmoe_kernels.routing import FFNWeights
 from segmoe_kernels.segments import segments
 
@@ -51,7 +52,8 @@ def _loop(rows: Any, *args: Any) -> Tensor:
     offsets = expert_offsets.tolist()
     if offsets[0] != 0 or offsets != sorted(offsets) or offsets[-1] > rows.shape[0]:
         rule = f"ascend from 0 to at most M={rows.shape[0]}"
-        check.fail_value("grouped_gemm", "expert_offsets", rule, offsets)
+        name = "grouped_gemm" if weights[1] is None else "expert_ffn"
+        check.fail_value(name, "expert_offsets", rule, offsets)
     sizes = [hi - lo for lo, hi in itertools.pairwise([*offsets, rows.shape[0]])]
     scales = itertools.repeat(0.0) if scale is None else scale.split(sizes)
     # Not w[e], whose gradient is as large as w for each expert.
@@ -65,7 +67,8 @@ def _loop(rows: Any, *args: Any) -> Tensor:
             out.append(y if activation is None else ACTIVATIONS[activation].function(y))
         else:
             out.append(dense_ffn(part, FFNWeights(*expert), activation, kept))
-    return torch.cat([*out, rows.new_zeros(sizes[-1], out[0].shape[1])])
+    width = weights[0 if weights[1] is None else 1].shape[1]
+    return torch.cat([*out, rows.new_zeros(sizes[-1], width)])
 
 
 def _loop_fake(rows: Tensor, up: Tensor, down: Tensor | None, *_: Any) -> Tensor:
@@ -108,16 +111,24 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  
 
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise NotImplementedError("compiled code and tensors without values have no second one.")
     need = list(ctx.needs_input_grad[:8])
     operator = torch.ops.segmoe_reference.grouped_ffn_bwd
     found = operator(dout, *ctx.saved_tensors, ctx.activation, need)
     return *(g if n else None for g, n in zip(found, need, strict=True)), None, None
 
 
+def _refuse_second_derivative(ctx: Any, *grads: Any) -> None:  # noqa: ARG001
+    raise RuntimeError(
+        "segmoe_kernels: no second derivatives in compiled code or of tensors without values; "
+        "differentiate eager code with backend='reference'."
+    )
+
+
 torch.library.register_autograd(
     "segmoe_reference::grouped_ffn", _backward, setup_context=_setup_context, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "segmoe_reference::grouped_ffn_bwd", _refuse_second_derivative, lib=_LIBRARY
 )
 
 
@@ -134,6 +145,12 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         index, inverse = ctx.saved_tensors
         return gather_rows(grads[0], inverse, index), None, None
+
+
+def _is_recorded() -> bool:
+    """Whether a graph is made of what runs, into which today's number of rows must not go."""
+    proxy = _C._get_dispatch_mode(_C._TorchDispatchModeKey.PROXY)
+    return _C._get_tracing_state() is not None or proxy is not None
 
 
 def grouped_ffn(
@@ -156,9 +173,11 @@ def grouped_ffn(
     Returns:
         (M, K), or (M, F) without a down_proj.
     """
-    blind = torch.compiler.is_compiling() or rows.is_meta or isinstance(rows, FakeTensor)
+    blind = torch.compiler.is_compiling() or _is_recorded() or rows.is_meta or is_fake(rows)
     run = torch.ops.segmoe_reference.grouped_ffn if blind else _loop
-    out: Tensor = run(rows, *weights, scale, expert_offsets, activation)
+    # As the kernels, which autocast doesn't reach: who wants other dtypes casts the weights.
+    with no_autocast(rows.device.type):
+        out: Tensor = run(rows, *weights, scale, expert_offsets, activation)
     return out
 
 
@@ -218,8 +237,7 @@ def composed_ffn(
     rows = gather_rows(slots, sorted_to_slot, slot_to_sorted).reshape(-1, d_model)
     scale = None
     if dropout:
-        scale = rows.new_empty(rows.shape[0], experts.up_proj.shape[1])
-        scale = scale.bernoulli_(1 - dropout).div_(1 - dropout)
+        scale = F.dropout(rows.new_ones(rows.shape[0], experts.up_proj.shape[1]), dropout)
     rows = grouped_ffn(rows, experts, scale, expert_offsets * segment_size, activation)
 
     slots = gather_rows(rows.reshape(slots.shape), slot_to_sorted, sorted_to_slot)

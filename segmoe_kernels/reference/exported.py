@@ -73,7 +73,7 @@ def expert_ffn(
     activation: str,
     dropout: float,
 ) -> Tensor:
-    """`grouped_ffn.composed_ffn`."""
+    """`experts.composed_ffn`."""
     top_k = topk_weights.shape[-1]
     rows = segments(x, segment_size, padding_mask).flatten(0, 1)
     weights = topk_weights.flatten().to(x.dtype)

@@ -8,7 +8,6 @@ of the shared path are PyTorch's.
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from segmoe_kernels import validation as check
 from segmoe_kernels._triton.arguments import Shared, rows_of
 from segmoe_kernels._triton.launch import (
     accumulator,
+    cdiv,
     define_operator,
     kernel,
     padded,
@@ -130,7 +130,7 @@ def launch_combine(
     width = d_model if shared_out is None else shared_out.shape[2]
     block_d = min(padded(d_model), 256)
     block_m = rows_at_once(block_d, y.dtype)
-    programs = triton.cdiv(batch * length, block_m) * triton.cdiv(d_model, block_d)
+    programs = cdiv(batch * length, block_m) * cdiv(d_model, block_d)
     check.check_programs("combine", programs)
     _combine_fwd_kernel[(programs,)](
         rows_of(expert_out),
@@ -177,7 +177,7 @@ def _combine_bwd(
     block_d = min(padded(d_model), 256)
     block_m = rows_at_once(block_d, dy.dtype)
     num_gates = batch * shared_out.shape[1]
-    _combine_bwd_kernel[(triton.cdiv(num_gates, block_m),)](
+    _combine_bwd_kernel[(cdiv(num_gates, block_m),)](
         rows_of(dy),
         Shared(shared_out, shared_gate_logits),
         Shared(dshared, dgate_logits),

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from segmoe_kernels._triton.arguments import Places
-from segmoe_kernels._triton.launch import define_operator, kernel, padded
+from segmoe_kernels._triton.launch import cdiv, define_operator, kernel, padded
 from segmoe_kernels.routing import Permutation
 
 # Slots that one program places; `route` counts its blocks in the same number of segments.
@@ -151,7 +151,7 @@ def _permute(
     slots_per_block = SEGMENTS_PER_BLOCK * top_k
     # A chunk holds a (CHUNK, GROUPS) one-hot in registers.
     chunk = max(16, min(padded(slots_per_block), 8192 // groups))
-    num_blocks = triton.cdiv(topk_ids.shape[0], SEGMENTS_PER_BLOCK)
+    num_blocks = cdiv(topk_ids.shape[0], SEGMENTS_PER_BLOCK)
     tiles = {"SLOTS_PER_BLOCK": slots_per_block, "CHUNK": chunk, "GROUPS": groups}
     if block_counts is None:
         block_counts = topk_ids.new_empty(num_blocks, num_experts + 1)
@@ -161,7 +161,7 @@ def _permute(
     at_once = max(16, 8192 // groups)
     sums, block_starts, num_runs = block_counts, None, num_blocks
     if num_blocks > MAX_BLOCKS_WITHOUT_SCAN:
-        num_runs = triton.cdiv(num_blocks, at_once)
+        num_runs = cdiv(num_blocks, at_once)
         sums = topk_ids.new_empty(num_runs, num_experts + 1)
         block_starts = torch.empty_like(block_counts)
         _permute_scan_kernel[(num_runs,)](

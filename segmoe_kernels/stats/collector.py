@@ -7,7 +7,7 @@
             train_step(model, x, target)
             entry = stats.end_step()        # None but every 100th step, which alone waits
         stats.end_epoch()
-    plot_expert_load(stats.step_history)    # stats_plots; CSVWriter and others in stats_writers
+    plot_expert_load(stats.step_history)    # `plots`; CSVWriter and others in `writers`
 
 `collect_routings` hands out the routing itself, for losses of the whole model.
 """

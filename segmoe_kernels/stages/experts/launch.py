@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from segmoe_kernels._triton.arguments import (
@@ -21,6 +20,7 @@ from segmoe_kernels._triton.arguments import (
 from segmoe_kernels._triton.launch import (
     accumulator,
     accumulator_dtype,
+    cdiv,
     input_precision,
     padded,
     within_reach,
@@ -196,7 +196,7 @@ def launch_dx(
 def launch_dw(call: Call, dy: Tensor, dweights: FFNWeights) -> None:
     """Weight gradients of experts of a width that is fused."""
     tile = expert_ffn_dw_tile(call.width, call.d_ff, call.dtype, **call.fused_in)
-    columns = triton.cdiv(call.d_ff, tile.block_n)
+    columns = cdiv(call.d_ff, tile.block_n)
     splits = num_row_splits(call.num_rows, tile, columns)
     dup, ddown, dgate, dup_bias, dgate_bias, ddown_bias = dweights
     gradients = Gradients(dup, ddown, dgate, dup_bias, ddown_bias, dgate_bias)
@@ -323,7 +323,7 @@ def _dhidden_tile(call: Call) -> Any:
 
 def column_tiles(call: Call) -> int:
     """Rows of drow_weights: one for each column tile that contributes to a routing weight."""
-    return int(triton.cdiv(call.d_ff, _dhidden_tile(call).block_n))
+    return cdiv(call.d_ff, int(_dhidden_tile(call).block_n))
 
 
 def rows_contiguous(weights: FFNWeights) -> FFNWeights:

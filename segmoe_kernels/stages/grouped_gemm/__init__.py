@@ -8,16 +8,15 @@ fixed order. The launchers here serve `experts` too.
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from segmoe_kernels import validation as check
 from segmoe_kernels._triton.arguments import (
-    NO_DROPOUT,
     NO_FACTOR,
     Dropout,
     Factor,
     Sequences,
+    dropout_of,
     factor_of,
     rows_of,
     sorted_rows,
@@ -25,6 +24,7 @@ from segmoe_kernels._triton.arguments import (
 from segmoe_kernels._triton.launch import (
     accumulator,
     accumulator_dtype,
+    cdiv,
     define_operator,
     input_precision,
     padded,
@@ -68,7 +68,7 @@ def weight_gradient(
     """
     num_experts, n, k = weight.shape
     tile = grouped_gemm_dw_tile(n, k, a.dtype, bias=bias is not None)
-    columns = triton.cdiv(n, tile.block_n) * triton.cdiv(k, tile.block_k)
+    columns = cdiv(n, tile.block_n) * cdiv(k, tile.block_k)
     splits = num_row_splits(num_rows, tile, columns)
     # Many experts fill a GPU alone: one each, and nothing is left to add up.
     whole = splits == 1 or num_experts * columns >= GEMM_DW_WHOLE
@@ -123,7 +123,7 @@ def product(
     a2: Tensor | None = None,
     second: Factor | None = None,
     row_weights: Tensor | None = None,
-    dropout: Dropout = NO_DROPOUT,
+    dropout: Dropout | None = None,
     activation: str = "none",
 ) -> None:
     """Launch `grouped_gemm_kernel`.
@@ -140,6 +140,7 @@ def product(
         dropout: see the kernel.
         activation: see the kernel.
     """
+    dropout = dropout_of(None, 0.0, a.dtype) if dropout is None else dropout
     num_experts, n, k = first.ptr.shape
     tile = grouped_gemm_tile(
         n,
@@ -180,10 +181,10 @@ def product(
 
 def gemm_grid(num_rows: int, num_experts: int, n: int, tile: TileConfig) -> tuple[int]:
     """Tiles of rows, at most one of them partial for each expert, times tiles of columns."""
-    row_tiles = triton.cdiv(num_rows, tile.block_m) + num_experts
+    row_tiles = cdiv(num_rows, tile.block_m) + num_experts
     # Kernels count rows in 32 bits, those of partial tiles included.
     check.check_programs("grouped_gemm", row_tiles * tile.block_m)
-    programs = row_tiles * triton.cdiv(n, tile.block_n)
+    programs = row_tiles * cdiv(n, tile.block_n)
     check.check_programs("grouped_gemm", programs)
     return (programs,)
 

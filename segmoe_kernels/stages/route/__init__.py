@@ -9,7 +9,6 @@ x ``dx = sum_k dx_slots[k] + dlogits @ router_weight`` and ``drouter_weight = dl
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from segmoe_kernels import validation as check
@@ -23,6 +22,7 @@ from segmoe_kernels._triton.arguments import (
 from segmoe_kernels._triton.launch import (
     accumulator,
     accumulator_dtype,
+    cdiv,
     define_operator,
     exact,
     padded,
@@ -57,7 +57,7 @@ def _route_fwd(
     if num_segments == 0:
         return outputs
     tile = route_fwd_tile(x.shape[2], router_weight.shape[0], x.dtype)
-    grid = (triton.cdiv(num_segments, SEGMENTS_PER_BLOCK),)
+    grid = (cdiv(num_segments, SEGMENTS_PER_BLOCK),)
     # Kernels count steps in 32 bits, missing ones of the last segments included.
     check.check_programs("route", grid[0] * SEGMENTS_PER_BLOCK * segment_size)
     route_fwd_kernel[grid](

@@ -1,12 +1,11 @@
 """Launches of the router's backward, which the other stages make too."""
 
 import torch
-import triton
 from torch import Tensor
 
 from segmoe_kernels import validation as check
 from segmoe_kernels._triton.arguments import RoutedGradients, dropout_of, router_of, rows_of
-from segmoe_kernels._triton.launch import accumulator, exact, padded
+from segmoe_kernels._triton.launch import accumulator, cdiv, exact, padded
 from segmoe_kernels._triton.partials import sum_splits
 from segmoe_kernels._triton.tiles import route_bwd_tile
 from segmoe_kernels.stages.route.kernels import dlogits_kernel, route_bwd_kernel
@@ -28,7 +27,7 @@ def logits_gradient(
     dlogits = torch.empty_like(logits)
     experts = padded(num_experts)
     block_s = max(16, min(128, 4096 // experts))
-    dlogits_kernel[(triton.cdiv(num_segments, block_s),)](
+    dlogits_kernel[(cdiv(num_segments, block_s),)](
         logits,
         topk_ids,
         gradients,
@@ -85,12 +84,12 @@ def input_gradients(
     d_model = x.shape[2]
     tile = route_bwd_tile(d_model, num_experts, x.dtype)
     positions = segment_size if pooling == "concat" else 1
-    columns = triton.cdiv(d_model, tile.block_n)
-    blocks = triton.cdiv(num_segments, tile.block_m)
+    columns = cdiv(d_model, tile.block_n)
+    blocks = cdiv(num_segments, tile.block_m)
     # Enough programs to fill a large GPU, few enough that the partial sums stay small.
-    splits = max(1, min(triton.cdiv(blocks, 4), 1024 // (positions * columns)))
-    blocks_per_split = triton.cdiv(blocks, splits)
-    splits = triton.cdiv(blocks, blocks_per_split)
+    splits = max(1, min(cdiv(blocks, 4), 1024 // (positions * columns)))
+    blocks_per_split = cdiv(blocks, splits)
+    splits = cdiv(blocks, blocks_per_split)
     # The kernel counts steps in 32 bits, those behind the last block of the last split included.
     check.check_programs("route", splits * blocks_per_split * tile.block_m * segment_size)
     partials = None

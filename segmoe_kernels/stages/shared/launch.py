@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from segmoe_kernels import validation as check
 from segmoe_kernels._triton.arguments import Kept, Pre, dropout_of, rows_of
-from segmoe_kernels._triton.launch import accumulator, accumulator_dtype, padded
+from segmoe_kernels._triton.launch import accumulator, accumulator_dtype, cdiv, padded
 from segmoe_kernels._triton.partials import sum_splits
 from segmoe_kernels.routing import FFNWeights
 from segmoe_kernels.stages.combine import launch_combine, rows_at_once
@@ -76,7 +75,7 @@ def _lay_out_rows(
     along = None if vector is None else call.new_scalars(call.num_rows)
     if copied or vector is not None:
         block_m, block_n = _pass_block(call.width)
-        shared_rows_kernel[(triton.cdiv(call.num_rows, block_m),)](
+        shared_rows_kernel[(cdiv(call.num_rows, block_m),)](
             rows_of(x),
             vector,
             call.padding_mask,
@@ -106,7 +105,7 @@ def forward(
     gate_pre = None if gate is None else torch.mm(rows, gate.t())
     hidden = torch.empty_like(pre) if keep else pre
     block_m, block_n = _pass_block(call.hidden)
-    programs = triton.cdiv(call.num_rows, block_m) * triton.cdiv(call.hidden, block_n)
+    programs = cdiv(call.num_rows, block_m) * cdiv(call.hidden, block_n)
     check.check_programs("shared_combine", programs)
     shared_activate_kernel[(programs,)](
         Pre(pre, gate_pre, up_bias, gate_bias),
@@ -155,7 +154,7 @@ def backward(
     dlogits = call.new_scalars(call.num_rows)
     # 128 columns of float64 spill.
     block_m, block_n = 32, min(padded(call.hidden), 128 if dpre.itemsize < 8 else 32)
-    programs = triton.cdiv(call.num_rows, block_m)
+    programs = cdiv(call.num_rows, block_m)
     dbias = None
     if dup_bias is not None or dgate_bias is not None:
         dbias = call.new_scalars(programs, call.hidden * (2 if call.gated else 1))
@@ -197,7 +196,7 @@ def backward(
     _, block_d = _pass_block(call.d_model)
     block_m = rows_at_once(block_d, drows.dtype)
     num_steps = call.batch * call.length
-    programs = triton.cdiv(num_steps, block_m) * triton.cdiv(call.d_model, block_d)
+    programs = cdiv(num_steps, block_m) * cdiv(call.d_model, block_d)
     check.check_programs("shared_combine", programs)
     shared_dx_kernel[(programs,)](
         drows,

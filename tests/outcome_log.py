@@ -1,6 +1,6 @@
 """A pytest plugin that keeps outcomes in a JSON file while the tests run.
 
-    pytest -p benchmarks.outcome_log      with OUTCOME_LOG naming the file
+    pytest -p tests.outcome_log      with OUTCOME_LOG naming the file
 
 Tests that passed before on the same sources (of the package and of the tests) are not run again,
 and tests marked ``gpu`` run first, so that a run that is stopped can go on later.

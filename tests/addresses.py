@@ -1,6 +1,6 @@
 """Look for addresses that are computed in 32 bits, in every kernel, without a GPU.
 
-    python -m benchmarks.addresses [--only TEXT,TEXT]
+    python -m tests.addresses [--only TEXT,TEXT]
 
 A tensor of 2**31 elements or more needs 64-bit offsets, and the cast has to come before the
 multiplication. Kernels count rows, steps and slots in 32 bits, which is checked before a launch
