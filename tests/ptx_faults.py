@@ -19,10 +19,11 @@ import report_code
 HERE = Path(__file__).resolve().parent
 REPORT = HERE / "reports" / "ptx_faults.json"
 TILES = ("sm_80", "expert_ffn_fwd_kernel")
+ROUTER = ("sm_80", "route_fwd_kernel")
 GROUPS = ("sm_90", "expert_ffn_fwd_kernel")
 # Name -> where, what is looked for, what it becomes, and the most places to try.
 KINDS = {
-    "barrier removed": (TILES, r"bar\.sync \t0;", "", 1000),
+    "barrier removed": (ROUTER, r"bar\.sync \t0;", "", 1000),
     "cp.async not waited for": (TILES, r"(cp\.async\.wait_group) \t\d+;", r"\1 9;", 9),
     "group of copies not committed": (TILES, r"cp\.async\.commit_group;", "", 9),
     "ldmatrix 16 bytes off": (
@@ -142,7 +143,7 @@ def plant_core(arch):
 def count_places():
     """Number of places of each kind."""
     texts = {}
-    for where in (TILES, GROUPS):
+    for where in (TILES, GROUPS, ROUTER):
 
         def keep(launch, ptx, where=where):
             texts.setdefault((where, launch.function.__name__), ptx)
@@ -171,9 +172,9 @@ def render(rows):
     lines = [
         "# Faults planted in compiled kernels",
         "",
-        "Written by `make ptx`: in the PTX of a kernel one place is changed at a time. Barriers,",
-        "masks, alignment, copies and matrices are of `expert_ffn_fwd_kernel` (sm_80), products",
-        "and fences of the same for sm_90. Two kernels",
+        "Written by `make ptx`: in the PTX of a kernel one place is changed at a time. Barriers",
+        "are of `route_fwd_kernel`, masks, copies and matrices of `expert_ffn_fwd_kernel` (sm_80),",
+        "products and fences of the latter for sm_90. Two kernels",
         "are compiled as they once were, with loops that Triton pipelines wrongly. Where nothing",
         "is reported the result may be wrong, which tests of values see; what is silent changes",
         "nothing here: a barrier between what isn't shared, a mask of numbers that nobody uses, a",

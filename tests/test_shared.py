@@ -9,9 +9,9 @@ from segmoe_kernels.testing import assert_as_accurate, make_inputs, run_layer
 
 pytest.importorskip("triton")
 
-from segmoe_kernels.stages import shared as stage
 from segmoe_kernels.stages import shared_combine
 
+OPS = torch.ops.segmoe_kernels
 DEFAULTS = {"batch": 2, "length": 11, "d_model": 6, "size": 3, "d_ff": 7, "top_k": 2}
 OPTIONS = {
     "plain": {},
@@ -267,8 +267,8 @@ def test_operators_agree_with_their_fakes(device):
     mask = keywords["padding_mask"]
     for keep in (False, True):
         args = (tensors["expert_out"], *weights, mask, None, *options, keep)
-        torch.library.opcheck(stage._shared_fwd_op, args, test_utils=tests)
-    _, *kept = stage._shared_fwd_op(*args)
+        torch.library.opcheck(OPS.shared_combine_fwd.default, args, test_utils=tests)
+    _, *kept = OPS.shared_combine_fwd(*args)
     need = [True, True, False, True, False, False, False, True]
     args = (tensors["dy"], *weights, mask, None, *kept, *options, need)
-    torch.library.opcheck(stage._shared_bwd_op, args, test_utils=tests)
+    torch.library.opcheck(OPS.shared_combine_bwd.default, args, test_utils=tests)
