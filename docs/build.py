@@ -21,7 +21,7 @@ DOCS = ROOT / "docs"
 PACKAGE = ROOT / "segmoe_kernels"
 # Modules with an ``__all__`` that only other modules of the package import.
 INSIDE = {"layer.called", "layer.dtensor", "models.dense", "models.places", "models.probe"}
-INSIDE |= {"activations", "flops", "options", "pipeline", "segments", "stats.collector"}
+INSIDE |= {"activations", "autograd", "flops", "options", "pipeline", "segments", "stats.collector"}
 
 
 def find_modules() -> dict[str, Path]:
