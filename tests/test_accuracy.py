@@ -14,7 +14,7 @@ REPORT = json.loads((accuracy.REPORTS / "accuracy.json").read_text())
 def marks(dtype, options, size):
     """Layers of several tiles in float32 and bfloat16; the rest takes minutes."""
     chosen = size == "beyond two tiles" and dtype != "float16"
-    return [] if chosen and options in {"plain", "top_k=2 bias"} else pytest.mark.slow
+    return [] if chosen and options == "plain" else pytest.mark.slow
 
 
 @pytest.mark.parametrize(

@@ -254,6 +254,7 @@ def test_layer_writes_rows_with_units_and_resumes(tmp_path, capsys, monkeypatch)
     assert {row["code"] for row in rows_of(tmp_path, "layer")} == {"other", rows[0]["code"]}
 
 
+@pytest.mark.slow
 def test_configurations_run_in_processes_of_their_own(tmp_path, capfd):
     arguments = [word for word in FAST if word != "--in-process"]
     arguments += ["--out", str(tmp_path), "--parts", "routed", "--providers", "eager"]

@@ -67,7 +67,13 @@ def test_compiled_layer_with_padding_and_routing_equals_eager(scope):
         assert torch.equal(getattr(routing, field), value), field
 
 
-@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        torch.enable_grad,
+        *(pytest.param(m, marks=pytest.mark.slow) for m in (torch.no_grad, torch.inference_mode)),
+    ],
+)
 def test_compiled_layer_of_any_length_recompiles_at_most_twice(mode):
     layer = make_layer(segment_size=3)
     counter = CompileCounter()

@@ -11,7 +11,9 @@ pytest.importorskip("triton")
 PARTS = 2
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize(
+    "part", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, PARTS))]
+)
 def test_random_layers_agree_with_float64(part):
     """15 examples a part, in parallel processes; the report is of 5,000."""
     seen = collections.Counter()

@@ -17,7 +17,8 @@ LAYERS = [
     {"gated": True, "activation": "silu", "bias": True, "top_k": 2, "causal": True,
      "shared_expert": "token"},
     {"expert_scope": "segment", "d_ff": 9, "bias": True},
-    {"d_model": 264, "d_ff": 8, "shared_expert": None, "top_k": 1},
+    pytest.param({"d_model": 264, "d_ff": 8, "shared_expert": None, "top_k": 1}, id="wide",
+                 marks=pytest.mark.slow),
 ]  # fmt: skip
 
 

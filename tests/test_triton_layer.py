@@ -100,7 +100,11 @@ def test_told_choices_are_refused_where_the_kernels_make_their_own(device):
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16]
+    "dtype",
+    [
+        torch.float32,
+        *(pytest.param(t, marks=pytest.mark.slow) for t in (torch.float16, torch.bfloat16)),
+    ],
 )
 @pytest.mark.parametrize(
     "options",
@@ -204,18 +208,21 @@ def test_layer_passes_gradcheck(scope, gated, device):
 
 
 @pytest.mark.parametrize("order", ["reverse", pytest.param("shuffled 1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("scope", "shared"),
+    [("token", "segment"), pytest.param("segment", None, marks=pytest.mark.slow)],
+)
 @pytest.mark.interpreter
-def test_layer_does_not_depend_on_program_order(order, program_order):
+def test_layer_does_not_depend_on_program_order(scope, shared, order, program_order):
     options = {"gated": True, "activation": "silu", "bias": True, "segment_size": 2}
-    for scope, shared in (("token", "segment"), ("segment", None)):
-        layer = make_layer(expert_scope=scope, shared_expert=shared, **options)
-        inputs = make_inputs(3, 90, 8, masked=0.2)
-        expected = run_layer(layer, *inputs)
-        kind, seed = order.split()[0], ord(order[-1])
-        with program_order(kind, seed):
-            actual = run_layer(layer, *inputs)
-        for name, value in expected.items():
-            assert torch.equal(actual[name], value), name
+    layer = make_layer(expert_scope=scope, shared_expert=shared, **options)
+    inputs = make_inputs(3, 90, 8, masked=0.2)
+    expected = run_layer(layer, *inputs)
+    kind, seed = order.split()[0], ord(order[-1])
+    with program_order(kind, seed):
+        actual = run_layer(layer, *inputs)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
 
 
 def test_layer_repeats_bitwise(device):

@@ -156,6 +156,7 @@ def test_results_do_not_depend_on_the_tiles(options, device, tile_file):
 # The file
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 def test_a_search_writes_tiles_that_are_taken(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SEGMOE_ARCH", "sm_90")
