@@ -1,5 +1,6 @@
 """What `codegen` compiles: layers, products and shared experts of the sizes that people build."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +15,16 @@ def run_layer(dtype: torch.dtype, options: dict[str, Any]) -> None:
     Args:
         dtype: of the layer.
         options: of the layer, and ``masked``: with a padding mask, ``segments``: their number in
-            each of two sequences.
+            each of two sequences, ``unaligned``: x is a view that begins 2 or 4 bytes off.
     """
     settings = {"d_model": 64, "num_experts": 4, "segment_size": 5, **options}
     settings.setdefault("d_ff", 2 * settings["d_model"])
     masked, segments = settings.pop("masked", False), settings.pop("segments", 3)
+    unaligned = settings.pop("unaligned", False)
     layer = SegMoE(**settings, backend="triton", dtype=dtype)
-    x = torch.zeros(2, segments * layer.segment_size - 1, layer.d_model, dtype=dtype)
+    shape = (2, segments * layer.segment_size - 1, layer.d_model)
+    x = torch.zeros(math.prod(shape) + 1, dtype=dtype)[int(unaligned) :][: math.prod(shape)]
+    x = x.view(shape)
     mask = torch.ones(x.shape[:2], dtype=torch.bool) if masked else None
     y = layer(x.requires_grad_(), mask)
     y.backward(torch.zeros_like(y))
@@ -160,6 +164,9 @@ def cases() -> dict[str, Callable[[], None]]:
                 found[label] = _layer_case(dtype, **routed)
                 found[f"{label} top_k=2"] = _layer_case(dtype, **routed, top_k=2)
             found[f"{name} D={d_model} shared"] = _layer_case(dtype, d_model=d_model)
+            found[f"{name} D={d_model} unaligned"] = _layer_case(
+                dtype, d_model=d_model, shared_expert=None, unaligned=True
+            )
         wide = {"d_model": 128, "expert_scope": "segment", "shared_expert": None}
         found[f"{name} segment scope"] = _layer_case(dtype, **wide)
         for d_model, steps in ((64, 3), (128, 5), (256, 5)):
