@@ -43,7 +43,7 @@ class Kernel(JITFunction):  # type: ignore[misc]  # Triton has no types
             and not self.pre_run_hooks
             and not hooks.launch_enter_hook.calls
             and not hooks.launch_exit_hook.calls
-            and hooks.add_stages_inspection_hook is None
+            and getattr(hooks, "add_stages_inspection_hook", None) is None  # not in Triton 3.5
         )
         pointers: list[int] = []
         key = self._key(args, kwargs, pointers) if plain else None
@@ -78,7 +78,7 @@ class Kernel(JITFunction):  # type: ignore[misc]  # Triton has no types
     ) -> tuple[Any, ...]:
         """All that a compiled kernel depends on, if pointers, which are added, are aligned."""
         key = [driver.active.get_current_device(), *kwargs, *kwargs.values()]
-        key += (knobs.runtime.debug, knobs.compilation.instrumentation_mode)
+        key += (knobs.runtime.debug, getattr(knobs.compilation, "instrumentation_mode", None))
         for value, of_the_batch in zip(args, self.of_the_batch, strict=False):
             if of_the_batch:
                 key.append(value <= _MAX_INT32)
