@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from segmoe_kernels.functional import run_layer
-from segmoe_kernels.layer.modules import Experts, FeedForward
+from segmoe_kernels.layer.modules import Experts, FeedForward, SegmentRouter
 from segmoe_kernels.losses import inject_loss, load_balancing_loss, router_z_loss, scale_loss
 from segmoe_kernels.options import Options
 from segmoe_kernels.routing import LayerWeights
@@ -22,8 +22,8 @@ class SegMoE(nn.Module):
     can_torch_compile = True
 
     segment_size: int
-    router: nn.Module
-    experts: nn.Module
+    router: SegmentRouter
+    experts: Experts
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Return (..., T, D) for x (..., T, D) and padding_mask (..., T), True = real."""
