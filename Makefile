@@ -8,7 +8,7 @@ JOBS ?= 2
 
 .PHONY: demo quick test slow fuzz accuracy mutants matrix ptx ttsem sanitize lint docs bench traffic gpu clean
 
-$(READY): setup.py
+$(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	touch $(READY)

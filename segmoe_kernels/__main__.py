@@ -183,6 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         exits with 2.
     """
     parser = argparse.ArgumentParser(prog="python -m segmoe_kernels")
+    version = f"segmoe_kernels {segmoe_kernels.__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     text = "print versions, devices and the backend that would run, and check it"
     commands.add_parser("doctor", help=text, description=f"{text.capitalize()}.")

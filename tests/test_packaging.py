@@ -12,10 +12,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import segmoe_kernels
+from segmoe_kernels.__main__ import CHECKS
 
-# Environments of their own take most of a minute, and change with setup.py alone.
+# Environments of their own take most of a minute, and change with pyproject.toml alone.
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "segmoe_kernels"
@@ -46,9 +48,10 @@ def built(tmp_path_factory):
     return build(tmp_path_factory.mktemp("built"), "*.whl", "*.tar.gz")
 
 
-def build(place, *results, options=()):
+def build(place, *results, options=(), script="true"):
     """Build a copy of the tree without its leftovers, offline, with the setuptools that is here."""
     shutil.copytree(ROOT, place / "tree", ignore=LEFT_OUT)
+    run("bash", "-euc", script, cwd=place / "tree")
     command = (sys.executable, "-m", "build", "--no-isolation", *options, "--outdir", place, "tree")
     run(*command, cwd=place)
     found = [path for pattern in results for path in place.glob(pattern)]
@@ -104,16 +107,21 @@ def test_sdist_holds_what_builds_the_same_wheel_and_nothing_else(built, tmp_path
     assert checksums(direct) == checksums(built[0])
 
 
-def test_metadata_says_what_is_needed_and_shows_the_readme(built):
-    with zipfile.ZipFile(built[0]) as archive:
+def metadata(wheel):
+    """What the wheel says of itself, and the long description."""
+    with zipfile.ZipFile(wheel) as archive:
         (name,) = (n for n in archive.namelist() if n.endswith("/METADATA"))
         message = email.message_from_bytes(archive.read(name))
+    return message, message.get_payload(decode=True).decode("utf-8").strip()
+
+
+def test_metadata_says_what_is_needed_and_shows_the_readme(built):
+    message, description = metadata(built[0])
     assert message["Name"] == "segmoe-kernels"
     assert message["Version"] == segmoe_kernels.__version__
     assert message["Requires-Python"] == ">=3.10"
-    assert message["License"] == "Apache-2.0"
-    needed = message.get_all("Requires-Dist")
-    assert {r.replace('"', "'") for r in needed if "extra ==" not in r} == {
+    assert message["License-Expression"] == "Apache-2.0"
+    assert required(message) == {
         "einops>=0.8",
         "numpy>=1.26",
         "torch>=2.9",
@@ -121,17 +129,58 @@ def test_metadata_says_what_is_needed_and_shows_the_readme(built):
     }
     assert set(message.get_all("Provides-Extra")) == {"dev", "plots", "tensorboard"}
     assert message["Description-Content-Type"] == "text/markdown"
+    assert description == (ROOT / "README.md").read_text(encoding="utf-8").strip()
+
+
+def required(message):
+    """What it needs without any extra."""
+    needed = message.get_all("Requires-Dist")
+    return {r.replace('"', "'") for r in needed if "extra ==" not in r}
+
+
+def test_a_release_knows_its_home_and_links_there(tmp_path):
+    workflow = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text(encoding="utf-8"))
+    steps = [step.get("run", "") for step in workflow["jobs"]["build"]["steps"]]
+    (script,) = (step for step in steps if "README.md" in step)
+    script = f"GITHUB_REPOSITORY=owner/name; GITHUB_REF_NAME=v1.2.3; {script}"
+    (wheel,) = build(tmp_path, "*.whl", options=["--wheel"], script=script)
+    message, description = metadata(wheel)
+    assert "Repository, https://github.com/owner/name" in message.get_all("Project-URL")
+    # Every link is absolute, and nothing else has changed.
+    text = re.sub(r"^```.*?^```", "", description, flags=re.M | re.S)
+    home = "https://github.com/owner/name/blob/v1.2.3/"
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(links) > 20
+    assert all(link.startswith(home) for link in links)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert message.get_payload(decode=True).decode("utf-8").strip() == readme.strip()
+    assert description.replace(home, "") == readme.strip()
+
+
+def test_what_cites_it_and_the_recipe_for_conda_say_the_same(built):
+    message, _ = metadata(built[0])
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    recipe = yaml.safe_load((ROOT / ".ci" / "recipe.yaml").read_text(encoding="utf-8"))
+    assert cited["version"] == recipe["package"]["version"] == message["Version"]
+    assert recipe["package"]["name"] == message["Name"]
+    assert cited["license"] == recipe["about"]["license"] == message["License-Expression"]
+    assert cited["abstract"] == recipe["about"]["summary"] == message["Summary"]
+    assert cited["references"][0]["url"].endswith("/2601.21641")
+    needed = recipe["requirements"]["run"] + recipe["requirements"]["run_constraints"]
+    names = {"pytorch": "torch", "python": "Requires-Python"}
+    given = {names.get(name, name) + bound for name, bound in map(str.split, needed)}
+    wanted = {requirement.partition(";")[0] for requirement in required(message)}
+    assert given == wanted | {f"Requires-Python{message['Requires-Python']}"}
 
 
 def test_quickstart_and_doctor_run_from_the_wheel(environment, tmp_path):
     shutil.copy(ROOT / "examples" / "quickstart.py", tmp_path)
     assert "(8, 64, 64) -> (8, 64, 64)" in run(environment, "quickstart.py", cwd=tmp_path)
+    said = run(environment, "-m", "segmoe_kernels", "--version", cwd=tmp_path)
+    assert said == f"segmoe_kernels {segmoe_kernels.__version__}\n"
     said = run(environment, "-m", "segmoe_kernels", "doctor", cwd=tmp_path)
     assert re.search(rf"^segmoe_kernels +{re.escape(segmoe_kernels.__version__)}$", said, re.M)
     checks = [line for line in said.splitlines() if line.startswith("check")]
-    assert len(checks) == 3
+    assert len(checks) == len(CHECKS)
     assert all(" ok, forward and gradients" in line for line in checks)
 
 
