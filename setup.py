@@ -43,6 +43,7 @@ setup(
             "pytest-benchmark>=5",
             "pytest-xdist>=3.6",
             "ruff==0.17.6",
+            "scipy>=1.11",
             "tensorboard>=2.16",
             "tqdm>=4.66",
             "transformers>=5",
