@@ -255,8 +255,8 @@ def test_report_of_hand_made_results(tmp_path, capsys):
     row = "| ETTh1 | mean | 0.6000 ± 0.1000 | 0.5350 ± 0.0050 | segment | 1.35 | 0.43 | 0.3915 |"
     assert row in shown
     assert "Segment-wise against dense, 2 rows: better in 0, worse in 0 by an interval" in shown
-    # Over the horizons 0.53, 0.535, 0.54 against 0.5, 0.6, 0.7: +6.0, -10.8 and -22.9 %, of standard
-    # deviation 14.5; t is 4.303, and 1.061 for the power.
+    # Over the horizons 0.53, 0.535, 0.54 against 0.5, 0.6, 0.7: +6.0, -10.8 and -22.9 %, whose
+    # standard deviation is 14.5; t is 4.303, and 1.061 for the power.
     assert "| segment against dense | -9.2 [-45.2, +26.8] | 44.9 to 44.9 |" in shown
     # Of the four cells only segment at 96 is below.
     assert "worse than the mean of a trained model in 1 of 4 cells" in shown

@@ -273,8 +273,8 @@ def describe_changes(
 ) -> list[str]:
     """Lines of the tables of a study that has one horizon: errors, differences, under-training."""
     (horizon,) = {row["horizon"] for row in rows}
-    others = other_models(folder, [r for r in records if r["look_back"] == 512], [horizon])
-    others = {name: scores for name, scores in others.items() if "published" not in name}
+    usual = [run for run in records if run["look_back"] == records[0]["look_back"]]
+    others = other_models(folder, usual, [horizon])
     lines = transposed(rows, variants, others)
     pairs = [(name, REFERENCES.get(name, variants[0])) for name in variants]
     lines += ["", DIFFERENCES, "", *differences(records, [p for p in pairs if p[0] != p[1]])]
