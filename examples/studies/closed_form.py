@@ -11,7 +11,9 @@ Scores are of the test windows that the models of each study are scored on. Writ
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +23,8 @@ import torch
 from torch import Tensor
 
 from examples.forecaster.data import (
+    PLANTED,
+    Score,
     Series,
     Windows,
     fit_linear,
@@ -30,7 +34,7 @@ from examples.forecaster.data import (
 )
 from examples.forecaster.report import versions, write_csv
 from examples.forecaster.sources import DataUnavailableError
-from examples.studies.runs import IF_PRESENT, STUDIES
+from examples.studies.runs import IF_PRESENT, PLANTED_SEEDS, STUDIES
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -52,7 +56,7 @@ def places_of(scale: str) -> dict[str, list[tuple[int, int, int]]]:
 
 
 def rows_of(series: Series, places: Sequence[tuple[int, int, int]]) -> list[dict[str, Any]]:
-    """Rows of a data set: repeat, linear, and rolled beyond the steps that are rolled."""
+    """Rows of a data set: repeat, linear, rolled beyond the steps that are rolled, or the law."""
 
     @functools.cache
     def fit(look_back: int, horizon: int) -> Tensor:
@@ -65,7 +69,12 @@ def rows_of(series: Series, places: Sequence[tuple[int, int, int]]) -> list[dict
             "repeat": score_repeat(test),
             "linear": score_linear(fit(look_back, horizon), test),
         }
-        if horizon > ROLLED:
+        if series.law is not None:
+            law = dataclasses.replace(series, values=series.law)
+            forecast = Windows(law, "test", look_back, horizon, torch.float64, stride)
+            scores["law"] = Score()
+            scores["law"].add(forecast.batch(slice(None))[1], test.batch(slice(None))[1])
+        elif horizon > ROLLED:
             scores["linear, rolled"] = score_linear(fit(look_back, ROLLED), test)
         rows += [
             {
@@ -81,6 +90,14 @@ def rows_of(series: Series, places: Sequence[tuple[int, int, int]]) -> list[dict
             for name, score in scores.items()
         ]
     return rows
+
+
+def mean_rows(drawn: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The rows of several series of one kind: means of their errors."""
+    return [
+        {**same[0], **{e: statistics.mean(row[e] for row in same) for e in ("mse", "mae")}}
+        for same in zip(*drawn, strict=True)
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,7 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     try:
         for name in names:
-            found = rows_of(load_series(name, options.data_dir), places[name])
+            # As the runs have them: one of each seed, where the series is made.
+            seeds = PLANTED_SEEDS if name in PLANTED else (0,)
+            drawn = [load_series(name, options.data_dir, seed) for seed in seeds]
+            found = mean_rows([rows_of(series, places[name]) for series in drawn])
             rows += found
             for row in found:
                 where = f"{name} {row['horizon']}, look-back {row['look_back']}"
