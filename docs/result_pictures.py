@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 from examples.forecaster.report import read_csv  # noqa: E402  needs the path
 from examples.forecaster.stress_series import STRESS  # noqa: E402
 from examples.studies import report  # noqa: E402
+from examples.studies.paired import difference, horizons_of  # noqa: E402
 from examples.studies.specialisation import TITLES  # noqa: E402
 
 RESULTS = ROOT / "examples" / "results"
@@ -30,16 +31,21 @@ def table(name: str) -> list[dict[str, Any]]:
     return read_csv(RESULTS / name)
 
 
+def runs(*studies: str) -> list[report.Record]:
+    """Runs of studies."""
+    return [run for study in studies for run in report.read_runs(RESULTS / study)]
+
+
 def relative(
-    rows: Sequence[dict[str, Any]], data: str, variant: str, against: str
+    found: Sequence[report.Record], data: str, variant: str, against: str
 ) -> tuple[float, float]:
-    """Per cent of MSE over another variant's, and its spread; both have to be there."""
-    found = report.relative(rows, data, variant, against)
-    if found is None:
+    """Per cent of MSE over another variant's, and its standard error; both have to be there."""
+    value = difference(found, data, variant, against)
+    if value is None:
         raise ValueError(
-            f"rows must have {variant!r} and {against!r} on {data}, got neither or one"
+            f"runs must have {variant!r} and {against!r} on {data}, got neither or one"
         )
-    return found
+    return value.mean, value.error
 
 
 def _names(rows: Sequence[dict[str, Any]], key: str) -> list[Any]:
@@ -48,11 +54,12 @@ def _names(rows: Sequence[dict[str, Any]], key: str) -> list[Any]:
 
 def baselines() -> Figure:
     """Token-wise, segment-wise and a linear map against dense, on every data set."""
-    rows = table("baselines.csv")
+    rows, found = table("baselines.csv"), runs("baselines")
+    scored = {(r["data"], h, r["test_stride"]) for r in found for h in horizons_of(r)}
     linear = {
         (row["data"], row["horizon"]): row["mse"]
         for row in table("closed_form.csv")
-        if row["model"] == "linear"
+        if row["model"] == "linear" and (row["data"], row["horizon"], row["test_stride"]) in scored
     }
     data_sets = _names(rows, "data")
     # Exchange rates are next to a random walk: their spread would hide all else.
@@ -63,10 +70,8 @@ def baselines() -> Figure:
     for axis, names in zip(axes, (calm, wild), strict=True):
         for place, data in enumerate(names):
             dense = {r["horizon"]: r for r in rows if (r["data"], r["variant"]) == (data, "dense")}
-            _, own = relative(rows, data, "dense", "dense")
-            axis.fill_between([place - 0.4, place + 0.4], -own, own, color="0.9", linewidth=0)
             for step, (kind, colour) in enumerate(KINDS.items()):
-                value, spread = relative(rows, data, kind, "dense")
+                value, spread = relative(found, data, kind, "dense")
                 where = place - 0.2 + 0.2 * step
                 label = f"{kind}-wise" if place == 0 else None
                 axis.errorbar(where, value, spread, fmt="o", ms=5, color=colour, label=label)
@@ -77,7 +82,7 @@ def baselines() -> Figure:
         axis.set_xticks(range(len(names)), names)
         axis.set_xlim(-0.6, len(names) - 0.4)
     axes[0].set_ylabel("% of MSE against dense")
-    axes[0].legend(fontsize=8, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
 
@@ -136,17 +141,15 @@ def cost() -> Figure:
 
 def ablations() -> Figure:
     """One change at a time against the default."""
-    rows = table("ablations.csv")
+    rows, found = table("ablations.csv"), runs("ablations")
     data_sets = _names(rows, "data")
     names = [n for n in _names(rows, "variant") if n != "default" and not n.startswith("P=")]
     figure = Figure(figsize=(8, 0.9 + 0.24 * len(names)), layout="constrained")
     axes = figure.subplots(1, len(data_sets), sharey=True, squeeze=False)[0]
     for axis, data in zip(axes, data_sets, strict=True):
-        _, own = relative(rows, data, "default", "default")
-        axis.axvspan(-own, own, color="0.9", linewidth=0)
         for place, name in enumerate(names):
-            value, spread = relative(rows, data, name, "default")
-            axis.errorbar(value, place, xerr=spread, fmt="o", markersize=4, color=COLOURS[0])
+            value, _ = relative(found, data, name, "default")
+            axis.plot(value, place, "o", markersize=4, color=COLOURS[0])
         axis.axvline(0, color=GREY, linewidth=0.8)
         axis.set_title(data, fontsize=9)
         axis.set_xlabel("% of MSE against the default")
@@ -157,18 +160,16 @@ def ablations() -> Figure:
 
 def failures() -> Figure:
     """Series that are hard for segments, and what each kind makes of them."""
-    rows = table("failures.csv")
+    rows, found = table("failures.csv"), runs("failures")
     figure = Figure(figsize=(9, 6.4), layout="constrained")
     axes = figure.subplots(6, 2, gridspec_kw={"width_ratios": (3, 2)})
     for (left, right), (name, make) in zip(axes, STRESS.items(), strict=True):
         _snippet(left, make()[:240, 0], name)
         variants = [n for n in _names(rows, "variant") if n != "dense" and "59" not in n]
         for place, variant in enumerate(variants):
-            value, spread = relative(rows, name, variant, "dense")
+            value, spread = relative(found, name, variant, "dense")
             colour = COLOURS[1] if variant == "token" else COLOURS[2]
             right.errorbar(place, value, spread, fmt="o", markersize=4, color=colour)
-        _, own = relative(rows, name, "dense", "dense")
-        right.axhspan(-own, own, color="0.9", linewidth=0)
         right.axhline(0, color=GREY, linewidth=0.8)
         last = name == [*STRESS][-1]
         right.set_xticks(range(len(variants)), variants if last else [""] * len(variants))

@@ -23,6 +23,7 @@ studies = importlib.import_module("examples.studies.runs")
 study = importlib.import_module("examples.studies.__main__")
 report = importlib.import_module("examples.studies.report")
 baseline_report = importlib.import_module("examples.studies.baseline_report")
+paired = importlib.import_module("examples.studies.paired")
 closed_form = importlib.import_module("examples.studies.closed_form")
 stress = importlib.import_module("examples.forecaster.stress_series")
 
@@ -219,6 +220,7 @@ def write_baselines(folder, scores):
             **{f"mae_{h}": values[seed] / 2 for h, values in horizons.items()},
             **dict.fromkeys((f"windows_{h}" for h in horizons), 7),
             **dataclasses.asdict(model.ForecasterConfig(look_back=512, ffn=variant)),
+            "test_stride": 1,
             "step_ms": 10.0 + seed,
             "parameters": 10,
             "active_flops_per_token": 20.0,
@@ -237,8 +239,9 @@ def test_report_of_hand_made_results(tmp_path, capsys):
         ("ETTh1", "segment"): {96: segment, 192: [0.61, 0.62, 0.63]},
     }
     write_baselines(folder, scores)
+    windows = {"look_back": 512, "test_stride": 1}
     rows = [
-        {"data": "ETTh1", "horizon": h, "model": name, "mse": mse}
+        {"data": "ETTh1", "horizon": h, "model": name, "mse": mse, **windows}
         for name, values in {"repeat": (1.3, 1.4), "linear": (0.46, 0.4)}.items()
         for h, mse in zip((96, 192), values, strict=True)
     ]
@@ -251,8 +254,10 @@ def test_report_of_hand_made_results(tmp_path, capsys):
     # The mean over horizons and its spread over seeds; published means are of four horizons.
     row = "| ETTh1 | mean | 0.6000 ± 0.1000 | 0.5350 ± 0.0050 | segment | 1.35 | 0.43 | 0.3915 |"
     assert row in shown
-    # 96: 0.05 against two errors of 0.058; 192: 0.08 against two of 0.058.
-    assert "Segment-wise against dense, 2 rows: better in 0, worse in 0, and closer" in shown
+    assert "Segment-wise against dense, 2 rows: better in 0, worse in 0 by an interval" in shown
+    # Over the horizons 0.53, 0.535, 0.54 against 0.5, 0.6, 0.7: +6.0, -10.8 and -22.9 %, whose
+    # standard deviation is 14.5; t is 4.303, and 1.061 for the power.
+    assert "| segment against dense | -9.2 [-45.2, +26.8] | 44.9 to 44.9 |" in shown
     # Of the four cells only segment at 96 is below.
     assert "worse than the mean of a trained model in 1 of 4 cells" in shown
     assert re.search(r"\| segment \| 10 \| 20 \| [\d,]+ \| 11 \|", shown)
@@ -265,20 +270,48 @@ def test_report_of_hand_made_results(tmp_path, capsys):
     assert folder.with_suffix(".png").stat().st_size > 5000
 
 
-def test_better_and_worse_need_two_standard_errors():
-    def rows(one, other, spread):
-        pairs = (("segment", one), ("token", other))
-        return [
-            {"data": "x", "horizon": 1, "variant": n, "mse": m, "mse_spread": spread, "seeds": 4}
-            for n, m in pairs
-        ]
+def made_up(values):
+    """Runs with a MSE by variant and seed, at one horizon."""
+    return [
+        {"data": "x", "variant": variant, "seed": seed, "mse_96": mse}
+        for variant, scores in values.items()
+        for seed, mse in scores.items()
+    ]
 
-    # Two errors of the difference: 2 * hypot(0.1, 0.1) / sqrt(4) = 0.1414.
-    for difference, expected in ((-0.142, "better"), (0.142, "worse"), (0.141, "neither")):
-        found = baseline_report.compare(rows(1.0 + difference, 1.0, 0.1), "segment", "token")
-        assert found == {"better": 0, "worse": 0, "neither": 0} | {expected: 1}
-    single = [{**row, "seeds": 1} for row in rows(0.5, 1.0, 0.0)]
-    assert sum(baseline_report.compare(single, "segment", "token").values()) == 0
+
+def test_a_difference_is_of_the_seeds_that_both_have():
+    """Ratios of 1.01, 1.02 and 1.06: mean 3 %, standard deviation sqrt(7), t of 2 degrees 4.303."""
+    one = {0: 1.01, 1: 2.04, 2: 3.18, 7: 99.0}
+    runs = made_up({"segment": one, "dense": {0: 1.0, 1: 2.0, 2: 3.0, 5: 0.1}})
+    found = paired.difference(runs, "x", "segment", "dense")
+    error = (7 / 3) ** 0.5
+    assert found.seeds == 3
+    assert found.error == pytest.approx(error)
+    assert (found.mean, found.low, found.high) == pytest.approx(
+        (3.0, 3 - 4.30265 * error, 3 + 4.30265 * error), rel=1e-5
+    )
+    # By the table: t of 80 % and two degrees of freedom is 1.0607.
+    assert found.detectable == pytest.approx((4.30265 + 1.06066) * error, rel=1e-5)
+    assert found.verdict == "neither"
+    assert str(found) == "+3.0 [-3.6, +9.6]"
+    assert paired.difference(runs, "x", "segment", "token") is None
+
+
+def test_pairing_tells_what_the_spread_of_seeds_hides():
+    base = {seed: 1.0 + seed for seed in range(4)}
+    for factor, verdict in ((0.98, "better"), (1.02, "worse")):
+        moved = {seed: (factor + 0.001 * seed) * mse for seed, mse in base.items()}
+        runs = made_up({"segment": moved, "dense": base})
+        (found,) = paired.comparisons(runs, "segment", "dense").values()
+        assert found.verdict == verdict
+        assert paired.count_verdicts([found])[verdict] == 1
+
+
+def test_one_seed_says_nothing():
+    runs = made_up({"P=4": {0: 1.0}, "P=5": {0: 0.5}})
+    found = paired.difference(runs, "x", "P=5", "P=4")
+    assert (found.mean, found.verdict, str(found)) == (-50.0, "neither", "-50.0")
+    assert paired.comparisons(runs, "P=5", "P=4") == {}
 
 
 @pytest.mark.parametrize("name", studies.STUDIES)
@@ -292,34 +325,63 @@ def test_committed_tables_are_what_the_committed_runs_say(name):
     assert known.issuperset(found)
 
 
-def test_published_figures_are_of_the_same_look_back_only(tmp_path):
-    folder = tmp_path / "baselines"
-    assert baseline_report.other_models(folder, 336, studies.HORIZONS) == {}
-    found = baseline_report.other_models(folder, 512, (96, 192))
+def test_other_models_are_of_the_same_windows_and_look_back(tmp_path):
+    def others(look_back, horizons):
+        records = [{"data": "ETTh1", "look_back": look_back, "test_stride": 2}]
+        return baseline_report.other_models(tmp_path / "baselines", records, horizons)
+
+    rows = [
+        {"data": "ETTh1", "horizon": 96, "model": "linear", "mse": stride / 10, "look_back": 512}
+        | {"test_stride": stride}
+        for stride in (1, 2)
+    ]
+    report.write_csv(tmp_path / "closed_form.csv", rows)
+    assert others(336, studies.HORIZONS) == {}
+    found = others(512, (96, 192))
+    assert found.pop("linear") == {("ETTh1", 96): 0.2}
     assert {horizon for scores in found.values() for _, horizon in scores} == {96, 192}
-    found = baseline_report.other_models(folder, 512, studies.HORIZONS)
+    found = others(512, studies.HORIZONS)
     assert found["Seg-MoE, published"]["Weather", "mean"] == 0.223
     horizons = [found["Seg-MoE, published"]["Weather", h] for h in studies.HORIZONS]
     assert statistics.mean(horizons) == pytest.approx(0.223, abs=5e-4)
 
 
-def test_closed_form_rows_are_of_the_windows_of_the_study(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(closed_form, "HORIZONS", (4, 9))
-    monkeypatch.setattr(closed_form, "DATA", ("multiscale",))
-    stride = studies.base("multiscale", "small", 0, "cpu")[1].test_stride
-    assert closed_form.main(["--data", "multiscale", f"--results={tmp_path}", "--threads=1"]) == 0
+def test_closed_form_rows_are_of_the_windows_of_the_studies(monkeypatch, tmp_path, capsys):
+    (run,) = (
+        run
+        for run in studies.ablations("small", "cpu")
+        if (run.data, run.variant, run.options.seed) == ("multiscale", "default", 0)
+    )
+    runs = [dataclasses.replace(run, horizons=(4, 9))]
+    monkeypatch.setattr(closed_form, "STUDIES", {"one": lambda *_: runs})
+    monkeypatch.setattr(closed_form, "ROLLED", 4)
+    assert closed_form.main([f"--results={tmp_path}", "--threads=1"]) == 0
     rows = report.read_csv(tmp_path / "closed_form.csv")
-    series = data.load_series("multiscale")
     assert [(r["horizon"], r["model"]) for r in rows] == [
-        *((4, "repeat"), (4, "linear"), (9, "repeat"), (9, "linear")),
+        *((4, "repeat"), (4, "linear")),
+        *((9, "repeat"), (9, "linear"), (9, "linear, rolled")),
     ]
-    windows = data.Windows(series, "test", 512, 9, torch.float64, stride)
+    series = data.load_series("multiscale")
+    windows = data.Windows(series, "test", 512, 9, torch.float64, run.options.test_stride)
     assert rows[2]["windows"] == len(windows)
     past, truth = windows.batch(slice(None))
     expected = (past[..., -1:] - truth).square().mean().item()
     assert rows[2]["mse"] == pytest.approx(expected)
     assert rows[3]["mse"] < 0.7 * expected
-    assert "multiscale 9: MSE / MAE of repeat" in capsys.readouterr().out
+    # Three calls of four steps, by the same way as the models are rolled out.
+    weight = data.fit_linear(data.Windows(series, "train", 512, 4, torch.float64))
+
+    def four(past):
+        features, last = data._linear_features(past)
+        return (features @ weight).reshape(*past.shape[:2], 4) + last
+
+    rolled = training.roll_out(four, past, 9)
+    assert rows[4]["mse"] == pytest.approx((rolled - truth).square().mean().item())
+    assert rows[4]["mse"] != rows[3]["mse"]
+    assert "multiscale 9, look-back 512: repeat" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        closed_form.main(["--data", "ETTh9"])
+    assert "--data must be of multiscale, got ETTh9" in capsys.readouterr().err
 
 
 def test_runs_of_files_that_are_not_there_are_left_out(small_study, monkeypatch, tmp_path, capsys):
@@ -350,16 +412,23 @@ def test_advice_is_judged_against_the_best_size(tmp_path, capsys):
             "mse_96": {6: 1.0, 4: 1.005}.get(size, 1.2),
             "mae_96": 1,
             "windows_96": 7,
+            "look_back": 512,
+            "test_stride": 2,
             "parameters": 10,
             "active_flops_per_token": 20.0,
         }
         for size in range(1, 9)
     ]
     report.write_csv(folder / "runs.csv", rows)
+    linear = {"model": "linear", "mse": 0.75, "horizon": 96, "look_back": 512, "test_stride": 2}
+    report.write_csv(tmp_path / "closed_form.csv", [{"data": "white-noise", **linear}])
     report.write_report("sizes", folder)
     shown = capsys.readouterr().out
     assert "| white-noise | 6 | 1 | +20.0% | +0.5% | +20.0% |" in shown
     assert "Within 1 % of the best: advice 0 of 1, P = 4 1 of 1." in shown
+    assert "| P=6 against P=4 | -0.5 | - |" in shown
+    assert "no difference is told from it" in shown
+    assert "is below every model: white-noise (0.7500 against 1.0000)." in shown
 
 
 def test_commands_that_cannot_work_say_so(small_study, capsys):

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from examples.forecaster.planted_series import CODES, PATCH, planted
 from examples.forecaster.sources import DATASETS, check_shape, find_or_download, read_values
 from examples.forecaster.stress_series import STRESS
 from segmoe_kernels.series import constant_channels
@@ -25,6 +26,7 @@ IntArray = npt.NDArray[np.int64]
 
 MULTISCALE_PERIODS = (24, 96, 384)
 MULTISCALE_REGIME = 160
+PLANTED = {f"planted-{block}": block for block in CODES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Series:
         splits: row ranges.
         mean: (C,) of the train rows.
         std: (C,) of the train rows (ddof 0; 1 where a channel is constant).
+        step: windows begin at multiples of as many rows: forecasts are issued at one phase.
+        law: (N, C) what the law that made the series forecasts, scaled; None where none is known.
     """
 
     name: str
@@ -56,6 +60,8 @@ class Series:
     splits: Splits
     mean: FloatArray
     std: FloatArray
+    step: int = 1
+    law: FloatArray | None = None
 
 
 def make_splits(name: str, num_rows: int) -> Splits:
@@ -163,12 +169,25 @@ def multiscale(num_rows: int = 12000, num_channels: int = 3, seed: int = 0) -> F
     return np.stack(channels, axis=1)
 
 
-def load_series(name: str, data_dir: Path | None = None) -> Series:
+def make_planted(block: int, seed: int) -> Series:
+    """Scale a planted series; its splits and windows begin where a block does."""
+    values, law = planted(block, seed=seed)
+    name, step = f"planted-{block}", block * PATCH
+    series = make_series(name, values)
+    train, val = (rows // step * step for rows in (series.splits.train[1], series.splits.val[1]))
+    splits = Splits((0, train), (train, val), (val, len(values)))
+    scaled = (law - series.mean) / series.std
+    return dataclasses.replace(series, splits=splits, step=step, law=scaled)
+
+
+def load_series(name: str, data_dir: Path | None = None, seed: int = 0) -> Series:
     """Load, generate or fetch a series and scale it.
 
     Args:
-        name: a key of `DATASETS` or of `STRESS`, "multiscale", or the path of a csv file.
+        name: a key of `DATASETS` or of `STRESS`, "multiscale", "planted-2" to "planted-5", or the
+            path of a csv file.
         data_dir: where to look first.
+        seed: of a planted series.
 
     Returns:
         Series.
@@ -182,13 +201,15 @@ def load_series(name: str, data_dir: Path | None = None) -> Series:
         return make_series(name, multiscale())
     if name in STRESS:
         return make_series(name, STRESS[name]())
+    if name in PLANTED:
+        return make_planted(PLANTED[name], seed)
     if name in DATASETS:
         values = read_values(find_or_download(name, data_dir))
         check_shape(name, values)
         return make_series(name, values)
     path = Path(name)
     if not path.is_file():
-        known = ", ".join([*DATASETS, "multiscale", *STRESS])
+        known = ", ".join([*DATASETS, "multiscale", *STRESS, *PLANTED])
         raise ValueError(f"--data must be one of {known}, or a csv file, got {name!r}")
     return make_series(path.name, read_values(path))
 
@@ -202,7 +223,8 @@ class Windows:
         look_back: L.
         horizon: H.
         dtype: of the tensors.
-        stride: take every stride-th window; published scores take all.
+        stride: take every stride-th of the windows that begin at the series' phase; published
+            scores take all.
 
     Raises:
         ValueError: if the split is too short for one window.
@@ -226,7 +248,8 @@ class Windows:
             )
         self.look_back, self.horizon = look_back, horizon
         # (W, C, L + H), overlapping: nothing is copied until a batch is taken.
-        self._view = torch.from_numpy(rows).to(dtype).unfold(0, look_back + horizon, stride)
+        step = stride * series.step
+        self._view = torch.from_numpy(rows).to(dtype).unfold(0, look_back + horizon, step)
 
     def __len__(self) -> int:
         return self._view.shape[0]
@@ -304,12 +327,19 @@ def fit_linear(train: Windows, batch_size: int = 512) -> Tensor:
 
 
 def score_linear(weight: Tensor, windows: Windows, batch_size: int = 512) -> Score:
-    """Score the closed-form map of `fit_linear` on every window."""
+    """Score the closed-form map of `fit_linear` on every window.
+
+    A map for fewer steps than the windows have is rolled out: its forecasts are its next past.
+    """
     score = Score()
     for start in range(0, len(windows), batch_size):
         past, truth = windows.batch(slice(start, start + batch_size))
-        features, last = _linear_features(past)
-        score.add((features @ weight).reshape(truth.shape) + last, truth)
+        seen = past.double()
+        while seen.shape[-1] < past.shape[-1] + truth.shape[-1]:
+            features, last = _linear_features(seen[..., -past.shape[-1] :])
+            ahead = (features @ weight).reshape(*truth.shape[:-1], -1) + last
+            seen = torch.cat([seen, ahead], dim=-1)
+        score.add(seen[..., past.shape[-1] :][..., : truth.shape[-1]], truth)
     return score
 
 

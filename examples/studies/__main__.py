@@ -55,7 +55,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run_one(run: Run, path: Path, options: argparse.Namespace) -> None:
     """Train and score one model; its row is added to the file when all is done."""
-    series = load_series(run.data, options.data_dir)
+    series = load_series(run.data, options.data_dir, run.options.seed)
     checkpoints = Path("runs") / options.study / options.scale / run.name
     _, record = train_one(
         series,

@@ -8,8 +8,6 @@ trained on all windows, and from all test windows but those of an incomplete las
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,38 +18,46 @@ import torch
 from examples.forecaster.model import Forecaster, ForecasterConfig
 from examples.forecaster.report import read_csv
 from examples.studies.cost import kept
+from examples.studies.paired import (
+    LEVEL,
+    comparisons,
+    count_verdicts,
+    detectable,
+    difference,
+    mean_mse,
+)
 from examples.studies.runs import HORIZONS
 
 PUBLISHED = Path(__file__).resolve().parent / "published.csv"
 Row = Mapping[str, Any]
+PAIRS = (("segment", "dense"), ("segment", "token"), ("token", "dense"))
 # (data, horizon or "mean") to MSE, by model.
 Others = dict[str, dict[tuple[str, int | str], float]]
 
 
-def other_models(folder: Path, look_back: int, horizons: Sequence[int]) -> Others:
+def other_models(folder: Path, records: Sequence[Row], horizons: Sequence[int]) -> Others:
     """MSE of models that the study does not train.
 
     Args:
         folder: of the study's results; ``closed_form.csv`` lies beside it.
-        look_back: that published figures must have.
+        records: runs, whose windows the closed forms were scored on; published figures need their
+            look-back.
         horizons: of the study; published means are of all four.
     """
     found: Others = {}
-    path = folder.with_name(folder.name.replace("baselines", "closed_form") + ".csv")
-    if path.is_file():
-        for row in read_csv(path):
+    suffix = "_full" if folder.name.endswith("_full") else ""
+    path = folder.with_name(f"closed_form{suffix}.csv")
+    scored = {(run["data"], run["look_back"], run["test_stride"]) for run in records}
+    for row in read_csv(path) if path.is_file() else []:
+        if (row["data"], row["look_back"], row["test_stride"]) in scored:
             found.setdefault(row["model"], {})[row["data"], row["horizon"]] = row["mse"]
+    look_back = records[0]["look_back"]
     known = {*horizons, "mean"} if tuple(horizons) == HORIZONS else {*horizons}
     for row in read_csv(PUBLISHED):
         if row["look_back"] == look_back and row["horizon"] in known:
             name = f"{row['model']}, published"
             found.setdefault(name, {})[row["data"], row["horizon"]] = row["mse"]
     return found
-
-
-def horizons_of(run: Row) -> list[int]:
-    """Horizons that a run is scored at, by its columns."""
-    return [int(key[4:]) for key in run if re.fullmatch(r"mse_\d+", key)]
 
 
 def add_means(others: Others, horizons: Sequence[int]) -> None:
@@ -67,8 +73,7 @@ def mean_rows(records: Sequence[Row]) -> list[dict[str, Any]]:
     """A row for each data set and variant: mean over the horizons, and its spread over seeds."""
     groups: dict[tuple[str, str], list[float]] = {}
     for record in records:
-        mse = statistics.mean(record[f"mse_{horizon}"] for horizon in horizons_of(record))
-        groups.setdefault((record["data"], record["variant"]), []).append(mse)
+        groups.setdefault((record["data"], record["variant"]), []).append(mean_mse(record, None))
     rows = []
     for (data, variant), values in groups.items():
         row: dict[str, Any] = {"data": data, "horizon": "mean", "variant": variant}
@@ -79,49 +84,46 @@ def mean_rows(records: Sequence[Row]) -> list[dict[str, Any]]:
     return rows
 
 
-def compare(rows: Sequence[Row], one: str, other: str) -> dict[str, int]:
-    """Count where one variant is better, worse, or neither by more than the seeds explain.
-
-    Neither: the means are closer than two standard errors of their difference.
-    """
-    places: dict[tuple[str, Any], dict[str, Row]] = {}
-    for row in rows:
-        places.setdefault((row["data"], row["horizon"]), {})[row["variant"]] = row
-    count = {"better": 0, "worse": 0, "neither": 0}
-    for here in places.values():
-        if one not in here or other not in here:
-            continue
-        a, b = here[one], here[other]
-        if min(a["seeds"], b["seeds"]) < 2:
-            continue
-        error = math.hypot(*(r["mse_spread"] / math.sqrt(r["seeds"]) for r in (a, b)))
-        difference = a["mse"] - b["mse"]
-        if abs(difference) <= 2 * error:
-            count["neither"] += 1
-        else:
-            count["better" if difference < 0 else "worse"] += 1
-    return count
-
-
-def verdict(rows: Sequence[Row], others: Others) -> list[str]:
-    """Sentences: segment-wise against the two others, and all three against the linear map."""
+def verdict(records: Sequence[Row], rows: Sequence[Row], others: Others) -> list[str]:
+    """Sentences: each kind against another, and all of them against the linear map."""
     lines = []
-    for other in ("dense", "token"):
-        count = compare(rows, "segment", other)
-        if total := sum(count.values()):
-            lines.append(
-                f"Segment-wise against {other}, {total} rows: better in {count['better']}, worse "
-                f"in {count['worse']}, and closer than two standard errors of the difference in "
-                f"{count['neither']}."
-            )
-    linear = others.get("linear", {})
-    known = [row for row in rows if (row["data"], row["horizon"]) in linear]
-    if known:
-        beaten = sum(row["mse"] < linear[row["data"], row["horizon"]] for row in known)
+    for one, other in PAIRS:
+        found = comparisons(records, one, other).values()
+        if not found:
+            continue
+        count = count_verdicts(found)
         lines.append(
-            "The linear map in closed form is worse than the mean of a trained model in "
-            f"{beaten} of {len(known)} cells."
+            f"{one.capitalize()}-wise against {other}, {len(found)} rows: better in "
+            f"{count['better']}, worse in {count['worse']} by an interval of 95 % (paired seeds, "
+            f"Student's t); chance alone would give {LEVEL * len(found):.1f}. Detectable were "
+            f"{detectable(found)}."
         )
+    for name in ("linear", "linear, rolled"):
+        linear = others.get(name, {})
+        known = [row for row in rows if (row["data"], row["horizon"]) in linear]
+        if known:
+            beaten = sum(row["mse"] < linear[row["data"], row["horizon"]] for row in known)
+            lines.append(
+                f"The map in closed form ({name}) is worse than the mean of a trained model in "
+                f"{beaten} of {len(known)} cells."
+            )
+    return lines
+
+
+def differences(records: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """Lines of a table: per cent of MSE by pair and data set, means over the horizons."""
+    data_sets = list(dict.fromkeys(run["data"] for run in records))
+    lines = [
+        "| | " + " | ".join(data_sets) + " | detectable |",
+        "|---|" + "---:|" * (len(data_sets) + 1),
+    ]
+    for one, other in pairs:
+        found = [difference(records, data, one, other) for data in data_sets]
+        if any(found):
+            cells = ["-" if value is None else str(value) for value in found]
+            seen = [value.detectable for value in found if value and value.seeds > 1]
+            span = f"{min(seen):.1f} to {max(seen):.1f}" if seen else "-"
+            lines.append(f"| {one} against {other} | " + " | ".join([*cells, span]) + " |")
     return lines
 
 

@@ -10,22 +10,33 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from examples.forecaster.data import load_series
+from examples.forecaster.data import PLANTED, load_series
 from examples.forecaster.model import ForecasterConfig
 from examples.forecaster.report import read_csv, write_csv
+from examples.forecaster.stress_series import STRESS
 from examples.studies.baseline_report import (
+    PAIRS,
     Others,
     add_means,
     costs,
-    horizons_of,
+    differences,
     mean_rows,
     other_models,
     verdict,
 )
+from examples.studies.paired import difference, horizons_of
 from examples.studies.runs import REDUCED, REDUCED_FURTHER
 from segmoe_kernels.series.advise import advise
 
 Record = Mapping[str, Any]
+DIFFERENCES = (
+    "Per cent of MSE, seed by seed: mean and, in brackets, the interval of 95 % by Student's t; "
+    "`detectable` is the least difference that as many seeds show in 80 % of studies."
+)
+# Series that no linear map can be the best model of.
+GENERATED = ("multiscale", *STRESS, *PLANTED)
+# What a variant is compared with, where it isn't the first one.
+REFERENCES = dict.fromkeys(("P=5 of 59", "P=8 of 59"), "dense of 59")
 
 
 def read_runs(folder: Path) -> list[Record]:
@@ -99,42 +110,14 @@ def markdown(
     return lines
 
 
-def relative(
-    rows: Iterable[Mapping[str, Any]], data: str, variant: str, against: str
-) -> tuple[float, float] | None:
-    """Per cent by which a variant's MSE is over another's on a data set, and its spread.
-
-    Args:
-        rows: of `summarise`, or read from the csv file of a report.
-        data: data set.
-        variant: as the rows call it.
-        against: likewise.
-
-    Returns:
-        Mean over the horizons that both have of the ratio, less 1, and of the spread over seeds on
-        the same scale; None if there is no such horizon.
-    """
-    here = {(row["variant"], row["horizon"]): row for row in rows if row["data"] == data}
-    pairs = [
-        (row, here[against, horizon])
-        for (name, horizon), row in here.items()
-        if name == variant and (against, horizon) in here
-    ]
-    if not pairs:
-        return None
-    over = statistics.mean(row["mse"] / base["mse"] for row, base in pairs) - 1
-    spread = statistics.mean((row.get("mse_spread") or 0.0) / base["mse"] for row, base in pairs)
-    return 100 * over, 100 * spread
-
-
 def plot_relative(
-    rows: Sequence[Mapping[str, Any]], variants: Sequence[str], against: str, path: Path
+    records: Sequence[Record], variants: Sequence[str], against: str, path: Path
 ) -> None:
     """Draw the error of each variant over that of one of them, a panel for each data set.
 
-    Bars are means over horizons of the ratio; whiskers the spread over seeds of the same.
+    Points are means over horizons and seeds of the ratio; whiskers its standard error.
     """
-    data_sets = list(dict.fromkeys(row["data"] for row in rows))
+    data_sets = list(dict.fromkeys(run["data"] for run in records))
     figure = Figure(
         figsize=(2.2 + 2.1 * len(data_sets), 1.2 + 0.26 * len(variants)), layout="constrained"
     )
@@ -142,10 +125,11 @@ def plot_relative(
     places = np.arange(len(variants))
     for axis, data in zip(axes, data_sets, strict=True):
         for place, name in zip(places, variants, strict=True):
-            found = relative(rows, data, name, against)
+            found = difference(records, data, name, against)
             if found is not None:
-                value, spread = found
-                axis.errorbar(value, place, xerr=spread, fmt="o", markersize=4, color="#33658a")
+                axis.errorbar(
+                    found.mean, place, xerr=found.error, fmt="o", markersize=4, color="#33658a"
+                )
         axis.axvline(0, color="0.6", linewidth=0.8)
         axis.set_title(data, fontsize=9)
         axis.set_xlabel("% of MSE", fontsize=8)
@@ -252,7 +236,7 @@ def write_report(
     if study == "baselines":
         lines += describe_baselines(records, rows, variants, folder)
     else:
-        lines += transposed(rows, variants)
+        lines += describe_changes(records, rows, variants, folder)
     default = [record for record in records if record["variant"] == "default"]
     if default:
         sizes = ", ".join(map(str, default[0]["segment_sizes"]))
@@ -265,7 +249,7 @@ def write_report(
     write_csv(folder.with_suffix(".csv"), rows)
     text = "\n".join(lines) + "\n"
     folder.with_suffix(".md").write_text(text, encoding="utf-8")
-    plot_relative(rows, variants, against, folder.with_suffix(".png"))
+    plot_relative(records, variants, against, folder.with_suffix(".png"))
     print(text)
 
 
@@ -274,27 +258,51 @@ def describe_baselines(
 ) -> list[str]:
     """Lines of the tables by horizon, of the means over horizons, of costs, and the verdict."""
     horizons = sorted({h for record in records for h in horizons_of(record)})
-    others = other_models(folder, records[0]["look_back"], horizons)
+    others = other_models(folder, records, horizons)
     single = {k: v for k, v in others.items() if any(horizon != "mean" for _, horizon in v)}
-    lines = [*markdown(rows, variants, single), "", *verdict(rows, others)]
+    lines = [*markdown(rows, variants, single), "", *verdict(records, rows, others)]
     add_means(others, horizons)
     lines += ["", f"Mean over the horizons {', '.join(map(str, horizons))}:", ""]
     lines += markdown(mean_rows(records), variants, others)
+    lines += ["", f"{DIFFERENCES} Means over the horizons:", "", *differences(records, PAIRS)]
     return [*lines, "", "What it costs:", "", *costs(records, variants)]
 
 
-def transposed(rows: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> list[str]:
-    """Lines of a table: variants down, data sets across."""
+def describe_changes(
+    records: Sequence[Record], rows: Sequence[Mapping[str, Any]], variants: list[str], folder: Path
+) -> list[str]:
+    """Lines of the tables of a study of many variants: errors, differences, under-training."""
+    usual = [run for run in records if run["variant"] == variants[0]]
+    others = other_models(folder, usual, ())
+    lines = transposed(rows, variants, others)
+    pairs = [(name, REFERENCES.get(name, variants[0])) for name in variants]
+    lines += ["", DIFFERENCES, "", *differences(records, [p for p in pairs if p[0] != p[1]])]
+    if all(run["seed"] == 0 for run in records):
+        lines += ["", "One seed: what chance does is unknown, so no difference is told from it."]
+    beaten = [
+        f"{data} ({linear:.4f} against {best:.4f})"
+        for (data, _), linear in others.get("linear", {}).items()
+        if data in GENERATED
+        and (best := min(row["mse"] for row in rows if row["data"] == data)) > linear
+    ]
+    if beaten:
+        lines += ["", f"Under-trained, as a linear map is below every model: {', '.join(beaten)}."]
+    return lines
+
+
+def transposed(
+    rows: Sequence[Mapping[str, Any]], variants: Sequence[str], others: Others
+) -> list[str]:
+    """Lines of a table: variants and then other models down, data sets across."""
     places = list(dict.fromkeys((row["data"], row["horizon"]) for row in rows))
     lines = [
         "| variant | " + " | ".join(f"{data}, H {horizon}" for data, horizon in places) + " |",
         "|---|" + "---:|" * len(places),
     ]
-    found = {(row["variant"], row["data"], row["horizon"]): row for row in rows}
-    for name in variants:
-        cells = [
-            cell(found[name, data, horizon]) if (name, data, horizon) in found else "-"
-            for data, horizon in places
-        ]
+    found = {(row["variant"], row["data"], row["horizon"]): cell(row) for row in rows}
+    for name, scores in others.items():
+        found |= {(name, *place): f"{mse:.4f}" for place, mse in scores.items()}
+    for name in (*variants, *others):
+        cells = [found.get((name, *place), "-") for place in places]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
