@@ -200,6 +200,16 @@ def test_a_row_holds_all_settings_as_they_were(small_study, tmp_path):
             assert type(given)(**{name: row[name] for name in names}) == given
 
 
+def test_runs_of_other_horizons_share_a_file(small_study, monkeypatch, tmp_path):
+    runs = [*study.STUDIES["baselines"]("small", "cpu")]
+    runs[1] = dataclasses.replace(runs[1], horizons=(9, 12))
+    monkeypatch.setitem(study.STUDIES, "baselines", lambda *_: runs)
+    assert study.main(small_study) == 0
+    held = read(tmp_path / "baselines").values()
+    assert [paired.horizons_of(row) for row in held] == [[4, 9], [9, 12]]
+    assert [row["horizon"] for row in report.summarise(held)] == [4, 9, 9, 12]
+
+
 def test_a_file_with_other_columns_is_left_alone(small_study, tmp_path, capsys):
     path = tmp_path / "baselines" / "runs.csv"
     path.parent.mkdir()

@@ -53,8 +53,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def run_one(run: Run, path: Path, options: argparse.Namespace) -> None:
-    """Train and score one model; its row is added to the file when all is done."""
+def run_one(run: Run, horizons: Sequence[int], path: Path, options: argparse.Namespace) -> None:
+    """Train and score one model; its row is added to the file when all is done.
+
+    The file has columns for the horizons of all runs.
+    """
     series = load_series(run.data, options.data_dir, run.options.seed)
     checkpoints = Path("runs") / options.study / options.scale / run.name
     _, record = train_one(
@@ -66,20 +69,21 @@ def run_one(run: Run, path: Path, options: argparse.Namespace) -> None:
         resume=True,
         quiet=options.quiet,
     )
-    add_row(path, {**row_of(run, record), "threads": options.threads, **versions()})
+    row = {**row_of(run, record, horizons), "threads": options.threads, **versions()}
+    add_row(path, row)
     (checkpoints / "checkpoint.pt").unlink(missing_ok=True)
 
 
-def row_of(run: Run, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Scores by horizon, costs and settings of a run, on one level."""
-    scores = {"val": record["validation"], **record["horizons"]}
+def row_of(run: Run, record: Mapping[str, Any], horizons: Sequence[int]) -> dict[str, Any]:
+    """Scores by horizon, costs and settings of a run, on one level; absent ones are None."""
+    scores = {"val": record["validation"], **{str(h): {} for h in horizons}, **record["horizons"]}
     costs = ("parameters", "active_flops_per_token", "step_ms", "seconds", "best_epoch")
     return {
         "data": run.data,
         "variant": run.variant,
         "seed": run.options.seed,
         **{
-            f"{error}_{horizon}": score[error]
+            f"{error}_{horizon}": score.get(error)
             for horizon, score in scores.items()
             for error in ("mse", "mae", "windows")
         },
@@ -136,6 +140,7 @@ def run_all(options: argparse.Namespace, folder: Path) -> None:
         raise ValueError(f"--only matches none of {len(runs)} runs such as {names}")
     missing = absent(wanted, options.data_dir)
     wanted = [run for run in wanted if run.data not in missing]
+    horizons = sorted({horizon for run in runs for horizon in run.horizons})
     for number, run in enumerate(wanted, 1):
         finished = {(row["data"], row["variant"], row["seed"]) for row in read_runs(folder)}
         if (run.data, run.variant, run.options.seed) in finished:
@@ -143,7 +148,7 @@ def run_all(options: argparse.Namespace, folder: Path) -> None:
         start = time.monotonic()
         print(f"[{number}/{len(wanted)}] {run.name}", end="", flush=True)
         print("" if not options.quiet else " ...", end="" if options.quiet else "\n", flush=True)
-        run_one(run, folder / "runs.csv", options)
+        run_one(run, horizons, folder / "runs.csv", options)
         print(f" {time.monotonic() - start:.0f} s", flush=True)
 
 

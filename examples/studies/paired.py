@@ -45,8 +45,11 @@ class Difference(NamedTuple):
 
 
 def horizons_of(run: Record) -> list[int]:
-    """Horizons that a run is scored at, by its columns."""
-    return [int(key[4:]) for key in run if re.fullmatch(r"mse_\d+", key)]
+    """Horizons that a run is scored at, by its columns; runs of other data may have others."""
+    found = {
+        key: re.fullmatch(r"mse_(\d+)", key) for key, value in run.items() if value is not None
+    }
+    return [int(match[1]) for match in found.values() if match]
 
 
 def mean_mse(run: Record, horizon: int | None) -> float:
@@ -72,7 +75,8 @@ def difference(
     """
     found: dict[str, dict[int, float]] = {one: {}, other: {}}
     for run in records:
-        if run["data"] == data and run["variant"] in found:
+        scored = horizon is None or horizon in horizons_of(run)
+        if run["data"] == data and run["variant"] in found and scored:
             found[run["variant"]][run["seed"]] = mean_mse(run, horizon)
     seeds = found[one].keys() & found[other].keys()
     if not seeds:
