@@ -66,7 +66,8 @@ lint: $(READY)  ## style, types and all other rules of .pre-commit-config.yaml
 
 docs: $(READY)  ## pages and API reference; begin at build/docs/index.html
 	$(RUN) -m docs.pictures
-	$(RUN) -m docs.build
+	$(RUN) -m sphinx -q -W --keep-going -c docs . build/docs
+	@echo build/docs/index.html
 
 bench: $(READY)  ## microbenchmarks of stages and layer; a minute for the reference on a CPU
 	$(RUN) -m pytest benchmarks -q --benchmark-only --benchmark-autosave \
