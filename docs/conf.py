@@ -37,7 +37,15 @@ include_patterns = [
 exclude_patterns = ["docs/templates"]
 templates_path = [str(ROOT / "docs" / "templates")]  # it is taken relative to two folders
 html_theme = "pydata_sphinx_theme"
-html_theme_options = {"show_prev_next": False, "secondary_sidebar_items": ["page-toc"]}
+html_theme_options = {
+    "show_prev_next": False,
+    "navbar_center": [],
+    "secondary_sidebar_items": ["page-toc"],
+}
+# All pages beside each of them.
+html_sidebars = {"**": ["globaltoc.html"]}
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
 myst_heading_anchors = 3
 # What a docstring has in single quotes is code of ours; it is a link where that is on a page.
 default_role = "py:obj"
