@@ -10,7 +10,7 @@ JOBS ?= 2
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	$(RUN) -m pip install -qq --disable-pip-version-check --editable ".[dev]"
 	touch $(READY)
 
 demo: $(READY)  ## dense, token-wise and segment-wise forecasters on one series
@@ -66,7 +66,8 @@ lint: $(READY)  ## style, types and all other rules of .pre-commit-config.yaml
 
 docs: $(READY)  ## pages and API reference; begin at build/docs/index.html
 	$(RUN) -m docs.pictures
-	$(RUN) -m docs.build
+	$(RUN) -m sphinx -q -W --keep-going -c docs . build/docs
+	@echo build/docs/index.html
 
 bench: $(READY)  ## microbenchmarks of stages and layer; a minute for the reference on a CPU
 	$(RUN) -m pytest benchmarks -q --benchmark-only --benchmark-autosave \

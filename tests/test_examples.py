@@ -1,8 +1,10 @@
 """The examples: data and splits, downloads, the closed-form rows, training, resuming."""
 
 import dataclasses
+import functools
 import gzip
 import hashlib
+import html
 import importlib
 import io
 import json
@@ -299,15 +301,39 @@ def test_training_runs_and_writes_its_results(tmp_path, kind):
     assert pictures == {"forecast.png"} | routed
 
 
-def test_demo_falls_back_to_multiscale_and_says_so(no_files, capsys):
+def test_demo_shows_both_series_and_says_what_was_seen(no_files, monkeypatch, capsys):
     out = no_files / "out"
-    assert script.main([*TINY[2:], "--demo", "--no-plots", "--out", str(out)]) == 0
+    monkeypatch.setattr(data, "planted", functools.partial(data.planted, num_blocks=150))
+    assert script.main([*TINY[2:], "--demo", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
+    assert printed.startswith("Trains six small forecasters")
     assert "goes on with the built-in series 'multiscale'" in printed
-    rows = json.loads((out / "result.json").read_text())["rows"]
-    names = [row["model"] for row in rows]
-    assert names == ["repeat last value", "linear, closed form", "dense", "token", "segment"]
-    assert all(name in printed for name in names)
+    page = (out / "index.html").read_text(encoding="utf-8")
+    for name in ("planted-4", "multiscale"):
+        rows = json.loads((out / name / "result.json").read_text())["rows"]
+        names = [row["model"] for row in rows]
+        assert names == ["repeat last value", "linear, closed form", "dense", "token", "segment"]
+        said = script.closing(name, rows)
+        assert said in printed
+        assert said in html.unescape(page)
+        assert all(shown in printed for shown in names)
+    assert page.count("data:image/png;base64") == 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("errors", "words"),
+    [
+        ((0.9, 0.7, 0.6, 0.4), "33 % below that of token-wise ones and 43 % below that of a dense"),
+        ((0.9, 0.7, 0.6, 0.4), "Here it pays to route segments"),
+        ((0.3, 0.4, 0.5, 0.41), "A linear map is below all three"),
+        ((0.9, 0.4, 0.5, 0.41), "Differences of a few per cent"),
+        ((0.9, 0.4, 0.5, 0.41), "18 % below that of token-wise ones and 2 % above that of a dense"),
+    ],
+)
+def test_the_closing_sentence_follows_from_the_table(errors, words):
+    names = ("linear, closed form", "dense", "token", "segment")
+    rows = [{"model": m, "test_mse": e} for m, e in zip(names, errors, strict=True)]
+    assert words in script.closing("x", rows)
 
 
 def make_trainer(checkpoint, *, seed=0):

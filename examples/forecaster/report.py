@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import base64
 import csv
+import html
 import json
 import os
 import platform
@@ -30,6 +32,13 @@ _COLUMNS = (
     ("val_mse", "val MSE", ".4f"),
     ("test_mse", "test MSE", ".4f"),
     ("test_mae", "test MAE", ".4f"),
+)
+
+
+_VIEWPORT = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+_STYLE = (
+    "body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem } "
+    "pre { overflow-x: auto; font-size: .85rem } img { max-width: 100%; display: block }"
 )
 
 
@@ -98,6 +107,22 @@ def _value(text: str) -> Any:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError):
         return text or None
+
+
+def write_page(
+    path: Path, title: str, sections: Sequence[tuple[str, str, str, Sequence[Path]]]
+) -> None:
+    """Write one HTML file with headings, words, tables as text, and pictures inside it."""
+    parts = [f"<title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>"]
+    for heading, words, table, pictures in sections:
+        parts.append(f"<h2>{html.escape(heading)}</h2><p>{html.escape(words)}</p>")
+        parts.append(f"<pre>{html.escape(table)}</pre>")
+        for picture in pictures:
+            data = base64.b64encode(picture.read_bytes()).decode()
+            parts.append(f'<img alt="{picture.stem}" src="data:image/png;base64,{data}">')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page = f'<!doctype html><meta charset="utf-8">{_VIEWPORT}' + "\n".join(parts) + "\n"
+    path.write_text(page, encoding="utf-8")
 
 
 def plot_forecast(model: Forecaster, windows: Windows, path: Path, shown: int = 192) -> None:

@@ -23,6 +23,7 @@ from examples.forecaster.model import (
     active_flops_per_token,
     count_parameters,
 )
+from examples.forecaster.planted_series import PATCH
 
 CHECKPOINT_VERSION = 2
 
@@ -70,6 +71,31 @@ class TrainOptions:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.train_fraction <= 1:
             raise ValueError(f"train_fraction must be in (0, 1], got {self.train_fraction}")
+
+
+def planted_settings(block: int, seed: int, device: str) -> tuple[ForecasterConfig, TrainOptions]:
+    """Model and training for a planted series: two blocks are forecast from eight."""
+    steps = block * PATCH
+    config = ForecasterConfig(
+        look_back=8 * steps,
+        horizon=2 * steps,
+        num_layers=2,
+        segment_sizes=(block, block),
+        instance_norm="mean",
+        dropout=0.0,
+        head_dropout=0.0,
+    )
+    options = TrainOptions(
+        epochs=12,
+        patience=12,
+        batch_size=128,
+        learning_rate=3e-3,
+        loss="mse",
+        train_fraction=1.0,
+        seed=seed,
+        device=device,
+    )
+    return config, options
 
 
 LOSSES: dict[str, Callable[[], nn.Module]] = {
@@ -235,7 +261,9 @@ class Trainer:
         begin = time.perf_counter()
         total = torch.zeros((), device=self.options.device)
         self.model.train()
-        bar = tqdm(batches, desc=f"epoch {epoch + 1}", disable=not progress, leave=False)
+        # None: no bar where it would fill a log file, which gets a line an epoch.
+        hidden = None if progress else True
+        bar = tqdm(batches, desc=f"epoch {epoch + 1}", disable=hidden, leave=False)
         for ids in bar:
             total += self._step(ids) * len(ids)
             if self.after_step is not None:

@@ -13,9 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from examples.forecaster.data import PLANTED
 from examples.forecaster.model import ForecasterConfig
-from examples.forecaster.planted_series import PATCH
 from examples.forecaster.stress_series import STRESS
-from examples.forecaster.training import TrainOptions
+from examples.forecaster.training import TrainOptions, planted_settings
 
 HORIZONS = (96, 192, 336, 720)
 SEEDS = (0, 1, 2)
@@ -239,30 +238,11 @@ PLANTED_KINDS: dict[str, dict[str, object]] = {
 def planted(scale: str, device: str) -> Iterator[Run]:
     """Series that were made for segments of one size; ``scale`` makes no difference."""
     del scale
-    options = TrainOptions(
-        epochs=12,
-        patience=12,
-        batch_size=128,
-        learning_rate=3e-3,
-        loss="mse",
-        train_fraction=1.0,
-        device=device,
-    )
     for seed in PLANTED_SEEDS:
         for data, block in PLANTED.items():
-            steps = block * PATCH
-            config = ForecasterConfig(
-                look_back=8 * steps,
-                horizon=2 * steps,
-                num_layers=2,
-                segment_sizes=(block, block),
-                instance_norm="mean",
-                dropout=0.0,
-                head_dropout=0.0,
-            )
+            config, options = planted_settings(block, seed, device)
             for variant, changes in PLANTED_KINDS.items():
-                seeded = dataclasses.replace(options, seed=seed)
-                yield Run(data, variant, change(config, changes), seeded, (config.horizon,))
+                yield Run(data, variant, change(config, changes), options, (config.horizon,))
 
 
 STUDIES = {
