@@ -145,25 +145,15 @@ def route(
     """
     name = "route"
     check.check_sequences(name, x, padding_mask)
-    options = Options(
-        segment_size,
-        top_k,
-        pooling,
-        router_dropout=router_dropout,
-        router_temperature=router_temperature,
-        renormalize=renormalize,
-    ).checked(name)
-    check.check_route(
-        name, x, router_weight, options.segment_size, options.top_k, pooling, router_start
-    )
-    check.check_steps(name, x, options.segment_size, options.top_k)
-    out: RouterOutput = backend_stages(backend, x).route(
-        x,
-        router_weight,
-        **options.of_router(),
-        router_start=router_start,
-        padding_mask=padding_mask,
-    )
+    options = Options(segment_size, top_k, pooling, router_dropout=router_dropout)
+    options = options._replace(router_temperature=router_temperature, renormalize=renormalize)
+    options = options.checked(name)
+    segment_size, top_k = options.segment_size, options.top_k
+    check.check_route(name, x, router_weight, segment_size, top_k, pooling, router_start)
+    check.check_steps(name, x, segment_size, top_k)
+    of_call = {"router_start": router_start, "padding_mask": padding_mask}
+    stages = backend_stages(backend, x)
+    out: RouterOutput = stages.route(x, router_weight, **options.of_router(), **of_call)
     return out
 
 
@@ -289,8 +279,7 @@ def expert_ffn(
     if topk_weights.ndim != 2 or topk_weights.shape[0] != num_segments:
         rule = f"have shape (S={num_segments}, top_k)"
         check.fail_value(name, "topk_weights", rule, tuple(topk_weights.shape))
-    if not isinstance(permutation, Permutation):
-        check.fail_type(name, "permutation", "be a Permutation", type(permutation).__name__)
+    check.check_type(name, "permutation", permutation, Permutation, "be a Permutation")
     num_experts = permutation.expert_offsets.shape[0] - 1
     check.check_offsets(name, permutation.expert_offsets, x, num_experts)
     for field in ("sorted_to_slot", "slot_to_sorted"):
@@ -302,13 +291,9 @@ def expert_ffn(
     width = x.shape[-1] * (segment_size if expert_scope == "segment" else 1)
     check.check_ffn(name, "experts", experts, x, width, num_experts)
     check.check_steps(name, x, segment_size, topk_weights.shape[1])
-    out: Tensor = backend_stages(backend, x).expert_ffn(
-        x,
-        topk_weights,
-        permutation,
-        experts,
-        **options.of_experts(),
-        padding_mask=padding_mask,
+    run, of_experts = backend_stages(backend, x).expert_ffn, options.of_experts()
+    out: Tensor = run(
+        x, topk_weights, permutation, experts, **of_experts, padding_mask=padding_mask
     )
     return out
 
@@ -423,17 +408,8 @@ def seg_moe(
     weights = LayerWeights(
         router_weight, experts, shared, shared_gate, in_proj, out_proj, router_start
     )
-    options = Options(
-        segment_size,
-        top_k,
-        pooling,
-        expert_scope,
-        activation,
-        dropout,
-        router_dropout,
-        router_temperature,
-        renormalize,
-    )
+    of_router = router_dropout, router_temperature, renormalize
+    options = Options(segment_size, top_k, pooling, expert_scope, activation, dropout, *of_router)
     return run_layer(x, weights, options, padding_mask, backend)
 
 
