@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple, NoReturn
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ class _Dialect(NamedTuple):
 
 
 _OURS = {"up": "up_proj", "gate": "gate_proj", "down": "down_proj"}
-_GATES = {"router.weight": "gate.weight"}
+_W123 = {"gate": "w1", "down": "w2", "up": "w3"}
+_ROUTER = {"router.weight": "gate.weight"}
 _SHARED = {"shared_gate.weight": "shared_expert_gate.weight"} | {
     f"shared_expert.{part}.weight": f"shared_expert.{part}.weight" for part in _OURS.values()
 }
@@ -31,16 +33,15 @@ _FUSED = {"gate_up": "gate_up_proj", "down": "down_proj"}
 # Sources: Maple728/Time-MoE, models/modeling_time_moe.py; transformers 4 and 5, models/mixtral and
 # models/qwen2_moe. Version 5 of transformers reads per-expert lists, too, and keeps them stacked.
 DIALECTS = {
-    "segmoe": _Dialect(None, "stacked", _OURS, {key: key for key in [*_GATES, *_SHARED]}),
-    "time_moe": _Dialect("ffn_layer", "list", _OURS, _GATES | _SHARED),
-    "qwen2_moe": _Dialect("mlp", "list", _OURS, _GATES | _SHARED),
-    "qwen2_moe_stacked": _Dialect("mlp", "fused", _FUSED, _GATES | _SHARED),
-    "mixtral": _Dialect(
-        "block_sparse_moe", "list", {"gate": "w1", "down": "w2", "up": "w3"}, _GATES
-    ),
-    "mixtral_stacked": _Dialect("mlp", "fused", _FUSED, _GATES),
+    "segmoe": _Dialect(None, "stacked", _OURS, {key: key for key in [*_ROUTER, *_SHARED]}),
+    "time_moe": _Dialect("ffn_layer", "list", _OURS, _ROUTER | _SHARED),
+    "qwen2_moe": _Dialect("mlp", "list", _OURS, _ROUTER | _SHARED),
+    "qwen2_moe_stacked": _Dialect("mlp", "fused", _FUSED, _ROUTER | _SHARED),
+    "mixtral": _Dialect("block_sparse_moe", "list", _W123, _ROUTER),
+    "mixtral_stacked": _Dialect("mlp", "fused", _FUSED, _ROUTER),
 }
 """What `convert_state_dict` reads and writes, by name."""
+_fail = partial(check.fail_value, "convert_state_dict")
 
 
 def convert_state_dict(
@@ -74,7 +75,13 @@ def convert_state_dict(
             other, mixtures that the target would put in one place, or what it can't say (biases,
             a shared expert in Mixtral, a router that sees several steps).
     """
-    _check(state_dict, {"source": source, "target": target})
+    function = "convert_state_dict"
+    for argument, dialect in (("source", source), ("target", target)):
+        check.check_string(function, argument, dialect)
+        check.check_choice(function, argument, dialect, DIALECTS)
+    check.check_mapping(function, "state_dict", state_dict)
+    for key, tensor in state_dict.items():
+        check.check_type(function, f"state_dict[{key!r}]", tensor, Tensor, "be a tensor")
     here, there = DIALECTS[source], DIALECTS[target]
     places = _places(state_dict, here)
     if not places:
@@ -96,25 +103,6 @@ def convert_state_dict(
             _fail("state_dict", f"have nothing else where {target!r} puts {place!r}", taken[:4])
         result |= written
     return result
-
-
-def _check(state_dict: Any, dialects: Mapping[str, Any]) -> None:
-    for name, value in dialects.items():
-        if not isinstance(value, str):
-            _fail_type(name, "be a str", type(value).__name__)
-        check.check_choice("convert_state_dict", name, value, tuple(DIALECTS))
-    check.check_mapping("convert_state_dict", "state_dict", state_dict)
-    for key, tensor in state_dict.items():
-        if not isinstance(tensor, Tensor):
-            _fail_type(f"state_dict[{key!r}]", "be a tensor", type(tensor).__name__)
-
-
-def _fail(argument: str, rule: str, got: object) -> NoReturn:
-    check.fail_value("convert_state_dict", argument, rule, got)
-
-
-def _fail_type(argument: str, rule: str, got: object) -> NoReturn:
-    check.fail_type("convert_state_dict", argument, rule, got)
 
 
 def _key_of(dialect: _Dialect) -> re.Pattern[str]:
