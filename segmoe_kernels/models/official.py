@@ -32,7 +32,7 @@ _OUR_KEY = re.compile(
 )
 # What a state dict can't tell of a layer.
 _OPTIONS = ("dropout", "router_dropout", "aux_loss_weight", "z_loss_weight", "backend")
-_fail = partial(check.fail_value, "load_official", "state_dict")
+fail_state_dict = partial(check.fail_value, "load_official", "state_dict")
 
 
 class _Official(NamedTuple):
@@ -54,7 +54,9 @@ def _inside(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
     check.check_string("load_official", "prefix", prefix)
     inside = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
     if not inside:
-        _fail(f"have keys under prefix={prefix!r}", f"keys such as {sorted(state_dict)[:4]}")
+        fail_state_dict(
+            f"have keys under prefix={prefix!r}", f"keys such as {sorted(state_dict)[:4]}"
+        )
     for key, value in inside.items():
         check.check_type("load_official", f"state_dict[{key!r}]", value, Tensor, "be a tensor")
     return inside
@@ -90,7 +92,9 @@ def _sort_keys(inside: Mapping[str, Tensor], prefix: str) -> _Official:
             hint = " ('dwconv' shared experts mix segments and have no counterpart here)"
         elif layers := {m[1] for key in leftovers if (m := _INSIDE_A_MODEL.match(key))}:
             hint = f" (for one inside a model pass prefix={prefix + min(layers)!r})"
-        _fail(f"have only keys of an official Seg-MoE layer{hint}", f"also {sorted(leftovers)}")
+        fail_state_dict(
+            f"have only keys of an official Seg-MoE layer{hint}", f"also {sorted(leftovers)}"
+        )
     return _Official(experts, others, names)
 
 
@@ -100,7 +104,7 @@ def _check_values(inside: Mapping[str, Tensor]) -> None:
         check.check_tensor("load_official", f"state_dict[{key!r}]", value)
     devices = sorted({str(value.device) for value in inside.values()})
     if len(devices) > 1:
-        _fail("have all tensors on one device", devices)
+        fail_state_dict("have all tensors on one device", devices)
 
 
 def _stack(experts: dict[str, dict[int, Tensor]]) -> dict[str, Tensor]:
@@ -108,10 +112,12 @@ def _stack(experts: dict[str, dict[int, Tensor]]) -> dict[str, Tensor]:
     stacked = {}
     for name, tensors in experts.items():
         if tensors.keys() != set(range(count)):
-            _fail(f"have {name} of every expert 0 to {count - 1}", f"experts {sorted(tensors)}")
+            fail_state_dict(
+                f"have {name} of every expert 0 to {count - 1}", f"experts {sorted(tensors)}"
+            )
         shapes = {tuple(tensor.shape) for tensor in tensors.values()}
         if len(shapes) > 1:
-            _fail(f"have {name} of one shape in every expert", sorted(shapes))
+            fail_state_dict(f"have {name} of one shape in every expert", sorted(shapes))
         dtypes = {str(tensor.dtype) for tensor in tensors.values()}
         if len(dtypes) > 1:
             rule = f"have {name} of one dtype in every expert"
@@ -186,7 +192,7 @@ def load_official(
         if wanted.get(name) != found.get(name)
     ]:
         rule = f"fit segment_size={segment_size} and expert_scope={expert_scope!r}"
-        _fail(rule, "; ".join(differences))
+        fail_state_dict(rule, "; ".join(differences))
     # Not copied into the layer's own parameters, which would round to their dtype.
     own = {name: tensor.detach().clone() for name, tensor in ours.items()}
     layer.load_state_dict(own, assign=True)
@@ -200,14 +206,16 @@ def _told(
     """What keys and shapes tell of a layer, as arguments of `SegMoE`."""
     some = ours.get("experts.up_proj", ours.get("shared_expert.up_proj.weight"))
     if some is None:
-        _fail("have up_proj weights of experts or of a shared expert", sorted(ours))
+        fail_state_dict("have up_proj weights of experts or of a shared expert", sorted(ours))
     if some.ndim < 2:
-        _fail("have up_proj weights of two dimensions", tuple(some.shape))
+        fail_state_dict("have up_proj weights of two dimensions", tuple(some.shape))
     num_experts = some.shape[0] if "experts.up_proj" in ours else 0
     factor = segment_size if expert_scope == "segment" and num_experts else 1
     d_ff, d_model = some.shape[-2:]
     if d_model % factor or d_ff % factor:
-        _fail(f"have expert widths divisible by segment_size={segment_size}", (d_ff, d_model))
+        fail_state_dict(
+            f"have expert widths divisible by segment_size={segment_size}", (d_ff, d_model)
+        )
     gated = any(".gate_proj" in key for key in ours)
     return {
         "d_model": d_model // factor,
@@ -256,7 +264,7 @@ def load_official_layers(
         rule = "have keys of layers, such as 'backbone.transformer.0.moeff.gating.weight'"
         check.fail_value(function, "state_dict", rule, f"keys such as {sorted(state_dict)[:4]}")
     prefixes = sorted(found, key=_by_numbers)
-    sizes = _schedule(function, "segment_sizes", segment_sizes, len(prefixes))
+    sizes = read_schedule(function, "segment_sizes", segment_sizes, len(prefixes))
     return {
         prefix.removesuffix("."): load_official(
             state_dict, segment_size=size, prefix=prefix, **options
@@ -358,10 +366,11 @@ def segment_schedule(sizes: int | str | Sequence[int], num_layers: int) -> list[
         ValueError: if a size is not a positive integer, or the number of sizes does not fit.
     """
     num_layers = check.check_integer("segment_schedule", "num_layers", num_layers, 1)
-    return _schedule("segment_schedule", "sizes", sizes, num_layers)
+    return read_schedule("segment_schedule", "sizes", sizes, num_layers)
 
 
-def _schedule(function: str, argument: str, sizes: Any, num_layers: int) -> list[int]:
+def read_schedule(function: str, argument: str, sizes: Any, num_layers: int) -> list[int]:
+    """`segment_schedule`, in the words of who asks."""
     if isinstance(sizes, str):
         parts = [part.strip() for part in sizes.split(",")]
         if not all(part.isdecimal() and int(part) > 0 for part in parts):
