@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PACKAGE = ROOT / "segmoe_kernels"
 # Modules with an ``__all__`` that only other modules of the package import.
-INSIDE = {"layer.called", "layer.dtensor", "models.dense"}
+INSIDE = {"layer.called", "layer.dtensor"}
 INSIDE |= {"activations", "autograd", "flops", "options", "pipeline", "segments", "stats.collector"}
 
 

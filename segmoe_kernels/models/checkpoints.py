@@ -100,9 +100,7 @@ def convert_state_dict(
         written = _write(_read(inside, here, place), there, place)
         written = {moved + key: tensor for key, tensor in written.items()}
         if taken := sorted(written.keys() & result.keys()):
-            _fail(
-                "state_dict", f"have nothing else where {target!r} puts {place!r}", taken[:4]
-            )
+            _fail("state_dict", f"have nothing else where {target!r} puts {place!r}", taken[:4])
         result |= written
     return result
 
@@ -146,9 +144,7 @@ def _read(inside: Mapping[str, Tensor], dialect: _Dialect, place: str) -> dict[s
         else:
             unknown.append(place + key)
     if unknown:
-        _fail(
-            "state_dict", "have weights of router and experts alone, no biases", unknown[:4]
-        )
+        _fail("state_dict", "have weights of router and experts alone, no biases", unknown[:4])
     missing = _missing(parts, result, dialect)
     if missing:
         _fail("state_dict", f"be complete under {place!r}", f"no {', '.join(missing)}")
@@ -213,18 +209,14 @@ def _stack(found: Mapping[int, Tensor], count: int, dialect: _Dialect, name: str
     whole = found.get(0)
     if dialect.experts == "list":
         if sorted(found) != list(range(count)):
-            _fail(
-                "state_dict", f"have all experts 0 to {count - 1} of {name}", sorted(found)
-            )
+            _fail("state_dict", f"have all experts 0 to {count - 1} of {name}", sorted(found))
         kinds = {(tuple(tensor.shape), str(tensor.dtype)) for tensor in found.values()}
         if len(kinds) > 1:
             _fail("state_dict", f"have one shape and dtype for {name}", sorted(kinds))
         whole = torch.stack([found[e] for e in range(count)])
     assert whole is not None  # what is not a list has one tensor
     if whole.ndim != 3 or whole.shape[0] != count:
-        _fail(
-            "state_dict", f"have three dimensions and {count} experts in {name}", [*whole.shape]
-        )
+        _fail("state_dict", f"have three dimensions and {count} experts in {name}", [*whole.shape])
     return whole
 
 
@@ -254,7 +246,5 @@ def _write(ours: Mapping[str, Tensor], dialect: _Dialect, place: str) -> dict[st
         wide = ours[name].shape[-1] if name in ours else width
         if dialect.block is not None and wide != width:
             rule = f"be token-wise, as the target is, under {place!r}"
-            _fail(
-                "state_dict", rule, f"{part} of width {wide} over experts of width {width}"
-            )
+            _fail("state_dict", rule, f"{part} of width {wide} over experts of width {width}")
     return result

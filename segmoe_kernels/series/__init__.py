@@ -73,15 +73,10 @@ def read_series(path: str | PathLike[str]) -> Array:
     """Read the numbers of a CSV file; columns of text, and what `read_table` notes, are warnings.
 
     Args:
-        path: as of `read_table`.
+        path: see `read_table`, as for what is raised.
 
     Returns:
         (N, C) float64.
-
-    Raises:
-        OSError: as `read_table`.
-        TypeError: as `read_table`.
-        ValueError: as `read_table`.
     """
     table = read_table(path)
     text = {name: what for name, what in table.left_out.items() if "text" in what}
@@ -112,8 +107,7 @@ def read_table(path: str | PathLike[str]) -> SeriesTable:
             numbers, rows of different lengths, a first row that may be names or values, and a
             missing, infinite or ambiguous value (1,234 in quotes, 45%, 1_100).
     """
-    if not isinstance(path, str | PathLike):
-        check.fail_type("read_table", "path", "be a path", type(path).__name__)
+    check.check_path("read_table", "path", path)
     file = Path(path)
     text = _text(file)
     delimiter = _delimiter(text)
@@ -128,53 +122,40 @@ def read_table(path: str | PathLike[str]) -> SeriesTable:
     lines = lines[named:]
     if not lines:
         _refuse("be a file with columns of numbers", f"a header alone in {file.name}")
-    notes = [] if named else ["No header: the first row was read as values."]
-    if "," in marks:
-        notes.append("Numbers have decimal commas.")
     if len(marks) == 2:
         _refuse("have one decimal mark", f"numbers with commas and with points in {file.name}")
     names = _names(first if named else [""] * len(first))
-    used: list[tuple[str, Array]] = []
     left: dict[str, str] = {}
-    stamps: dict[str, Column] = {}
-    for place, (name, kind, column) in enumerate(zip(names, kinds, columns, strict=True)):
+    for number, (name, kind, column) in enumerate(zip(names, kinds, columns, strict=True), 1):
         bad = _bad_cell(column, delimiter) if kind in {"number", "missing"} else None
         if bad is not None:
-            got = f"{bad[1][:40]!r} in row {lines[bad[0]]}, column {place + 1} ({name})"
+            got = f"{bad[1][:40]!r} in row {lines[bad[0]]}, column {number} ({name})"
             _refuse("have a number everywhere (fill gaps first)", f"{got} of {file.name}")
         # The index that pandas writes has no name.
-        index = named and place == 0 and first[0].strip() in {"", "Unnamed: 0"}
-        what = _left_out(name, kind, column, index=index)
-        if what is None:
-            used.append((name, np.concatenate(column)))
-        else:
+        index = named and number == 1 and first[0].strip() in {"", "Unnamed: 0"}
+        if what := _left_out(name, kind, column, index=index):
             left[name] = what
-        if what == "time stamps":
-            stamps[name] = column
+    by_name = dict(zip(names, columns, strict=True))
+    used = {name: np.concatenate(by_name[name]) for name in names if name not in left}
     if not used:
         _refuse("be a file with columns of numbers", f"none in {file.name}")
+    stamps = {name: by_name[name] for name, what in left.items() if what == "time stamps"}
+    notes = [] if named else ["No header: the first row was read as values."]
+    notes += ["Numbers have decimal commas."] if "," in marks else []
     notes += [
         f"Time stamps were not checked: those of {name!r} can't be read."
         for name, what in left.items()
         if what != "time stamps" and _is_time(name)
     ]
     notes += time_stamps.irregularities(stamps, lines)
-    values = np.stack([values for _, values in used], axis=1)
-    return SeriesTable(values, tuple(name for name, _ in used), left, tuple(notes))
+    return SeriesTable(np.stack([*used.values()], axis=1), tuple(used), left, tuple(notes))
 
 
 def unzip(content: bytes, most: int) -> bytes:
     """Unzip what is gzip by its content, and return all else as it is.
 
-    Args:
-        content: of a file.
-        most: bytes to accept; a small gzip file can hold more than there is memory.
-
-    Returns:
-        The bytes.
-
-    Raises:
-        ValueError: if there are more, or the gzip file is damaged; it says what came.
+    A small file can hold more than there is memory: ValueError says so for more than ``most``
+    bytes, and for a damaged file.
     """
     if content[:2] == b"\x1f\x8b":
         try:
@@ -188,14 +169,7 @@ def unzip(content: bytes, most: int) -> bytes:
 
 
 def constant_channels(values: Array) -> npt.NDArray[np.bool_]:
-    """Which channels move by less than a billionth of their size, as rounding errors do.
-
-    Args:
-        values: (N, C).
-
-    Returns:
-        (C,) bool.
-    """
+    """Which channels of (N, C) values move by less than a billionth of their size; (C,) bool."""
     constant: npt.NDArray[np.bool_] = np.ptp(values, axis=0) <= CONSTANT * np.abs(values).max(0)
     return constant
 
@@ -257,8 +231,9 @@ def _read(
                 got = f"{len(row)} in row {line} of {file.name}"
                 _refuse(f"have {len(first)} columns everywhere", got)
             lines.append(line)
-        for place, column in enumerate(columns):
-            column.append(_part([row[place] for _, row in block], delimiter, marks))
+        cells = zip(*(row for _, row in block), strict=True)
+        for column, part in zip(columns, cells, strict=True):
+            column.append(_part(part, delimiter, marks))
     return lines, first, columns
 
 
@@ -356,9 +331,9 @@ def _is_header(
 
 def _names(first: list[str]) -> list[str]:
     """A name of its own for each column."""
-    names = [cell.strip() or f"column {place}" for place, cell in enumerate(first, 1)]
+    names = [cell.strip() or f"column {number}" for number, cell in enumerate(first, 1)]
     if len(set(names)) < len(names):
-        names = [f"{name} (column {place})" for place, name in enumerate(names, 1)]
+        names = [f"{name} (column {number})" for number, name in enumerate(names, 1)]
     return names
 
 

@@ -41,8 +41,7 @@ def flatten_stats(entry: dict[str, Any]) -> dict[str, float]:
 
 
 def _flat(function: str, entry: Any) -> Iterator[tuple[str, float]]:
-    if not isinstance(entry, dict):
-        check.fail_type(function, "entry", "be a dict", type(entry).__name__)
+    check.check_type(function, "entry", entry, dict, "be a dict")
     if not {"step", "epoch", "global", "layers"} <= set(entry):
         rule = "be an entry of RoutingCollector, such as end_step returns"
         check.fail_value(function, "entry", rule, f"the keys {list(entry)}")
@@ -74,7 +73,7 @@ class CSVWriter(AbstractContextManager["CSVWriter"]):
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
-        _check_path("CSVWriter", "path", path)
+        check.check_path("CSVWriter", "path", path)
         self._path = os.path.abspath(path)  # whatever the working directory becomes
         self._file = Path(path).open("a+b", buffering=0)  # noqa: SIM115  closed by `close`
         self._file.seek(0)
@@ -93,10 +92,9 @@ class CSVWriter(AbstractContextManager["CSVWriter"]):
 
         Raises:
             TypeError: if entry is not a dict.
-            ValueError: if it is not an entry of a collector, or has other layers or experts than
-                the file.
-            OSError: if the row could not be written whole, and nothing of it is left in the file;
-                if another program has removed or replaced the file.
+            ValueError: if it is not an entry of a collector, or of other layers or experts.
+            OSError: if another program has removed or replaced the file, or the row could not be
+                written whole; nothing of it is left in the file.
         """
         numbers = dict(_flat("CSVWriter.write", entry))
         row = {"step": entry["step"], "epoch": entry["epoch"], **numbers}
@@ -171,19 +169,11 @@ class TensorBoardWriter(AbstractContextManager["TensorBoardWriter"]):
     """
 
     def __init__(self, log_dir: str | PathLike[str]) -> None:
-        _check_path("TensorBoardWriter", "log_dir", log_dir)
+        check.check_path("TensorBoardWriter", "log_dir", log_dir)
         self._writer: Any = _summary_writer()(fspath(log_dir))
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Add the scalars of an entry.
-
-        Args:
-            entry: of `RoutingCollector`.
-
-        Raises:
-            TypeError: if entry is not a dict.
-            ValueError: if it is not an entry of a collector.
-        """
+        """Add the scalars of an entry of `RoutingCollector`; errors as of `flatten_stats`."""
         for name, number in _flat("TensorBoardWriter.write", entry):
             self._writer.add_scalar(name, number, entry["step"])
 
@@ -212,11 +202,6 @@ def _locked(file: Any) -> Iterator[None]:
         yield
     finally:
         fcntl.flock(file, fcntl.LOCK_UN)
-
-
-def _check_path(function: str, argument: str, path: Any) -> None:
-    if not isinstance(path, str | PathLike):
-        check.fail_type(function, argument, "be a path", type(path).__name__)
 
 
 def _summary_writer() -> Any:
