@@ -152,7 +152,7 @@ class SegMoE(nn.Module):
         # Neither buffer nor parameter: no state dict, broadcast or loader has to know it.
         self._aux_loss = self._no_loss()
 
-    def _make_parts(self, place: dict[str, Any]) -> None:
+    def _make_parts(self, factory: dict[str, Any]) -> None:
         """Router, experts, shared expert and projections, with parameters drawn in that order."""
         self.router: SegmentRouter | None = None
         self.experts: Experts | None = None
@@ -162,24 +162,24 @@ class SegMoE(nn.Module):
         self.out_proj: nn.Linear | None = None
         width, hidden, experts, size = self.d_model, self.d_ff, self.num_experts, self.segment_size
         shared, projected = self.shared_expert_scope, self.expert_scope == "projected"
-        of_ffn = {"gated": self.gated, "bias": self.bias, **place}
+        of_ffn = {"gated": self.gated, "bias": self.bias, **factory}
         if experts == 0:
             self.shared_expert = FeedForward(width, hidden, **of_ffn)
             return
         if projected:
-            self.in_proj = nn.Linear(width * size, width, bias=self.bias, **place)
-            self.out_proj = nn.Linear(width, width * size, bias=self.bias, **place)
+            self.in_proj = nn.Linear(width * size, width, bias=self.bias, **factory)
+            self.out_proj = nn.Linear(width, width * size, bias=self.bias, **factory)
             reset_linear(self.in_proj)
             reset_linear(self.out_proj)
         pooled = width * (size if self.pooling == "concat" and not projected else 1)
-        self.router = SegmentRouter(pooled, experts, causal=self.causal, **place)
+        self.router = SegmentRouter(pooled, experts, causal=self.causal, **factory)
         factor = size if self.expert_scope == "segment" else 1
         self.experts = Experts(experts, width * factor, hidden * factor, **of_ffn)
         if shared is not None:
             factor = size if shared == "segment" and not projected else 1
             hidden = hidden if self.shared_d_ff is None else self.shared_d_ff
             self.shared_expert = FeedForward(width * factor, hidden * factor, **of_ffn)
-            self.shared_gate = nn.Linear(width * factor, 1, bias=False, **place)
+            self.shared_gate = nn.Linear(width * factor, 1, bias=False, **factory)
             reset_linear(self.shared_gate)
 
     def _options(self) -> Options:
