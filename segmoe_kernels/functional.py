@@ -306,7 +306,7 @@ def combine(
     padding_mask: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Stage 4: sum the choices of each step, add the gated shared path, mask and crop.
+    """Stage 4: sum the choices of each step, add the shared path times its shared gate, crop.
 
     ``y = sum_k expert_out[k] + sigmoid(shared_gate_logits) * shared_out``.
 

@@ -214,7 +214,7 @@ def combine(
     *,
     padding_mask: Tensor | None = None,
 ) -> Tensor:
-    """Stage 4: sum over the slots, add the gated shared path. See `functional.combine`."""
+    """Stage 4: sum over the choices, add the shared path. See `functional.combine`."""
     y = expert_out.squeeze(0) if expert_out.shape[0] == 1 else expert_out.sum(0)
     if shared_out is not None and shared_gate_logits is not None:
         steps = shared_out.shape[-1] // y.shape[-1]

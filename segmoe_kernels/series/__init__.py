@@ -39,7 +39,7 @@ MISSING = {"", "?", "-", "--", ".", "#n/a", "n/a", "na", "null", "none", "nat"}
 MISSING |= {sign + word for sign in ("", "+", "-") for word in ("nan", "inf", "infinity")}
 
 _PLAIN = frozenset("0123456789+-.eE \t\n")
-_WHOLE = re.compile(r"[0-9]+")
+_DIGITS = re.compile(r"[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+[.,]?[0-9]*|[.,][0-9]+)([eE][+-]?[0-9]+)?")
 # Meant as a number, but programs differ in which: thousands, currencies, per cent, 1_100.
 _LIKE_NUMBER = re.compile(
@@ -315,13 +315,13 @@ def _is_header(
         return False
     if ("text", "number") in above or ("text", "missing") in above:
         # Names may be whole numbers; beside a number with decimals a word is a bad cell.
-        return all(_WHOLE.fullmatch(name) or not _NUMBER.fullmatch(name) for name in names)
+        return all(_DIGITS.fullmatch(name) or not _NUMBER.fullmatch(name) for name in names)
     # pandas leaves the name of its index empty.
     corner = len(names) > 1 and cells[0] == "" and kinds[0] == "number"
     names = names[corner:]
     counted = names == [str(i) for i in range(len(names))]
-    whole = ("text", "text") in above and all(map(_WHOLE.fullmatch, names))
-    if not names or not (counted or whole):
+    digits = ("text", "text") in above and all(map(_DIGITS.fullmatch, names))
+    if not names or not (counted or digits):
         return False
     if not decimals and not corner:
         row = ", ".join(cells[:4])

@@ -126,20 +126,20 @@ class CSVWriter(AbstractContextManager["CSVWriter"]):
         """Take away half a row at the end of a file with this header; the size that is left."""
         self._file.seek(0)
         text = self._file.readall()
-        whole = text[: text.rfind(b"\n") + 1]
-        in_header = not whole and header.startswith(text)
-        if not in_header and not whole.startswith(header):
+        rows = text[: text.rfind(b"\n") + 1]
+        in_header = not rows and header.startswith(text)
+        if not in_header and not rows.startswith(header):
             names = [
                 next(csv.reader([part.decode().split("\n")[0]]), []) for part in (text, header)
             ]
             got = sorted(set(names[0]) ^ set(names[1])) or "another order"
             rule = "have the columns that the file has"
             check.fail_value("CSVWriter.write", "entry", rule, f"a difference in {got}")
-        if len(whole) < len(text):
+        if len(rows) < len(text):
             what = f"the end of {self._path}, a row without its last byte, was taken away"
             warnings.warn(f"segmoe_kernels.CSVWriter: {what}.", RuntimeWarning, stacklevel=3)
-            self._file.truncate(len(whole))
-        return len(whole)
+            self._file.truncate(len(rows))
+        return len(rows)
 
     def _append(self, data: bytes, size: int) -> None:
         """Write behind the first ``size`` bytes; what is written in part is taken back."""
