@@ -1,7 +1,9 @@
 """The layer as functions: four differentiable stages, and `seg_moe` which runs them in order.
 
 Every function checks its arguments, then hands them to the reference (plain PyTorch) or to the
-Triton kernels; both have the same names and give the same results.
+Triton kernels; both have the same names and give the same results. Every one raises TypeError for a
+wrong type or dtype, ValueError for a wrong shape, value or device, and RuntimeError if
+``backend="triton"`` can't run here.
 """
 
 import os
@@ -137,10 +139,6 @@ def route(
     Returns:
         RouterOutput; logits, probabilities and weights carry gradients.
 
-    Raises:
-        TypeError: for a wrong type or dtype.
-        ValueError: for a wrong shape, value or device.
-
     Source: arXiv 2601.21641; ``MoESegment`` in evortigosa/segmoe_forecast, model/MoE.py.
     """
     name = "route"
@@ -168,10 +166,6 @@ def permute(topk_ids: Tensor, num_experts: int, *, backend: str = "auto") -> Per
 
     Returns:
         Permutation; slots without an expert come last.
-
-    Raises:
-        TypeError: for a wrong type or dtype.
-        ValueError: for a wrong shape or value.
     """
     num_experts = check.check_integer("permute", "num_experts", num_experts, 1)
     check.check_index("permute", "topk_ids", topk_ids, topk_ids)
@@ -203,10 +197,6 @@ def grouped_gemm(
 
     Returns:
         (M, N), dtype of x. Rows from ``expert_offsets[E]`` on are ``act(0)``, which is 0.
-
-    Raises:
-        TypeError: for a wrong type or dtype.
-        ValueError: for a wrong shape or device.
     """
     check.check_tensor("grouped_gemm", "x", x)
     if x.ndim != 2:
@@ -260,10 +250,6 @@ def expert_ffn(
     Returns:
         (top_k, B, T, D), dtype of x: the weighted output of each choice, at the place of its
         steps. Masked steps are 0.
-
-    Raises:
-        TypeError: for a wrong type or dtype.
-        ValueError: for a wrong shape, value or device.
 
     Source: arXiv 2601.21641; ``FeedForward`` in evortigosa/segmoe_forecast, model/MoE.py.
     """
@@ -319,10 +305,6 @@ def combine(
 
     Returns:
         (B, T, D), dtype of expert_out; a view of it for one choice without a shared path.
-
-    Raises:
-        TypeError: for a wrong type or dtype.
-        ValueError: for a wrong shape or device.
     """
     check.check_tensor("combine", "expert_out", expert_out)
     if expert_out.ndim != 4 or expert_out.shape[0] < 1:
@@ -398,9 +380,7 @@ def seg_moe(
         ``(y, routing)``: y has the shape and dtype of x.
 
     Raises:
-        TypeError: for a wrong type or dtype.
-        ValueError: for a wrong shape, value or device, or options that exclude each other.
-        RuntimeError: if backend="triton" can't run here.
+        ValueError: for options that exclude each other, beside the module's rules.
 
     Source: arXiv 2601.21641; evortigosa/segmoe_forecast, model/MoE.py: ``MoESegment`` ("token"),
     ``MoESegmentV0`` ("segment"), ``MoESegmentV1`` ("projected"), ``MoEFeedForward`` (P = 1).

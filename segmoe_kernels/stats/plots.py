@@ -1,7 +1,7 @@
 """Pictures of routing: load of each expert, curves of the statistics, who took which segment.
 
-matplotlib is imported by the functions. Each returns a `matplotlib.figure.Figure` of its own, which
-needs no display: ``figure.savefig("load.png")``.
+matplotlib is imported by the functions; without it they raise ImportError. Each returns a
+`matplotlib.figure.Figure` of its own, which needs no display: ``figure.savefig("load.png")``.
 """
 
 import itertools
@@ -79,7 +79,6 @@ def plot_expert_load(history: Sequence[dict[str, Any]], *, key: str = "hard_frac
     Raises:
         TypeError: if history is not a sequence of entries.
         ValueError: if it is empty or of several models, or for an unknown key.
-        ImportError: without matplotlib.
     """
     name = "plot_expert_load"
     _check_history(name, history)
@@ -114,8 +113,6 @@ def plot_expert_usage(history: Sequence[dict[str, Any]], *, keys: Sequence[str] 
 
     Raises:
         TypeError: as `plot_expert_load`, or if keys is no sequence of names.
-        ValueError: as `plot_expert_load`.
-        ImportError: without matplotlib.
     """
     name = "plot_expert_usage"
     _check_history(name, history)
@@ -163,7 +160,6 @@ def plot_segment_timeline(
     Raises:
         TypeError: for an argument of the wrong type.
         ValueError: if sizes do not fit routing, or there is nothing to draw.
-        ImportError: without matplotlib.
     """
     name = "plot_segment_timeline"
     each = _check_timeline(name, routing, segment_size, num_steps, sequence, series)
