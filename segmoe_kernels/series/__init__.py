@@ -12,6 +12,7 @@ import itertools
 import re
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -127,10 +128,10 @@ def read_table(path: str | PathLike[str]) -> SeriesTable:
     names = _names(first if named else [""] * len(first))
     left: dict[str, str] = {}
     for number, (name, kind, column) in enumerate(zip(names, kinds, columns, strict=True), 1):
-        bad = _bad_cell(column, delimiter) if kind in {"number", "missing"} else None
-        if bad is not None:
-            got = f"{bad[1][:40]!r} in row {lines[bad[0]]}, column {number} ({name})"
-            _refuse("have a number everywhere (fill gaps first)", f"{got} of {file.name}")
+        for row, cell in _texts(column) if kind in {"number", "missing"} else ():
+            if isinstance(_part([cell], delimiter, set()), list):
+                got = f"{cell[:40]!r} in row {lines[row]}, column {number} ({name})"
+                _refuse("have a number everywhere (fill gaps first)", f"{got} of {file.name}")
         # The index that pandas writes has no name.
         index = named and number == 1 and first[0].strip() in {"", "Unnamed: 0"}
         if what := _left_out(name, kind, column, index=index):
@@ -272,18 +273,22 @@ def _part(cells: Sequence[str], delimiter: str, marks: set[str]) -> Array | list
 
 def _kind(column: Column) -> str:
     """What most cells are that are not missing: "number", "time" or "text"; else "missing"."""
-    counts = dict.fromkeys(("number", "time", "text", "missing"), 0)
-    for part in column:
-        if isinstance(part, np.ndarray):
-            counts["number"] += len(part)
-        else:
-            for cell in part:
-                counts[_kind_of_cell(cell)] += 1
-    known = sum(counts.values()) - counts["missing"]
+    counts = Counter(_kind_of_cell(cell) for _, cell in _texts(column))
+    counts["number"] += sum(len(part) for part in column if isinstance(part, np.ndarray))
+    known = counts.total() - counts["missing"]
     for kind in ("number", "time", "text"):
         if known and 2 * counts[kind] >= known:
             return kind
     return "text" if known else "missing"
+
+
+def _texts(column: Column) -> Iterator[tuple[int, str]]:
+    """Rows and cells of the parts that are not all numbers."""
+    start = 0
+    for part in column:
+        if not isinstance(part, np.ndarray):
+            yield from enumerate(part, start)
+        start += len(part)
 
 
 def _kind_of_cell(cell: str) -> str:
@@ -307,7 +312,7 @@ def _is_header(
         return True
     names = [cell for cell, kind in zip(cells, kinds, strict=True) if kind in {"number", "missing"}]
     repeated = (
-        cell in {other.strip() for part in column for other in part}
+        cell in {other.strip() for _, other in _texts(column)}
         for cell, column, pair in zip(cells, columns, above, strict=True)
         if pair == ("text", "text")
     )
@@ -337,26 +342,13 @@ def _names(first: list[str]) -> list[str]:
     return names
 
 
-def _bad_cell(column: Column, delimiter: str) -> tuple[int, str] | None:
-    """The first cell that is no number, and its row."""
-    start = 0
-    for part in column:
-        if not isinstance(part, np.ndarray):
-            for row, cell in enumerate(part, start):
-                if isinstance(_part([cell], delimiter, set()), list):
-                    return row, cell
-        start += len(part)
-    return None
-
-
 def _left_out(name: str, kind: str, column: Column, *, index: bool) -> str | None:
     """What a column holds that is no channel; None if it is one."""
     if kind == "text":
-        numbers = (
-            isinstance(part, np.ndarray) or any(_kind_of_cell(cell) == "number" for cell in part)
-            for part in column
+        numbers = any(isinstance(part, np.ndarray) for part in column) or any(
+            _kind_of_cell(cell) == "number" for _, cell in _texts(column)
         )
-        return "text and numbers" if any(numbers) else "text"
+        return "text and numbers" if numbers else "text"
     if kind == "time" or _is_time(name):
         return "time stamps"
     if index:
