@@ -82,7 +82,6 @@ class CSVWriter(AbstractContextManager["CSVWriter"]):
             self._file.close()
             rule = f"be a new file, or one that begins with {_START.decode()!r}"
             check.fail_value("CSVWriter", "path", rule, f"{start!r} in {self._path}")
-        self._header = b""
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append a row.
@@ -101,12 +100,8 @@ class CSVWriter(AbstractContextManager["CSVWriter"]):
         header, line = _csv_line(row), _csv_line(row.values())
         with _locked(self._file):
             self._check_place()
-            size = self._file.seek(0, os.SEEK_END)
-            # Read again only where another program may have written, or been stopped, meanwhile.
-            if header != self._header or not size or self._last_byte(size) != b"\n":
-                size = self._cut(header)
+            size = self._end_of_rows(header)
             self._append(line if size else header + line, size)
-        self._header = header
 
     def _check_place(self) -> None:
         """Refuse a file that no path leads to any more: its rows are lost once it is closed."""
@@ -118,21 +113,22 @@ class CSVWriter(AbstractContextManager["CSVWriter"]):
             message = f"{self._path} was removed or replaced by another program"
             raise OSError(f"segmoe_kernels.CSVWriter.write: {message}; the row was not written.")
 
-    def _last_byte(self, size: int) -> bytes:
-        self._file.seek(size - 1)
-        return self._file.read(1) or b""
-
-    def _cut(self, header: bytes) -> int:
-        """Take away half a row at the end of a file with this header; the size that is left."""
+    def _end_of_rows(self, header: bytes) -> int:
+        """Where rows end in a file with this header; half a row behind them is taken away."""
+        size = self._file.seek(0, os.SEEK_END)
+        self._file.seek(max(size - 1, 0))
+        last = self._file.read(1)
+        self._file.seek(0)
+        if last == b"\n" and self._file.read(len(header)) == header:
+            return size
         self._file.seek(0)
         text = self._file.readall()
         rows = text[: text.rfind(b"\n") + 1]
         in_header = not rows and header.startswith(text)
         if not in_header and not rows.startswith(header):
-            names = [
-                next(csv.reader([part.decode().split("\n")[0]]), []) for part in (text, header)
-            ]
-            got = sorted(set(names[0]) ^ set(names[1])) or "another order"
+            names = [part.decode().split("\n")[0] for part in (text, header)]
+            there, ours = (set(next(csv.reader([line]), [])) for line in names)
+            got = sorted(there ^ ours) or "another order"
             rule = "have the columns that the file has"
             check.fail_value("CSVWriter.write", "entry", rule, f"a difference in {got}")
         if len(rows) < len(text):
