@@ -153,7 +153,7 @@ class SegMoE(nn.Module):
         self._aux_loss = self._no_loss()
 
     def _make_parts(self, factory: dict[str, Any]) -> None:
-        """Router, experts, shared expert and projections, with parameters drawn in that order."""
+        """The modules that hold parameters; their order is that of the random numbers, too."""
         self.router: SegmentRouter | None = None
         self.experts: Experts | None = None
         self.shared_expert: FeedForward | None = None
@@ -239,7 +239,7 @@ class SegMoE(nn.Module):
     def _no_loss(self) -> Tensor:
         """A loss of 0 in the dtype that losses have here, beside the parameters."""
         beside = next(self.parameters())
-        dtype = torch.promote_types(beside.dtype, torch.float32)
+        dtype = torch.float64 if beside.dtype == torch.float64 else torch.float32
         return torch.zeros((), dtype=dtype, device=beside.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SegMoE":
