@@ -18,14 +18,13 @@ __all__ = ["install_flops", "register_flops"]
 Shape = Sequence[int]
 
 
-def _ffn(rows: int, up: Shape, gate: Shape | None, *, dx: bool, dw: bool, backward: bool) -> int:
-    """Products of one FFN: forward, or those of its gradients; each has the same FLOPs."""
+def _ffn(rows: int, up: Shape, gate: Shape | None, need: tuple[bool, bool] | None = None) -> int:
+    """Products of one FFN: forward, or the gradients that it needs, dx and dw."""
     hidden, width = up[-2:]
-    matrices = 2 if gate is None else 3
-    products = matrices
-    if backward:
+    products = matrices = 2 if gate is None else 3
+    if need is not None:
         # The hidden layer's gradient, from it that of x, and those of the matrices.
-        products = (dx or dw) + (matrices - 1) * dx + matrices * dw
+        products = any(need) + (matrices - 1) * need[0] + matrices * need[1]
     return 2 * rows * hidden * width * products
 
 
@@ -50,20 +49,18 @@ def _route_bwd(x: Shape, weight: Shape, *rest: Any, **__: Any) -> int:
 
 def _expert_ffn_fwd(x: Shape, weights: Shape, *rest: Any, **__: Any) -> int:
     _, _, up, _, gate, *_, concat, _, _, _ = rest
-    rows = _expert_rows(x, weights, concat=concat)
-    return _ffn(rows, up, gate, dx=False, dw=False, backward=False)
+    return _ffn(_expert_rows(x, weights, concat=concat), up, gate)
 
 
 def _expert_ffn_bwd(x: Shape, weights: Shape, *rest: Any, **__: Any) -> int:
     _, _, up, _, gate, *_, concat, _, _, dx, _, dw = rest
-    rows = _expert_rows(x, weights, concat=concat)
-    return _ffn(rows, up, gate, dx=dx, dw=dw, backward=True)
+    return _ffn(_expert_rows(x, weights, concat=concat), up, gate, (dx, dw))
 
 
 def _shared_combine_fwd(expert_out: Shape, x: Shape, *rest: Any, **__: Any) -> int:  # noqa: ARG001
     up, gate, size = rest[0], rest[2], rest[9]
     rows = _segments(x, size)
-    return 2 * rows * int(up[-1]) + _ffn(rows, up, gate, dx=False, dw=False, backward=False)
+    return 2 * rows * int(up[-1]) + _ffn(rows, up, gate)
 
 
 def _shared_combine_bwd(dy: Shape, x: Shape, *rest: Any, **__: Any) -> int:  # noqa: ARG001
@@ -71,7 +68,7 @@ def _shared_combine_bwd(dy: Shape, x: Shape, *rest: Any, **__: Any) -> int:  # n
     up, gate, size, need = rest[0], rest[2], rest[13], rest[-1]
     rows, dx, dw = _segments(x, size), need[0], any(need[1:4])
     of_gate = 2 * rows * int(up[-1]) * int(dx + need[7])
-    return of_gate + _ffn(rows, up, gate, dx=dx, dw=dw, backward=True)
+    return of_gate + _ffn(rows, up, gate, (dx, dw))
 
 
 def _grouped_gemm(a: Shape, b: Shape, *_: Any, **__: Any) -> int:
@@ -90,7 +87,7 @@ def _grouped_ffn_bwd(dout: Shape, rows: Shape, *rest: Any, **__: Any) -> int:  #
     up, down, gate, *_, need = rest
     if down is None:
         return _grouped_ffn(rows, up, down, gate) * (int(need[0]) + int(need[1]))
-    return _ffn(rows[0], up, gate, dx=need[0], dw=any(need[1:4]), backward=True)
+    return _ffn(rows[0], up, gate, (need[0], any(need[1:4])))
 
 
 FORMULAS: dict[str, Callable[..., int]] = {
@@ -108,12 +105,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
 
 
 def register_flops(packet: Any, name: str) -> None:
-    """Give an operator its formula; one that has none has no products.
-
-    Args:
-        packet: such as ``torch.ops.segmoe_kernels.route_fwd``.
-        name: of the operator, without its namespace.
-    """
+    """Give an operator, ``torch.ops.<namespace>.<name>``, its formula; else it has no products."""
     if name in FORMULAS:
         _PENDING.append((packet, name))
 

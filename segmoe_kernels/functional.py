@@ -1,7 +1,9 @@
 """The layer as functions: four differentiable stages, and `seg_moe` which runs them in order.
 
 Every function checks its arguments, then hands them to the reference (plain PyTorch) or to the
-Triton kernels; both have the same names and give the same results.
+Triton kernels; both have the same names and give the same results. Every one raises TypeError for a
+wrong type or dtype, ValueError for a wrong shape, value or device, and RuntimeError if
+``backend="triton"`` can't run here.
 """
 
 import os
@@ -137,33 +139,19 @@ def route(
     Returns:
         RouterOutput; logits, probabilities and weights carry gradients.
 
-    Raises:
-        TypeError: for a wrong type or dtype.
-        ValueError: for a wrong shape, value or device.
-
     Source: arXiv 2601.21641; ``MoESegment`` in evortigosa/segmoe_forecast, model/MoE.py.
     """
     name = "route"
     check.check_sequences(name, x, padding_mask)
-    options = Options(
-        segment_size,
-        top_k,
-        pooling,
-        router_dropout=router_dropout,
-        router_temperature=router_temperature,
-        renormalize=renormalize,
-    ).checked(name)
-    check.check_route(
-        name, x, router_weight, options.segment_size, options.top_k, pooling, router_start
-    )
-    check.check_steps(name, x, options.segment_size, options.top_k)
-    out: RouterOutput = backend_stages(backend, x).route(
-        x,
-        router_weight,
-        **options.of_router(),
-        router_start=router_start,
-        padding_mask=padding_mask,
-    )
+    options = Options(segment_size, top_k, pooling, router_dropout=router_dropout)
+    options = options._replace(router_temperature=router_temperature, renormalize=renormalize)
+    options = options.checked(name)
+    segment_size, top_k = options.segment_size, options.top_k
+    check.check_route(name, x, router_weight, segment_size, top_k, pooling, router_start)
+    check.check_steps(name, x, segment_size, top_k)
+    of_call = {"router_start": router_start, "padding_mask": padding_mask}
+    stages = backend_stages(backend, x)
+    out: RouterOutput = stages.route(x, router_weight, **options.of_router(), **of_call)
     return out
 
 
@@ -178,10 +166,6 @@ def permute(topk_ids: Tensor, num_experts: int, *, backend: str = "auto") -> Per
 
     Returns:
         Permutation; slots without an expert come last.
-
-    Raises:
-        TypeError: for a wrong type or dtype.
-        ValueError: for a wrong shape or value.
     """
     num_experts = check.check_integer("permute", "num_experts", num_experts, 1)
     check.check_index("permute", "topk_ids", topk_ids, topk_ids)
@@ -213,10 +197,6 @@ def grouped_gemm(
 
     Returns:
         (M, N), dtype of x. Rows from ``expert_offsets[E]`` on are ``act(0)``, which is 0.
-
-    Raises:
-        TypeError: for a wrong type or dtype.
-        ValueError: for a wrong shape or device.
     """
     check.check_tensor("grouped_gemm", "x", x)
     if x.ndim != 2:
@@ -271,10 +251,6 @@ def expert_ffn(
         (top_k, B, T, D), dtype of x: the weighted output of each choice, at the place of its
         steps. Masked steps are 0.
 
-    Raises:
-        TypeError: for a wrong type or dtype.
-        ValueError: for a wrong shape, value or device.
-
     Source: arXiv 2601.21641; ``FeedForward`` in evortigosa/segmoe_forecast, model/MoE.py.
     """
     name = "expert_ffn"
@@ -289,8 +265,7 @@ def expert_ffn(
     if topk_weights.ndim != 2 or topk_weights.shape[0] != num_segments:
         rule = f"have shape (S={num_segments}, top_k)"
         check.fail_value(name, "topk_weights", rule, tuple(topk_weights.shape))
-    if not isinstance(permutation, Permutation):
-        check.fail_type(name, "permutation", "be a Permutation", type(permutation).__name__)
+    check.check_type(name, "permutation", permutation, Permutation, "be a Permutation")
     num_experts = permutation.expert_offsets.shape[0] - 1
     check.check_offsets(name, permutation.expert_offsets, x, num_experts)
     for field in ("sorted_to_slot", "slot_to_sorted"):
@@ -302,13 +277,9 @@ def expert_ffn(
     width = x.shape[-1] * (segment_size if expert_scope == "segment" else 1)
     check.check_ffn(name, "experts", experts, x, width, num_experts)
     check.check_steps(name, x, segment_size, topk_weights.shape[1])
-    out: Tensor = backend_stages(backend, x).expert_ffn(
-        x,
-        topk_weights,
-        permutation,
-        experts,
-        **options.of_experts(),
-        padding_mask=padding_mask,
+    run, of_experts = backend_stages(backend, x).expert_ffn, options.of_experts()
+    out: Tensor = run(
+        x, topk_weights, permutation, experts, **of_experts, padding_mask=padding_mask
     )
     return out
 
@@ -321,7 +292,7 @@ def combine(
     padding_mask: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Stage 4: sum the choices of each step, add the gated shared path, mask and crop.
+    """Stage 4: sum the choices of each step, add the shared path times its shared gate, crop.
 
     ``y = sum_k expert_out[k] + sigmoid(shared_gate_logits) * shared_out``.
 
@@ -334,10 +305,6 @@ def combine(
 
     Returns:
         (B, T, D), dtype of expert_out; a view of it for one choice without a shared path.
-
-    Raises:
-        TypeError: for a wrong type or dtype.
-        ValueError: for a wrong shape or device.
     """
     check.check_tensor("combine", "expert_out", expert_out)
     if expert_out.ndim != 4 or expert_out.shape[0] < 1:
@@ -413,9 +380,7 @@ def seg_moe(
         ``(y, routing)``: y has the shape and dtype of x.
 
     Raises:
-        TypeError: for a wrong type or dtype.
-        ValueError: for a wrong shape, value or device, or options that exclude each other.
-        RuntimeError: if backend="triton" can't run here.
+        ValueError: for options that exclude each other, beside the module's rules.
 
     Source: arXiv 2601.21641; evortigosa/segmoe_forecast, model/MoE.py: ``MoESegment`` ("token"),
     ``MoESegmentV0`` ("segment"), ``MoESegmentV1`` ("projected"), ``MoEFeedForward`` (P = 1).
@@ -423,17 +388,8 @@ def seg_moe(
     weights = LayerWeights(
         router_weight, experts, shared, shared_gate, in_proj, out_proj, router_start
     )
-    options = Options(
-        segment_size,
-        top_k,
-        pooling,
-        expert_scope,
-        activation,
-        dropout,
-        router_dropout,
-        router_temperature,
-        renormalize,
-    )
+    of_router = router_dropout, router_temperature, renormalize
+    options = Options(segment_size, top_k, pooling, expert_scope, activation, dropout, *of_router)
     return run_layer(x, weights, options, padding_mask, backend)
 
 

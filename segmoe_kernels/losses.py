@@ -77,13 +77,10 @@ def router_z_loss(routings: Routing | Sequence[Routing]) -> Tensor:
     """Mean over the routed segments of ``logsumexp(router_logits) ** 2``; keeps logits small.
 
     Args:
-        routings: of one layer or of several; segments of all layers count alike.
+        routings: see `load_balancing_loss`; segments of all layers count alike.
 
     Returns:
-        () float32 (float64 where the routing is). Zero where nothing was routed.
-
-    Raises:
-        TypeError: if routings are not Routing objects.
+        () as `load_balancing_loss`, whose TypeError there is, too.
 
     Source: Zoph et al. 2022 (arXiv 2202.08906), equation 5.
     """
@@ -137,15 +134,7 @@ def check_scaler(function: str, argument: str, scaler: Any) -> Any:
 
 
 def scale_loss(loss: Tensor, scaler: Any) -> Tensor:
-    """Scale a loss as the task's is.
-
-    Args:
-        loss: ().
-        scaler: a number, None for 1, or an object with ``scale(loss)`` that is linear.
-
-    Returns:
-        ().
-    """
+    """Scale a loss as the task's is: by a number, None (1) or a linear ``scaler.scale(loss)``."""
     if scaler is None:
         return loss
     if isinstance(scaler, int | float):

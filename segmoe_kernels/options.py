@@ -35,6 +35,9 @@ class Options(NamedTuple):
         check.check_choice(function, "expert_scope", self.expert_scope, check.EXPERT_SCOPES)
         check.check_choice(function, "activation", self.activation, ACTIVATIONS)
         check.check_flag(function, "renormalize", self.renormalize, optional=True)
+        if self.expert_scope == "projected" and self.pooling != "concat":
+            rule = "be 'concat' with expert_scope='projected'"
+            check.fail_value(function, "pooling", rule, repr(self.pooling))
         rate, positive = check.check_probability, check.check_positive
         return self._replace(
             segment_size=check.check_integer(function, "segment_size", self.segment_size, 1),
@@ -118,19 +121,15 @@ def call_key(x: Any, weights: LayerWeights, options: Options) -> tuple[Any, ...]
 
 
 def _check_projections(x: Tensor, weights: LayerWeights, options: Options) -> None:
-    """Refuse projections and scopes that exclude each other."""
+    """Refuse weights and a scope that exclude each other."""
     scope = options.expert_scope
     if weights.router_start is not None and scope != "token":
         rule = "be None unless expert_scope='token' (causal models need token scopes)"
         check.fail_value("seg_moe", "router_start", rule, f"expert_scope={scope!r}")
-    projected = scope == "projected"
-    if projected and options.pooling != "concat":
-        rule = "be 'concat' with expert_scope='projected'"
-        check.fail_value("seg_moe", "pooling", rule, repr(options.pooling))
     narrow, wide = x.shape[-1], options.segment_size * x.shape[-1]
     for name, shape in (("in_proj", (narrow, wide)), ("out_proj", (wide, narrow))):
         projection: Any = getattr(weights, name)
-        if (projection is None) == projected:
+        if (projection is None) == (scope == "projected"):
             rule = "come with expert_scope='projected' and only with it"
             check.fail_value("seg_moe", name, rule, f"expert_scope={scope!r}")
         if projection is None:

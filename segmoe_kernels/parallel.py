@@ -13,8 +13,10 @@ call (counts, segments, weights, outputs), three more in backward.
 
 import copy
 import hashlib
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -34,8 +36,11 @@ from segmoe_kernels.segments import segments
 __all__ = ["expert_parameter_names", "gather_experts", "shard_experts"]
 
 
+_T = TypeVar("_T", bound=SegMoE)
+
+
 class _Group:
-    """A process group that copies of a layer share."""
+    """A process group, the same one in all copies of a layer."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
@@ -73,12 +78,8 @@ class _ShardedSegMoE(SegMoE):
         weights, dtype = pipeline.autocast_weights(x, weights)
         num_local = expert_blocks(self.num_experts, group.world)[group.rank]
         options = check_layer("SegMoE.forward", x, weights, dtype, options, num_local=num_local)
-
-        def routed_experts(*tensors: Any, **some: Any) -> tuple[Tensor, RouterOutput, Tensor]:
-            return _routed_experts(group, local, *tensors, **some)
-
         stages: Any = SimpleNamespace(
-            routed_experts=routed_experts,
+            routed_experts=partial(_routed_experts, group, local),
             shared_combine=local.shared_combine,
             combine=local.combine,
         )
@@ -133,30 +134,28 @@ def shard_experts(layer: SegMoE, group: Any = None, *, average_gradients: bool =
     if layer.experts is None:
         check.fail_value(name, "layer", "have experts", "num_experts=0")
     if type(layer.experts) is not Experts:
-        rule = (
-            "have experts without adapters, wrappers and parametrisations (put them on afterwards)"
-        )
+        rule = "have experts without adapters, wrappers and parametrisations (add them afterwards)"
         check.fail_type(name, "layer", rule, type(layer.experts).__name__)
     check.check_group(name, group)
     own = _Group(group)
     _check_equal(layer, own)
     source = 0 if group is None else dist.get_global_rank(group, 0)
-    result = copy.deepcopy(layer)
-    result.loss_scaler = layer.loss_scaler  # copies have none
-    assert result.experts is not None  # that of layer isn't
+    blocks = expert_blocks(layer.num_experts, own.world)
+    start = sum(blocks[: own.rank])
+
+    def cut(tensor: Tensor) -> Tensor:
+        return tensor[start : start + blocks[own.rank]].clone()
+
     with torch.no_grad():
-        for tensor in [*result.parameters(), *result.buffers()]:
+        copied = copy.deepcopy(layer)
+        for tensor in [*copied.parameters(), *copied.buffers()]:
             if tensor.device.type != "meta":
                 # Collectives send memory as it lies, and strides may differ between ranks.
                 value = tensor.contiguous()
                 dist.broadcast(value, source, group=group)
                 tensor.copy_(value)
-    blocks = expert_blocks(layer.num_experts, own.world)
-    start = sum(blocks[: own.rank])
-    block = slice(start, start + blocks[own.rank])
-    result.experts = _with_experts(result.experts, lambda whole: whole[block].clone())
-    result.__class__ = _ShardedSegMoE
-    assert isinstance(result, _ShardedSegMoE)
+    result = _with_experts(copied, cut, _ShardedSegMoE)
+    result.loss_scaler = layer.loss_scaler  # copies have none
     result._group, result._average_gradients = own, average_gradients
     return result
 
@@ -179,18 +178,15 @@ def gather_experts(layer: SegMoE) -> SegMoE:
     own = layer._group
     blocks = expert_blocks(layer.num_experts, own.world)
 
-    def whole(part: Tensor) -> Tensor:
+    def gather(part: Tensor) -> Tensor:
         padded = part.new_zeros(max(blocks), *part.shape[1:])
         padded[: part.shape[0]] = part
         parts = [torch.empty_like(padded) for _ in blocks]
         dist.all_gather(parts, padded, group=own.group)
         return torch.cat([part[:size] for part, size in zip(parts, blocks, strict=True)])
 
-    result = copy.deepcopy(layer)
+    result = _with_experts(copy.deepcopy(layer), gather, SegMoE)
     result.loss_scaler = layer.loss_scaler
-    assert result.experts is not None  # `shard_experts` looked
-    result.experts = _with_experts(result.experts, whole)
-    result.__class__ = SegMoE  # type: ignore[assignment]  # what it was
     del result._group, result._average_gradients
     return result
 
@@ -209,24 +205,24 @@ def expert_parameter_names(model: nn.Module) -> list[str]:
     """
     check.check_module("expert_parameter_names", "model", model)
     return [
-        f"{place}.experts.{name}" if place else f"experts.{name}"
-        for place, module in model.named_modules()
+        name
+        for prefix, module in model.named_modules()
         if isinstance(module, _ShardedSegMoE) and module.experts is not None
-        for name, _ in module.experts.named_parameters()
+        for name, _ in module.experts.named_parameters(prefix=f"{prefix}.experts".lstrip("."))
     ]
 
 
 def _check_equal(layer: SegMoE, own: _Group) -> None:
     """Refuse layers that differ between ranks, on all of them, before any value is sent."""
-    place = next(layer.parameters()).device
-    if place.type == "meta":
+    device = next(layer.parameters()).device
+    if device.type == "meta":
         return
     # What is frozen decides what backward sends.
     shapes = [
         (name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in layer.named_parameters()
     ]
     digest = hashlib.sha256(f"{layer.extra_repr()} {shapes}".encode()).digest()
-    mine = torch.tensor([int.from_bytes(digest[:7], "big")], device=place)
+    mine = torch.tensor([int.from_bytes(digest[:7], "big")], device=device)
     theirs = [torch.empty_like(mine) for _ in range(own.world)]
     dist.all_gather(theirs, mine, group=own.group)
     numbers = torch.cat(theirs).tolist()
@@ -236,16 +232,16 @@ def _check_equal(layer: SegMoE, own: _Group) -> None:
         check.fail_value("shard_experts", "layer", rule, f"others than rank 0's on ranks {others}")
 
 
-def _with_experts(experts: Experts, function: Any) -> Experts:
-    """Other experts, made of these parameter by parameter."""
-    result = copy.copy(experts)  # keeps training mode and hooks
-    result._parameters = dict(experts._parameters)
-    for name, parameter in experts.named_parameters():
+def _with_experts(layer: SegMoE, function: Callable[[Tensor], Tensor], kind: type[_T]) -> _T:
+    """The layer as another class, with each of its experts' parameters changed."""
+    assert layer.experts is not None  # `shard_experts` looked
+    for name, parameter in layer.experts.named_parameters():
         with torch.no_grad():
             changed = function(parameter.detach())
-        setattr(result, name, nn.Parameter(changed, requires_grad=parameter.requires_grad))
-    result.num_experts = result.up_proj.shape[0]
-    return result
+        setattr(layer.experts, name, nn.Parameter(changed, parameter.requires_grad))
+    layer.experts.num_experts = layer.experts.up_proj.shape[0]
+    layer.__class__ = kind
+    return cast(_T, layer)
 
 
 class _ScaleGrad(torch.autograd.Function):
@@ -342,14 +338,14 @@ def _routed_experts(
         nothing = [w.sum() for w in experts if w is not None]
         out = rows * weights[..., None].to(rows.dtype) + torch.stack(nothing).sum()
     (out,) = _exchange(own.group, receive, send, out)
-    placed = out.new_zeros(routed.topk_ids.numel(), *out.shape[1:]).index_copy(0, slots, out)
+    y = out.new_zeros(routed.topk_ids.numel(), *out.shape[1:]).index_copy(0, slots, out)
     # Sizes are named, as those of an empty batch can't be derived.
-    size, width = out.shape[1:]
-    placed = placed.view(batch, -(-length // segment_size), top_k, size, width)
-    placed = placed.permute(2, 0, 1, 3, 4).flatten(2, 3)[:, :, :length]
+    y = rearrange(y, "(b j k) p d -> k b (j p) d", b=batch, j=-(-length // segment_size), k=top_k)[
+        :, :, :length
+    ]
     if padding_mask is not None:
-        placed = placed.masked_fill(~padding_mask[..., None], 0)
-    return placed, routed, order.expert_counts
+        y = y.masked_fill(~padding_mask[..., None], 0)
+    return y, routed, order.expert_counts
 
 
 def _exchange_counts(
@@ -357,9 +353,8 @@ def _exchange_counts(
 ) -> tuple[list[int], list[int], Tensor]:
     """Tell every rank how many slots it gets for each of its experts.
 
-    Returns:
-        ``(send, receive, counts)``: slots to and from each rank, and (world * block,) slots from
-        each rank for each of this rank's experts.
+    ``(send, receive, counts)``: slots to and from each rank, and (world * block,) slots from each
+    rank for each of this rank's experts.
     """
     mine = expert_counts.long()
     counts = _all_to_all(mine, blocks, [blocks[own.rank]] * own.world, own.group)

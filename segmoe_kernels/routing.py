@@ -49,7 +49,7 @@ class LayerWeights(NamedTuple):
         router_weight: of the router.
         experts: stacked over E.
         shared: of the shared expert, or None.
-        shared_gate: of its gate, or None.
+        shared_gate: of the shared gate, or None.
         in_proj: weight and bias, or None.
         out_proj: weight and bias, or None.
         router_start: what a causal router sees before the first segment, or None.

@@ -171,9 +171,9 @@ def route_ids(
 
     Args:
         layer: in eval mode, or without router dropout.
-        x: (..., T, D).
+        x: see `Inputs`.
         dy: not used.
-        padding_mask: (..., T) bool or None.
+        padding_mask: see `Inputs`.
 
     Returns:
         (S, top_k) int32.
@@ -222,7 +222,7 @@ class Accuracy:
         rms: root mean square error.
         max: largest error.
         eager_rms: the same of plain PyTorch.
-        eager_max: the same of plain PyTorch.
+        eager_max: likewise.
         rms_limit: ``1.5 * eager_rms + eps * RMS(oracle)``.
         max_limit: ``3 * eager_max + eps * max|oracle|``.
         worst: index of the largest error.

@@ -9,6 +9,7 @@ Numbers of NumPy are taken as Python's: the checks of numbers return what to go 
 import math
 from collections.abc import Collection, Mapping
 from numbers import Integral, Real
+from os import PathLike
 from typing import Any, NoReturn
 
 import torch
@@ -81,16 +82,30 @@ def check_choice(function: str, argument: str, value: Any, choices: Collection[s
         fail_value(function, argument, f"be one of {names}", repr(value))
 
 
+def check_type(function: str, argument: str, value: Any, kind: Any, rule: str) -> None:
+    """Refuse what is not an instance of ``kind``, a class or several."""
+    if not isinstance(value, kind):
+        fail_type(function, argument, rule, type(value).__name__)
+
+
 def check_string(function: str, argument: str, value: Any) -> None:
     """Refuse what is not a string."""
-    if not isinstance(value, str):
-        fail_type(function, argument, "be a str", type(value).__name__)
+    check_type(function, argument, value, str, "be a str")
+
+
+def check_path(function: str, argument: str, value: Any) -> None:
+    """Refuse what is not a path."""
+    check_type(function, argument, value, str | PathLike, "be a path")
+
+
+def check_module(function: str, argument: str, value: Any) -> None:
+    """Refuse what is not a module."""
+    check_type(function, argument, value, nn.Module, "be a torch.nn.Module")
 
 
 def check_mapping(function: str, argument: str, value: Any) -> None:
     """Refuse what is not a mapping of strings, such as a state dict."""
-    if not isinstance(value, Mapping):
-        fail_type(function, argument, "be a mapping of names to tensors", type(value).__name__)
+    check_type(function, argument, value, Mapping, "be a mapping of names to tensors")
     for key in value:
         if not isinstance(key, str):
             fail_type(function, argument, "have names that are str", repr(key))
@@ -118,12 +133,6 @@ def check_dtype(function: str, argument: str, value: Any) -> None:
         fail_type(function, argument, f"be {_FLOAT_NAMES}", value)
 
 
-def check_module(function: str, argument: str, value: Any) -> None:
-    """Refuse what is not a module."""
-    if not isinstance(value, nn.Module):
-        fail_type(function, argument, "be a torch.nn.Module", type(value).__name__)
-
-
 def check_group(function: str, group: Any) -> None:
     """Refuse a process group that this rank is not in; None is the group of all ranks."""
     if not dist.is_available() or not dist.is_initialized():
@@ -135,8 +144,7 @@ def check_group(function: str, group: Any) -> None:
 
 def check_tensor(function: str, argument: str, value: Any) -> None:
     """Refuse what is not a dense tensor of a supported floating dtype."""
-    if not isinstance(value, Tensor):
-        fail_type(function, argument, "be a torch.Tensor", type(value).__name__)
+    check_type(function, argument, value, Tensor, "be a torch.Tensor")
     if value.layout is not torch.strided or value.is_nested:
         kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
         fail_type(function, argument, "be a dense tensor", kind)
@@ -156,8 +164,7 @@ def check_mask(function: str, mask: Any, x: Tensor) -> None:
     """Refuse a padding mask that is not ``(..., T)`` bool on the device of x."""
     if mask is None:
         return
-    if not isinstance(mask, Tensor):
-        fail_type(function, "padding_mask", "be a torch.Tensor or None", type(mask).__name__)
+    check_type(function, "padding_mask", mask, Tensor, "be a torch.Tensor or None")
     if mask.dtype != torch.bool:
         fail_type(function, "padding_mask", "have dtype torch.bool (True = real)", mask.dtype)
     if mask.shape != x.shape[:-1]:
@@ -214,8 +221,7 @@ def check_linear(function: str, argument: str, part: Any, x: Tensor) -> None:
 
 def check_index(function: str, argument: str, value: Any, like: Tensor) -> None:
     """Refuse an index array that is not int32 on the device of ``like``."""
-    if not isinstance(value, Tensor):
-        fail_type(function, argument, "be a torch.Tensor", type(value).__name__)
+    check_type(function, argument, value, Tensor, "be a torch.Tensor")
     if value.dtype != torch.int32:
         fail_type(function, argument, "have dtype torch.int32", str(value.dtype))
     if value.device != like.device:
@@ -226,8 +232,7 @@ def check_ffn(
     function: str, name: str, weights: Any, x: Tensor, width: int, experts: int | None
 ) -> None:
     """Refuse FFN weights whose shapes do not fit ``width`` and each other."""
-    if not isinstance(weights, FFNWeights):
-        fail_type(function, name, "be FFNWeights", type(weights).__name__)
+    check_type(function, name, weights, FFNWeights, "be FFNWeights")
     check_tensor(function, f"{name}.up_proj", weights.up_proj)
     lead = () if experts is None else (experts,)
     if weights.up_proj.ndim != len(lead) + 2:
@@ -254,19 +259,16 @@ def check_weights(function: str, x: Tensor, weights: LayerWeights) -> None:
     """Refuse what ``torch.autocast`` would make a weight of by casting it."""
     if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
         return
-    tensors: dict[str, Any] = {"router_weight": weights.router_weight}
-    if weights.shared_gate is not None:
-        tensors["shared_gate"] = weights.shared_gate
-    for name in ("experts", "shared"):
-        ffn = getattr(weights, name)
-        if ffn is None and name == "shared":
-            continue
-        if not isinstance(ffn, FFNWeights):
-            fail_type(function, name, "be FFNWeights", type(ffn).__name__)
-        fields = ffn._asdict().items()
-        tensors |= {f"{name}.{field}": value for field, value in fields if value is not None}
+    check_tensor(function, "router_weight", weights.router_weight)
+    tensors: dict[str, Any] = {"shared_gate": weights.shared_gate}
+    ffns: dict[str, Any] = {"experts": weights.experts, "shared": weights.shared}
+    for name, ffn in ffns.items():
+        if ffn is not None or name == "experts":
+            check_type(function, name, ffn, FFNWeights, "be FFNWeights")
+            tensors |= {f"{name}.{field}": tensor for field, tensor in ffn._asdict().items()}
     for name, tensor in tensors.items():
-        check_tensor(function, name, tensor)
+        if tensor is not None:
+            check_tensor(function, name, tensor)
 
 
 def check_programs(function: str, programs: int) -> None:
@@ -338,8 +340,7 @@ def check_shared(
     if shared is None:
         return
     widths = (x.shape[-1], segment_size * x.shape[-1])
-    if not isinstance(shared, FFNWeights):
-        fail_type("seg_moe", "shared", "be FFNWeights", type(shared).__name__)
+    check_type("seg_moe", "shared", shared, FFNWeights, "be FFNWeights")
     check_tensor("seg_moe", "shared.up_proj", shared.up_proj)
     width = shared.up_proj.shape[-1] if shared.up_proj.ndim else 0
     if width not in widths:

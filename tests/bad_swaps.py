@@ -162,7 +162,7 @@ ROWS = [
         "swap_sizes_count",
         swap(segment_sizes=[3, 4]),
         ValueError,
-        ["segment_sizes", "have 1 or 1 sizes", "[3, 4]"],
+        ["segment_sizes", "have 1 or num_layers=1 sizes", "[3, 4]"],
     ),
     ("swap_sizes_text", swap(segment_sizes="3,4"), ValueError, ["num_layers=1", "'3,4'"]),
     ("swap_experts", swap(num_experts="2"), TypeError, ["num_experts", "'2' (str)"]),

@@ -34,7 +34,7 @@ MODULES = [
     "segmoe_kernels",
     *re.findall(r"^   (segmoe_kernels\S*)$", PAGES["api"].read_text(encoding="utf-8"), re.M),
 ]
-INSIDE = {"layer.called", "layer.dtensor", "models.dense", "models.places", "models.probe"}
+INSIDE = {"layer.called", "layer.dtensor"}
 INSIDE |= {"activations", "autograd", "flops", "options", "pipeline", "segments", "stats.collector"}
 sys.path.insert(0, str(ROOT))
 difference = importlib.import_module("examples.studies.paired").difference

@@ -61,8 +61,7 @@ def make_inputs(name, routing="random", masked=False, dtype=torch.float64):
 
 def run(tensors, permutation, mask, options):
     x, topk_weights, *weights = tensors
-    maps = (permutation.sorted_to_slot, permutation.slot_to_sorted, permutation.expert_offsets)
-    return composed_ffn(x, topk_weights, FFNWeights(*weights), *maps, mask, **options)
+    return composed_ffn(x, topk_weights, FFNWeights(*weights), permutation, mask, **options)
 
 
 def step_by_step(tensors, permutation, mask, options):

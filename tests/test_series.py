@@ -189,6 +189,13 @@ def test_what_is_left_out_is_said(tmp_path):
     assert read_table(write(tmp_path, "a;b\n1,5;2\n")).notes == ("Numbers have decimal commas.",)
 
 
+def test_text_below_a_block_of_numbers_is_text(tmp_path):
+    rows = ["a,1.5", *["7,2.5"] * series.BLOCK, *["a,3.5"] * (series.BLOCK + 1)]
+    table = read_table(write(tmp_path, "\n".join(rows)))
+    assert table.left_out == {"column 1": "text and numbers"}
+    assert (table.values.shape, table.values[0]) == ((len(rows), 1), 1.5)
+
+
 DAYS = [f"2020-01-{day:02}" for day in range(1, 29)]
 # name: time stamps, and the sentences about them
 STAMPED = {

@@ -28,7 +28,7 @@ ROWS += bad_advise.ROWS
 PACKAGE = Path(segmoe_kernels.__file__).parent
 CHECKED = ["validation", "layer", "functional", "losses", "testing", "parallel", "series"]
 CHECKED += [f"models.{name}" for name in ("adapters", "checkpoints", "huggingface", "official")]
-CHECKED += ["models.places", "models.probe", "models.swap", "series.advise"]
+CHECKED += ["models.search", "models.probe", "models.swap", "series.advise"]
 CHECKED += ["stats.collector", "stats.plots", "stats.writers"]
 # Messages about the machine; tested in test_functional.py, test_huggingface.py, parallel_jobs.py,
 # test_stats*.py, test_advise.py, test_series.py, test_triton_layer.py.

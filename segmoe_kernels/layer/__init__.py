@@ -148,58 +148,39 @@ class SegMoE(nn.Module):
         check.check_device("SegMoE", "device", device)
         if dtype is not None:
             check.check_dtype("SegMoE", "dtype", dtype)
-        # Python's numbers, where NumPy's were given.
-        d_model, d_ff, num_experts = self.d_model, self.d_ff, self.num_experts
-        segment_size, shared_d_ff = self.segment_size, self.shared_d_ff
+        self._make_parts({"device": device, "dtype": dtype})
+        # Neither buffer nor parameter: no state dict, broadcast or loader has to know it.
+        self._aux_loss = self._no_loss()
 
-        def feed_forward(width_factor: int, hidden: int) -> FeedForward:
-            return FeedForward(
-                d_model * width_factor,
-                hidden * width_factor,
-                gated=gated,
-                bias=bias,
-                device=device,
-                dtype=dtype,
-            )
-
+    def _make_parts(self, factory: dict[str, Any]) -> None:
+        """The modules that hold parameters; their order is that of the random numbers, too."""
         self.router: SegmentRouter | None = None
         self.experts: Experts | None = None
         self.shared_expert: FeedForward | None = None
         self.shared_gate: nn.Linear | None = None
         self.in_proj: nn.Linear | None = None
         self.out_proj: nn.Linear | None = None
-        if num_experts == 0:
-            self.shared_expert = feed_forward(1, d_ff)
-            self._aux_loss = self._no_loss()
+        width, hidden, experts, size = self.d_model, self.d_ff, self.num_experts, self.segment_size
+        shared, projected = self.shared_expert_scope, self.expert_scope == "projected"
+        of_ffn = {"gated": self.gated, "bias": self.bias, **factory}
+        if experts == 0:
+            self.shared_expert = FeedForward(width, hidden, **of_ffn)
             return
-        wide = d_model * segment_size
-        projected = expert_scope == "projected"
         if projected:
-            self.in_proj = nn.Linear(wide, d_model, bias=bias, device=device, dtype=dtype)
-            self.out_proj = nn.Linear(d_model, wide, bias=bias, device=device, dtype=dtype)
+            self.in_proj = nn.Linear(width * size, width, bias=self.bias, **factory)
+            self.out_proj = nn.Linear(width, width * size, bias=self.bias, **factory)
             reset_linear(self.in_proj)
             reset_linear(self.out_proj)
-        pooled = wide if pooling == "concat" and not projected else d_model
-        self.router = SegmentRouter(pooled, num_experts, causal=causal, device=device, dtype=dtype)
-        factor = segment_size if expert_scope == "segment" else 1
-        self.experts = Experts(
-            num_experts,
-            d_model * factor,
-            d_ff * factor,
-            gated=gated,
-            bias=bias,
-            device=device,
-            dtype=dtype,
-        )
-        if shared_expert is not None:
-            factor = segment_size if shared_expert == "segment" and not projected else 1
-            self.shared_expert = feed_forward(factor, d_ff if shared_d_ff is None else shared_d_ff)
-            self.shared_gate = nn.Linear(
-                d_model * factor, 1, bias=False, device=device, dtype=dtype
-            )
+        pooled = width * (size if self.pooling == "concat" and not projected else 1)
+        self.router = SegmentRouter(pooled, experts, causal=self.causal, **factory)
+        factor = size if self.expert_scope == "segment" else 1
+        self.experts = Experts(experts, width * factor, hidden * factor, **of_ffn)
+        if shared is not None:
+            factor = size if shared == "segment" and not projected else 1
+            hidden = hidden if self.shared_d_ff is None else self.shared_d_ff
+            self.shared_expert = FeedForward(width * factor, hidden * factor, **of_ffn)
+            self.shared_gate = nn.Linear(width * factor, 1, bias=False, **factory)
             reset_linear(self.shared_gate)
-        # Neither buffer nor parameter: no state dict, broadcast or loader has to know it.
-        self._aux_loss = self._no_loss()
 
     def _options(self) -> Options:
         """What the stages do, as the attributes say now."""
@@ -228,9 +209,6 @@ class SegMoE(nn.Module):
             value = check.check_positive(name, weight, getattr(self, weight), zero=True)
             setattr(self, weight, value)
         check.check_choice(name, "backend", self.backend, check.BACKENDS)
-        if self.expert_scope == "projected" and self.pooling != "concat":
-            rule = "be 'concat' with expert_scope='projected'"
-            check.fail_value(name, "pooling", rule, repr(self.pooling))
         if self.causal and (self.expert_scope != "token" or shared == "segment"):
             rule = (
                 "be False unless expert_scope='token' and shared_expert is 'token' or None "
@@ -299,14 +277,9 @@ class SegMoE(nn.Module):
     def forward_with_routing(
         self, x: Tensor, padding_mask: Tensor | None = None
     ) -> tuple[Tensor, Routing]:
-        """As `forward`, and the routing decisions.
+        """As `forward`, with its arguments, but ``(y, routing)``.
 
-        Args:
-            x: (..., T, D).
-            padding_mask: (..., T) bool, True = real.
-
-        Returns:
-            ``(y, routing)``; router_logits and router_probs carry gradients, for explicit losses.
+        The routing's logits and probabilities carry gradients, for explicit losses.
         """
         check.check_x("SegMoE.forward", x, self.d_model)
         # Traced code as well: a mask of other values or another order would be used as it is.

@@ -1,12 +1,13 @@
 """The layer around linear maps that are more than their weights: PyTorch calls them.
 
 An adapter, a quantised map, a subclass or a hook does something where it is called. So where one of
-the shared expert, its gate or the projections is of that kind, or the gate has a bias, all of these
-are called, and the backend's stages run what is between them.
+the shared expert, the shared gate or the projections is of that kind, or the shared gate has a
+bias, all of these are called, and the backend's stages run what is between them.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -32,59 +33,13 @@ def run_called(
     in_proj: nn.Module | None,
     out_proj: nn.Module | None,
 ) -> tuple[Tensor, Routing]:
-    """As `functional.run_layer`, of whose weights the rest are called.
+    """As `functional.run_layer`; shared expert, shared gate and projections are called.
 
-    Args:
-        run: runs router and experts, or what parallel layers have in its place.
-        x: (..., T, D).
-        weights: of the router and the experts alone.
-        options: of the layer.
-        padding_mask: (..., T) bool.
-        backend: see `functional.resolve_backend`.
-        shared: called on rows of ``P * D`` or D columns, or None.
-        shared_gate: called on the same rows; gives one column.
-        in_proj: called on (B, J, P * D); gives D columns. None but for "projected".
-        out_proj: called on (B, J, D); gives ``P * D`` columns.
-
-    Returns:
-        ``(y, routing)``.
-
-    Raises:
-        TypeError: for a linear map whose weights have another dtype than x, or are sparse.
-        ValueError: for one on another device, and for DTensors, on which the stages run locally,
-            and a module can't.
+    ``run`` runs router and experts, whose weights alone are given.
     """
-    if any(
-        hasattr(tensor, "device_mesh")
-        for tensor in (x, weights.router_weight, weights.experts.up_proj)
-    ):
-        rule = "have plain torch.nn.Linear modules where tensors are DTensors"
-        check.fail_value(
-            "SegMoE.forward",
-            "layer",
-            rule,
-            "a subclass, an adapter, a hook or a shared_gate with a bias",
-        )
-    named = {"shared_gate": shared_gate, "in_proj": in_proj, "out_proj": out_proj}
-    for name, part in named.items():
-        check.check_linear("SegMoE.forward", name, part, x)
-    options = options.checked("SegMoE.forward")
-    if in_proj is not None and options.pooling != "concat":
-        rule = "be 'concat' with expert_scope='projected'"
-        check.fail_value("SegMoE.forward", "pooling", rule, repr(options.pooling))
+    options = _checked(x, weights, options, shared, shared_gate, in_proj, out_proj)
     length, d_model = x.shape[-2:]
     segment_size = options.segment_size
-    if (shared is None) != (shared_gate is None):
-        check.fail_value(
-            "SegMoE.forward", "shared_expert", "come with shared_gate", "only one of them"
-        )
-    widths = (d_model, d_model if in_proj is not None else segment_size * d_model)
-    if shared is not None and shared.d_model not in widths:
-        rule = f"have a width of {widths[0]} (token) or {widths[1]} (segment)"
-        check.fail_value("SegMoE.forward", "shared_expert", rule, shared.d_model)
-    if weights.router_start is not None and shared is not None and shared.d_model != d_model:
-        rule = f"have width {d_model} (token) in a causal layer: a wider one sees later steps"
-        check.fail_value("SegMoE.forward", "shared_expert", rule, shared.d_model)
     tokens = x.reshape(math.prod(x.shape[:-2]), length, d_model)
     mask = real = None if padding_mask is None else padding_mask.reshape(tokens.shape[:2])
     if in_proj is not None:
@@ -106,3 +61,34 @@ def run_called(
         if mask is not None:
             y = y.masked_fill(~mask[..., None], 0)
     return y.contiguous().reshape(x.shape), routing
+
+
+def _checked(
+    x: Tensor,
+    weights: LayerWeights,
+    options: Options,
+    shared: FeedForward | None,
+    shared_gate: nn.Module | None,
+    in_proj: nn.Module | None,
+    out_proj: nn.Module | None,
+) -> Options:
+    """Refuse modules that don't fit x and each other; what `Options.checked` gives."""
+    fail = partial(check.fail_value, "SegMoE.forward")
+    # On these the stages run locally, which a module can't.
+    if any(hasattr(w, "device_mesh") for w in (x, weights.router_weight, weights.experts.up_proj)):
+        rule = "have plain torch.nn.Linear modules where tensors are DTensors"
+        fail("layer", rule, "a subclass, an adapter, a hook or a shared_gate with a bias")
+    named = {"shared_gate": shared_gate, "in_proj": in_proj, "out_proj": out_proj}
+    for name, part in named.items():
+        check.check_linear("SegMoE.forward", name, part, x)
+    options = options.checked("SegMoE.forward")
+    narrow, wide = x.shape[-1], x.shape[-1] * (options.segment_size if in_proj is None else 1)
+    if (shared is None) != (shared_gate is None):
+        fail("shared_expert", "come with shared_gate", "only one of them")
+    if shared is not None and shared.d_model not in {narrow, wide}:
+        rule = f"have a width of {narrow} (token) or {wide} (segment)"
+        fail("shared_expert", rule, shared.d_model)
+    if shared is not None and shared.d_model != narrow and weights.router_start is not None:
+        rule = f"have width {narrow} (token) in a causal layer: a wider one sees later steps"
+        fail("shared_expert", rule, shared.d_model)
+    return options

@@ -21,42 +21,28 @@ def run_local(
     padding_mask: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Routing]:
-    """Run a layer's stages on local tensors.
+    """Run ``function``, such as `functional.run_layer`, on local tensors.
 
     Weights are gathered where they are sharded. x may be replicated, or sharded on a batch
     dimension; then a weight's gradient is a sum over the ranks (`Partial`), which DTensor adds up.
-
-    Args:
-        function: such as `functional.run_layer`.
-        x: (..., T, D) DTensor.
-        weights: DTensors.
-        options: of the layer.
-        padding_mask: (..., T) bool, laid out as x if it is a DTensor.
-        backend: see `functional.resolve_backend`.
-
-    Returns:
-        ``(y, routing)``: y a DTensor laid out as x; routing of this rank's segments, local.
-
-    Raises:
-        TypeError: if x is no DTensor, or sharded where a weight is none.
-        ValueError: if its steps or columns are sharded, or it is a pending sum.
+    y is laid out as x; routing is of this rank's segments, local.
     """
     if not isinstance(x, DTensor):
         rule = "be a DTensor, as the weights are"
         check.fail_type("SegMoE.forward", "x", rule, type(x).__name__)
     mesh, layout = x.device_mesh, x.placements
-    for place in layout:
-        batch = isinstance(place, Shard) and place.dim < x.ndim - 2
-        if not batch and not isinstance(place, Replicate):
+    for placement in layout:
+        batch = isinstance(placement, Shard) and placement.dim < x.ndim - 2
+        if not batch and not isinstance(placement, Replicate):
             rule = "be replicated or sharded on a batch dimension"
-            check.fail_value("SegMoE.forward", "x", rule, place)
-    whole = [Replicate()] * len(layout)
+            check.fail_value("SegMoE.forward", "x", rule, placement)
+    gathered = [Replicate()] * len(layout)
     grads: list[Placement] = [Partial() if isinstance(p, Shard) else Replicate() for p in layout]
 
     def local(tensor: Tensor) -> Tensor:
         if isinstance(tensor, DTensor):
-            return tensor.redistribute(mesh, whole).to_local(grad_placements=grads)
-        if any(isinstance(place, Shard) for place in layout):
+            return tensor.redistribute(mesh, gathered).to_local(grad_placements=grads)
+        if any(isinstance(placement, Shard) for placement in layout):
             # Its gradient would be of this rank's part of the batch alone.
             rule = "have a DTensor for every weight, as x is sharded"
             check.fail_type("SegMoE.forward", "layer", rule, f"a {type(tensor).__name__}")

@@ -55,23 +55,15 @@ class SegmentRouter(nn.Module):
         width: W.
         num_experts: E.
         causal: whether there is a start vector.
-        device: of the parameters.
-        dtype: of the parameters.
+        factory: device and dtype of the parameters.
     """
 
     def __init__(
-        self,
-        width: int,
-        num_experts: int,
-        *,
-        causal: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, width: int, num_experts: int, *, causal: bool = False, **factory: Any
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, width, device=device, dtype=dtype))
-        start = torch.empty(width, device=device, dtype=dtype) if causal else None
-        self.start = nn.Parameter(start) if start is not None else None
+        self.weight = nn.Parameter(torch.empty(num_experts, width, **factory))
+        self.start = nn.Parameter(torch.empty(width, **factory)) if causal else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -99,8 +91,7 @@ class Experts(nn.Module):
         d_ff: F, width of the hidden layer.
         gated: whether there is a gate.
         bias: whether there are biases.
-        device: of the parameters.
-        dtype: of the parameters.
+        factory: device and dtype of the parameters.
     """
 
     def __init__(
@@ -111,14 +102,13 @@ class Experts(nn.Module):
         *,
         gated: bool = False,
         bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **factory: Any,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
 
         def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
+            return nn.Parameter(torch.empty(num_experts, *shape, **factory))
 
         self.up_proj = parameter(d_ff, d_model)
         self.gate_proj = parameter(d_ff, d_model) if gated else None
@@ -169,27 +159,17 @@ class FeedForward(nn.Module):
         d_ff: width of the hidden layer.
         gated: whether there is a gate.
         bias: whether there are biases.
-        device: of the parameters.
-        dtype: of the parameters.
+        factory: device and dtype of the parameters.
     """
 
     def __init__(
-        self,
-        d_model: int,
-        d_ff: int,
-        *,
-        gated: bool = False,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, d_model: int, d_ff: int, *, gated: bool = False, bias: bool = False, **factory: Any
     ) -> None:
         super().__init__()
         self.d_model = d_model
-        self.up_proj = nn.Linear(d_model, d_ff, bias=bias, device=device, dtype=dtype)
-        self.gate_proj = (
-            nn.Linear(d_model, d_ff, bias=bias, device=device, dtype=dtype) if gated else None
-        )
-        self.down_proj = nn.Linear(d_ff, d_model, bias=bias, device=device, dtype=dtype)
+        self.up_proj = nn.Linear(d_model, d_ff, bias=bias, **factory)
+        self.gate_proj = nn.Linear(d_model, d_ff, bias=bias, **factory) if gated else None
+        self.down_proj = nn.Linear(d_ff, d_model, bias=bias, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

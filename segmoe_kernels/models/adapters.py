@@ -48,19 +48,15 @@ class SegMoEEncoderLayer(nn.TransformerEncoderLayer):
         if self.norm_first:
             x = src + self._sa_block(self.norm1(src), src_mask, padding, is_causal=is_causal)
             return x + self._experts_block(self.norm2(x), padding)
-        attended: Tensor = self.norm1(
-            src + self._sa_block(src, src_mask, padding, is_causal=is_causal)
-        )
-        out: Tensor = self.norm2(attended + self._experts_block(attended, padding))
+        x = self.norm1(src + self._sa_block(src, src_mask, padding, is_causal=is_causal))
+        out: Tensor = self.norm2(x + self._experts_block(x, padding))
         return out
 
     def _experts_block(self, x: Tensor, padding: Tensor | None) -> Tensor:
-        real = None
-        if padding is not None:
-            real = ~_hidden(padding)
+        real = None if padding is None else ~_hidden(padding)
         batch_first = _time_dim(self, x) == x.ndim - 2
         steps = x if batch_first else x.transpose(0, 1)
-        y: Tensor = self.seg_moe(steps, real)
+        y = self.seg_moe(steps, real)
         dropped: Tensor = self.dropout2(y if batch_first else y.transpose(0, 1))
         return dropped
 
@@ -74,10 +70,10 @@ def _hidden(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask < torch.finfo(mask.dtype).min / 2
 
 
-def refuse_rows(place: str, _: nn.Module, args: tuple[Any, ...]) -> None:
-    """Refuse rows without a batch of sequences around them, in place of an FFN of single rows."""
+def refuse_rows(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+    """Refuse rows without a batch of sequences around them, where an FFN of single rows was."""
     if args and isinstance(args[0], Tensor) and args[0].ndim == 2:
-        rule = f"have shape (..., T, D) with a batch at {place!r}: rows alone are no sequence"
+        rule = f"have shape (..., T, D) with a batch at {name!r}: rows alone are no sequence"
         check.fail_value("SegMoE.forward", "x", rule, tuple(args[0].shape))
 
 
@@ -87,7 +83,7 @@ _encoder = threading.local()
 
 def check_masks(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Refuse causal masks where experts look ahead, and floats that neither hide a step nor not.
 
     A pre-hook of encoders and of their layers. An encoder hands bool masks on as floats, so its
@@ -96,49 +92,38 @@ def check_masks(
     # Compiled code can't look and refuse: NaN in all outputs, rather than wrong ones.
     compiling = torch.compiler.is_compiling()
     if not compiling and getattr(_encoder, "runs", False):
-        return args, kwargs
-    whole = isinstance(module, nn.TransformerEncoder)
-    name = "mask" if whole else "src_mask"
+        return None
+    encoder = isinstance(module, nn.TransformerEncoder)
+    name = "mask" if encoder else "src_mask"
+    names = ("src", name, "src_key_padding_mask", "is_causal")
+    given = dict(zip(names, args, strict=False)) | kwargs
     causal = None
-    if not _argument(args, kwargs, 3, "is_causal"):  # which a layer refuses without a look
-        causal = _is_causal(module, _argument(args, kwargs, 1, name))
+    if not given.get("is_causal"):  # which a layer refuses without a look
+        causal = _is_causal(module, given.get(name))
     if causal is not None and compiling:
-        src = _argument(args, kwargs, 0, "src")
-        args, kwargs = _replaced(args, kwargs, 0, "src", src.masked_fill(causal, torch.nan))
+        given["src"] = given["src"].masked_fill(causal, torch.nan)
     elif causal is not None and bool(causal):
         rule = "show later steps where experts see them (swap with replace_ffn(causal=True))"
         check.fail_value(type(module).__name__, name, rule, "a causal mask")
-    mask = _argument(args, kwargs, 2, "src_key_padding_mask")
+    mask = given.get("src_key_padding_mask")
     if mask is not None and mask.is_floating_point():
         odd = ~_hidden(mask) & (mask != 0)
         if compiling:
-            mask = mask.masked_fill(odd, torch.nan)
-            args, kwargs = _replaced(args, kwargs, 2, "src_key_padding_mask", mask)
+            given["src_key_padding_mask"] = mask.masked_fill(odd, torch.nan)
         elif bool(odd.any()):
             rule = "be 0 or below half of its dtype's lowest value, such as -inf (or a bool mask)"
             got = mask[odd][0].item()
             check.fail_value(type(module).__name__, "src_key_padding_mask", rule, got)
-    if whole and not compiling:
-        _encoder.runs = True
-    return args, kwargs
+    if compiling:
+        return (given.pop("src"),), given
+    _encoder.runs = encoder
+    return None
 
 
 def leave_encoder(*_: Any) -> None:
     """Let layers look at masks again: a hook behind an encoder, which errors reach, too."""
     if not torch.compiler.is_compiling():
         _encoder.runs = False
-
-
-def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], index: int, name: str) -> Any:
-    return args[index] if len(args) > index else kwargs.get(name)
-
-
-def _replaced(
-    args: tuple[Any, ...], kwargs: dict[str, Any], index: int, name: str, value: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if len(args) > index:
-        return (*args[:index], value, *args[index + 1 :]), kwargs
-    return args, {**kwargs, name: value}
 
 
 def _looks_ahead(layer: nn.Module) -> bool:
@@ -189,7 +174,7 @@ class TSLibEncoderLayer(nn.Module):
         dropout: nn.Module,
     ) -> None:
         super().__init__()
-        _check_layer("TSLibEncoderLayer", "seg_moe", seg_moe)
+        check.check_type("TSLibEncoderLayer", "seg_moe", seg_moe, SegMoE, "be a SegMoE")
         parts = {"attention": attention, "norm1": norm1, "norm2": norm2, "dropout": dropout}
         for name, module in parts.items():
             check.check_module("TSLibEncoderLayer", name, module)
@@ -218,7 +203,7 @@ class WithRouterLogits(nn.Module):
 
     def __init__(self, layer: SegMoE) -> None:
         super().__init__()
-        _check_layer("WithRouterLogits", "layer", layer)
+        check.check_type("WithRouterLogits", "layer", layer, SegMoE, "be a SegMoE")
         if layer.num_experts == 0:
             check.fail_value("WithRouterLogits", "layer", "have experts", "num_experts=0")
         self.layer = layer
@@ -227,8 +212,3 @@ class WithRouterLogits(nn.Module):
         """Return ``(y, router_logits)``: (..., T, D) and (S, E), a row for each segment."""
         y, routing = self.layer.forward_with_routing(x, padding_mask)
         return y, routing.router_logits
-
-
-def _check_layer(function: str, name: str, layer: object) -> None:
-    if not isinstance(layer, SegMoE):
-        check.fail_type(function, name, "be a SegMoE", type(layer).__name__)

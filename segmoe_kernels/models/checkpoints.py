@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple, NoReturn
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ class _Dialect(NamedTuple):
 
 
 _OURS = {"up": "up_proj", "gate": "gate_proj", "down": "down_proj"}
-_GATES = {"router.weight": "gate.weight"}
+_W123 = {"gate": "w1", "down": "w2", "up": "w3"}
+_ROUTER = {"router.weight": "gate.weight"}
 _SHARED = {"shared_gate.weight": "shared_expert_gate.weight"} | {
     f"shared_expert.{part}.weight": f"shared_expert.{part}.weight" for part in _OURS.values()
 }
@@ -31,16 +33,15 @@ _FUSED = {"gate_up": "gate_up_proj", "down": "down_proj"}
 # Sources: Maple728/Time-MoE, models/modeling_time_moe.py; transformers 4 and 5, models/mixtral and
 # models/qwen2_moe. Version 5 of transformers reads per-expert lists, too, and keeps them stacked.
 DIALECTS = {
-    "segmoe": _Dialect(None, "stacked", _OURS, {key: key for key in [*_GATES, *_SHARED]}),
-    "time_moe": _Dialect("ffn_layer", "list", _OURS, _GATES | _SHARED),
-    "qwen2_moe": _Dialect("mlp", "list", _OURS, _GATES | _SHARED),
-    "qwen2_moe_stacked": _Dialect("mlp", "fused", _FUSED, _GATES | _SHARED),
-    "mixtral": _Dialect(
-        "block_sparse_moe", "list", {"gate": "w1", "down": "w2", "up": "w3"}, _GATES
-    ),
-    "mixtral_stacked": _Dialect("mlp", "fused", _FUSED, _GATES),
+    "segmoe": _Dialect(None, "stacked", _OURS, {key: key for key in [*_ROUTER, *_SHARED]}),
+    "time_moe": _Dialect("ffn_layer", "list", _OURS, _ROUTER | _SHARED),
+    "qwen2_moe": _Dialect("mlp", "list", _OURS, _ROUTER | _SHARED),
+    "qwen2_moe_stacked": _Dialect("mlp", "fused", _FUSED, _ROUTER | _SHARED),
+    "mixtral": _Dialect("block_sparse_moe", "list", _W123, _ROUTER),
+    "mixtral_stacked": _Dialect("mlp", "fused", _FUSED, _ROUTER),
 }
 """What `convert_state_dict` reads and writes, by name."""
+_fail = partial(check.fail_value, "convert_state_dict")
 
 
 def convert_state_dict(
@@ -74,47 +75,34 @@ def convert_state_dict(
             other, mixtures that the target would put in one place, or what it can't say (biases,
             a shared expert in Mixtral, a router that sees several steps).
     """
-    _check(state_dict, {"source": source, "target": target})
+    function = "convert_state_dict"
+    for argument, dialect in (("source", source), ("target", target)):
+        check.check_string(function, argument, dialect)
+        check.check_choice(function, argument, dialect, DIALECTS)
+    check.check_mapping(function, "state_dict", state_dict)
+    for key, tensor in state_dict.items():
+        check.check_type(function, f"state_dict[{key!r}]", tensor, Tensor, "be a tensor")
     here, there = DIALECTS[source], DIALECTS[target]
-    places = _places(state_dict, here)
-    if not places:
+    prefixes = _prefixes(state_dict, here)
+    if not prefixes:
         rule = f"have experts as {source!r} names them"
         _fail("state_dict", rule, f"keys such as {sorted(state_dict)[:4]}")
-    mixtures: dict[str, dict[str, Tensor]] = {place: {} for place in places}
+    mixtures: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
     result: dict[str, Tensor] = {}
     for key, tensor in state_dict.items():
-        place = next((p for p in places if key.startswith(p)), None)
-        if place is None:
+        prefix = next((p for p in prefixes if key.startswith(p)), None)
+        if prefix is None:
             result[key] = tensor
         else:
-            mixtures[place][key[len(place) :]] = tensor
-    for place, inside in mixtures.items():
-        moved = _move(place, there)
-        written = _write(_read(inside, here, place), there, place)
+            mixtures[prefix][key[len(prefix) :]] = tensor
+    for prefix, inside in mixtures.items():
+        moved = _move(prefix, there)
+        written = _write(_read(inside, here, prefix), there, prefix)
         written = {moved + key: tensor for key, tensor in written.items()}
         if taken := sorted(written.keys() & result.keys()):
-            _fail("state_dict", f"have nothing else where {target!r} puts {place!r}", taken[:4])
+            _fail("state_dict", f"have nothing else where {target!r} puts {prefix!r}", taken[:4])
         result |= written
     return result
-
-
-def _check(state_dict: Any, dialects: Mapping[str, Any]) -> None:
-    for name, value in dialects.items():
-        if not isinstance(value, str):
-            _fail_type(name, "be a str", type(value).__name__)
-        check.check_choice("convert_state_dict", name, value, tuple(DIALECTS))
-    check.check_mapping("convert_state_dict", "state_dict", state_dict)
-    for key, tensor in state_dict.items():
-        if not isinstance(tensor, Tensor):
-            _fail_type(f"state_dict[{key!r}]", "be a tensor", type(tensor).__name__)
-
-
-def _fail(argument: str, rule: str, got: object) -> NoReturn:
-    check.fail_value("convert_state_dict", argument, rule, got)
-
-
-def _fail_type(argument: str, rule: str, got: object) -> NoReturn:
-    check.fail_type("convert_state_dict", argument, rule, got)
 
 
 def _key_of(dialect: _Dialect) -> re.Pattern[str]:
@@ -124,25 +112,25 @@ def _key_of(dialect: _Dialect) -> re.Pattern[str]:
     return re.compile(rf"((?:.*\.)?)experts\.{inner}")
 
 
-def _places(state_dict: Mapping[str, Tensor], dialect: _Dialect) -> list[str]:
+def _prefixes(state_dict: Mapping[str, Tensor], dialect: _Dialect) -> list[str]:
     """Prefixes of the mixtures, in order."""
     pattern = _key_of(dialect)
     found = dict.fromkeys(m[1] for key in state_dict if (m := pattern.fullmatch(key)))
     block = dialect.block
-    places = [p for p in found if not p or block is None or p.split(".")[-2] == block]
-    if places and (others := sorted(set(found) - set(places))):
+    prefixes = [p for p in found if not p or block is None or p.split(".")[-2] == block]
+    if prefixes and (others := sorted(set(found) - set(prefixes))):
         _fail("state_dict", f"have all its mixtures in modules named {block!r}", others[:4])
-    return places
+    return prefixes
 
 
-def _move(place: str, target: _Dialect) -> str:
+def _move(prefix: str, target: _Dialect) -> str:
     """The prefix that the target gives a mixture; a layer alone has none."""
-    if target.block is None or not place:
-        return place
-    return ".".join([*place.split(".")[:-2], target.block, ""])
+    if target.block is None or not prefix:
+        return prefix
+    return ".".join([*prefix.split(".")[:-2], target.block, ""])
 
 
-def _read(inside: Mapping[str, Tensor], dialect: _Dialect, place: str) -> dict[str, Tensor]:
+def _read(inside: Mapping[str, Tensor], dialect: _Dialect, prefix: str) -> dict[str, Tensor]:
     """One mixture under our names."""
     pattern, names = _key_of(dialect), {v: k for k, v in dialect.others.items()}
     parts: dict[str, dict[int, Tensor]] = {}
@@ -154,33 +142,33 @@ def _read(inside: Mapping[str, Tensor], dialect: _Dialect, place: str) -> dict[s
         elif key in names:
             result[names[key]] = tensor
         else:
-            unknown.append(place + key)
+            unknown.append(prefix + key)
     if unknown:
         _fail("state_dict", "have weights of router and experts alone, no biases", unknown[:4])
     missing = _missing(parts, result, dialect)
     if missing:
-        _fail("state_dict", f"be complete under {place!r}", f"no {', '.join(missing)}")
+        _fail("state_dict", f"be complete under {prefix!r}", f"no {', '.join(missing)}")
     count = result["router.weight"].shape[0]
     for ours, theirs in dialect.parts.items():
         if theirs in parts:
-            whole = _stack(parts[theirs], count, dialect, f"{theirs} under {place!r}")
+            stacked = _stack(parts[theirs], count, dialect, f"{theirs} under {prefix!r}")
             if ours == "gate_up":
-                if whole.shape[1] % 2:
-                    rule = f"have an even second dimension in {theirs} under {place!r}"
-                    _fail("state_dict", rule, [*whole.shape])
+                if stacked.shape[1] % 2:
+                    rule = f"have an even second dimension in {theirs} under {prefix!r}"
+                    _fail("state_dict", rule, [*stacked.shape])
                 result["experts.gate_proj"], result["experts.up_proj"] = (
-                    half.contiguous() for half in whole.chunk(2, 1)
+                    half.contiguous() for half in stacked.chunk(2, 1)
                 )
             else:
-                result[f"experts.{ours}_proj"] = whole
-    _check_shapes(result, dialect, place)
+                result[f"experts.{ours}_proj"] = stacked
+    _check_shapes(result, dialect, prefix)
     return result
 
 
 def _missing(
     parts: Mapping[str, Any], others: Mapping[str, Tensor], dialect: _Dialect
 ) -> list[str]:
-    """What a mixture lacks, under the dialect's names; a shared expert is whole or not there."""
+    """What a mixture lacks, under the dialect's names; a shared expert is complete or not there."""
     # Ours need not be gated.
     gated = dialect.experts != "stacked" or dialect.parts["gate"] in parts
     wanted = [name for ours, name in dialect.parts.items() if gated or ours != "gate"]
@@ -193,7 +181,7 @@ def _missing(
     return missing
 
 
-def _check_shapes(ours: Mapping[str, Tensor], dialect: _Dialect, place: str) -> None:
+def _check_shapes(ours: Mapping[str, Tensor], dialect: _Dialect, prefix: str) -> None:
     """Refuse matrices that don't fit each other."""
     shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
     count, d_ff, width = shapes["experts.up_proj"]
@@ -212,34 +200,36 @@ def _check_shapes(ours: Mapping[str, Tensor], dialect: _Dialect, place: str) -> 
         fitting["shared_gate.weight"] = (1, wide)
     wrong = [f"{n}: {shapes[n]}" for n, s in fitting.items() if shapes.get(n, s) != s]
     if wrong:
-        rule = f"have matrices that fit each other under {place!r}"
+        rule = f"have matrices that fit each other under {prefix!r}"
         _fail("state_dict", rule, [f"experts.up_proj: {shapes['experts.up_proj']}", *wrong])
 
 
 def _stack(found: Mapping[int, Tensor], count: int, dialect: _Dialect, name: str) -> Tensor:
     """One projection of all experts."""
-    whole = found.get(0)
+    stacked = found.get(0)
     if dialect.experts == "list":
         if sorted(found) != list(range(count)):
             _fail("state_dict", f"have all experts 0 to {count - 1} of {name}", sorted(found))
         kinds = {(tuple(tensor.shape), str(tensor.dtype)) for tensor in found.values()}
         if len(kinds) > 1:
             _fail("state_dict", f"have one shape and dtype for {name}", sorted(kinds))
-        whole = torch.stack([found[e] for e in range(count)])
-    assert whole is not None  # what is not a list has one tensor
-    if whole.ndim != 3 or whole.shape[0] != count:
-        _fail("state_dict", f"have three dimensions and {count} experts in {name}", [*whole.shape])
-    return whole
+        stacked = torch.stack([found[e] for e in range(count)])
+    assert stacked is not None  # what is not a list has one tensor
+    if stacked.ndim != 3 or stacked.shape[0] != count:
+        _fail(
+            "state_dict", f"have three dimensions and {count} experts in {name}", [*stacked.shape]
+        )
+    return stacked
 
 
-def _write(ours: Mapping[str, Tensor], dialect: _Dialect, place: str) -> dict[str, Tensor]:
+def _write(ours: Mapping[str, Tensor], dialect: _Dialect, prefix: str) -> dict[str, Tensor]:
     """One mixture under the dialect's names."""
     result: dict[str, Tensor] = {}
     for key, tensor in ours.items():
         part = key.removeprefix("experts.").removesuffix("_proj")
         if not key.startswith("experts."):
             if key not in dialect.others:
-                _fail("target", "have a name for every weight", f"none for {place}{key}")
+                _fail("target", "have a name for every weight", f"none for {prefix}{key}")
             result[dialect.others[key]] = tensor
         elif dialect.experts == "stacked":
             result[key] = tensor
@@ -252,11 +242,11 @@ def _write(ours: Mapping[str, Tensor], dialect: _Dialect, place: str) -> dict[st
             fused = torch.cat([tensor, ours["experts.up_proj"]], 1)
             result[f"experts.{dialect.parts['gate_up']}"] = fused
     if dialect.experts != "stacked" and "experts.gate_proj" not in ours:
-        _fail("state_dict", f"be gated, as the target is, under {place!r}", "no gate_proj")
+        _fail("state_dict", f"be gated, as the target is, under {prefix!r}", "no gate_proj")
     width = ours["experts.up_proj"].shape[-1]
     for name, part in (("router.weight", "a router"), ("shared_gate.weight", "a shared expert")):
         wide = ours[name].shape[-1] if name in ours else width
         if dialect.block is not None and wide != width:
-            rule = f"be token-wise, as the target is, under {place!r}"
+            rule = f"be token-wise, as the target is, under {prefix!r}"
             _fail("state_dict", rule, f"{part} of width {wide} over experts of width {width}")
     return result

@@ -15,8 +15,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from segmoe_kernels.activations import ACTIVATIONS
 
-__all__ = ["UNDERSTOOD", "DenseFFN", "activation_of", "difference", "evaluating", "read_ffn"]
-
 UNDERSTOOD = (
     "be a torch.nn.TransformerEncoderLayer, a Sequential of Linear, activation (GELU, ReLU, SiLU), "
     "perhaps Dropout, and Linear, a module of gate_proj, up_proj, down_proj and act_fn, an "
@@ -70,8 +68,7 @@ def activation_of(function: Any) -> str | None:
         known = kind.__name__ if kind.__module__ == "transformers.activations" else kind
     elif not callable(function):
         return None
-    found = (n for n, a in ACTIVATIONS.items() if known in (a.function, *a.aliases))
-    return next(found, None)
+    return next((n for n, a in ACTIVATIONS.items() if known in (a.function, *a.aliases)), None)
 
 
 def read_ffn(module: nn.Module, parts: Mapping[str, str] | None = None) -> DenseFFN | str | None:

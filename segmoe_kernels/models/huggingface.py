@@ -66,16 +66,10 @@ def experts_forward(
     ids = torch.where(inside, top_k_index, -1).int()
     permutation = functional.permute(ids, num_experts)
     # Routing weights are float32 at the least.
-    share = top_k_weights.to(torch.promote_types(hidden_states.dtype, torch.float32))
-    out = functional.expert_ffn(
-        hidden_states[None],
-        torch.where(inside, share, 0.0),
-        permutation,
-        weights,
-        segment_size=1,
-        activation=activation,
-    )
-    return functional.combine(out)[0]
+    chosen = top_k_weights.to(torch.promote_types(hidden_states.dtype, torch.float32))
+    chosen, x = torch.where(inside, chosen, 0.0), hidden_states[None]
+    options: dict[str, Any] = {"segment_size": 1, "activation": activation}
+    return functional.combine(functional.expert_ffn(x, chosen, permutation, weights, **options))[0]
 
 
 def _check_choices(hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> None:
@@ -121,21 +115,20 @@ def _weights_of(experts: Any) -> tuple[FFNWeights, str]:
         weight: Tensor = getattr(experts, name)
         return weight.transpose(1, 2) if getattr(experts, "is_transposed", False) else weight
 
-    down, down_bias = matrix("down_proj"), experts.down_proj_bias if biased else None
-    if not gated:
-        up_bias = experts.up_proj_bias if biased else None
-        return FFNWeights(matrix("up_proj"), down, None, up_bias, None, down_bias), activation
-    concatenated = getattr(experts, "is_concatenated", True)
-    gate, up = _halves(matrix("gate_up_proj"), concatenated=concatenated)
-    gate_bias = up_bias = None
-    if biased:
-        gate_bias, up_bias = _halves(experts.gate_up_proj_bias, concatenated=concatenated)
-    return FFNWeights(up, down, gate, up_bias, gate_bias, down_bias), activation
+    def halves(fused: Tensor) -> tuple[Tensor, ...]:
+        """``(gate, up)`` of a fused projection: one behind the other, or row by row."""
+        if getattr(experts, "is_concatenated", True):
+            return fused.chunk(2, dim=1)
+        return fused[:, 0::2], fused[:, 1::2]
 
-
-def _halves(fused: Tensor, *, concatenated: bool) -> tuple[Tensor, Tensor]:
-    """``(gate, up)`` of a fused projection: one behind the other, or row by row."""
-    if concatenated:
-        gate, up = fused.chunk(2, dim=1)
-        return gate, up
-    return fused[:, 0::2], fused[:, 1::2]
+    gate = gate_bias = up_bias = None
+    if gated:
+        gate, up = halves(matrix("gate_up_proj"))
+    else:
+        up = matrix("up_proj")
+    if biased and gated:
+        gate_bias, up_bias = halves(experts.gate_up_proj_bias)
+    elif biased:
+        up_bias = experts.up_proj_bias
+    down_bias = experts.down_proj_bias if biased else None
+    return FFNWeights(up, matrix("down_proj"), gate, up_bias, gate_bias, down_bias), activation

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,15 +18,13 @@ __all__ = ["load_official", "load_official_layers", "segment_schedule", "to_offi
 # Sequential(Rearrange, FFN, Rearrange) that wraps the experts of MoESegment.
 _EXPERT_KEY = re.compile(r"experts\.(\d+)\.(1\.)?(up|gate|down)_proj\.(weight|bias)")
 _SHARED_KEY = re.compile(r"shared_expert\.(up|gate|down)_(proj|conv)\.(weight|bias)")
+_LEAVES = ("weight", "bias")
 # Where a model's layers begin: at their experts, or at the shared one.
 _INSIDE_A_MODEL = re.compile(r"(.*?\.)(?:experts\.\d+|shared_expert)\.")
 _OTHER_KEYS = {
     "gating.weight": "router.weight",
     "shared_gating.weight": "shared_gate.weight",
-    "in_proj.weight": "in_proj.weight",
-    "in_proj.bias": "in_proj.bias",
-    "out_proj.weight": "out_proj.weight",
-    "out_proj.bias": "out_proj.bias",
+    **{f"{part}_proj.{leaf}": f"{part}_proj.{leaf}" for part in ("in", "out") for leaf in _LEAVES},
 }
 _OUR_KEY = re.compile(
     r"experts\.(up|gate|down)_proj(_bias)?|shared_expert\.(up|gate|down)_proj\.(weight|bias)|"
@@ -33,6 +32,7 @@ _OUR_KEY = re.compile(
 )
 # What a state dict can't tell of a layer.
 _OPTIONS = ("dropout", "router_dropout", "aux_loss_weight", "z_loss_weight", "backend")
+fail_state_dict = partial(check.fail_value, "load_official", "state_dict")
 
 
 class _Official(NamedTuple):
@@ -54,12 +54,11 @@ def _inside(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
     check.check_string("load_official", "prefix", prefix)
     inside = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
     if not inside:
-        got = f"keys such as {sorted(state_dict)[:4]}"
-        check.fail_value("load_official", "state_dict", f"have keys under prefix={prefix!r}", got)
+        fail_state_dict(
+            f"have keys under prefix={prefix!r}", f"keys such as {sorted(state_dict)[:4]}"
+        )
     for key, value in inside.items():
-        if not isinstance(value, Tensor):
-            got = type(value).__name__
-            check.fail_type("load_official", f"state_dict[{key!r}]", "be a tensor", got)
+        check.check_type("load_official", f"state_dict[{key!r}]", value, Tensor, "be a tensor")
     return inside
 
 
@@ -93,8 +92,9 @@ def _sort_keys(inside: Mapping[str, Tensor], prefix: str) -> _Official:
             hint = " ('dwconv' shared experts mix segments and have no counterpart here)"
         elif layers := {m[1] for key in leftovers if (m := _INSIDE_A_MODEL.match(key))}:
             hint = f" (for one inside a model pass prefix={prefix + min(layers)!r})"
-        rule = f"have only keys of an official Seg-MoE layer{hint}"
-        check.fail_value("load_official", "state_dict", rule, f"also {sorted(leftovers)}")
+        fail_state_dict(
+            f"have only keys of an official Seg-MoE layer{hint}", f"also {sorted(leftovers)}"
+        )
     return _Official(experts, others, names)
 
 
@@ -104,27 +104,25 @@ def _check_values(inside: Mapping[str, Tensor]) -> None:
         check.check_tensor("load_official", f"state_dict[{key!r}]", value)
     devices = sorted({str(value.device) for value in inside.values()})
     if len(devices) > 1:
-        rule = "have all tensors on one device"
-        check.fail_value("load_official", "state_dict", rule, devices)
+        fail_state_dict("have all tensors on one device", devices)
 
 
 def _stack(experts: dict[str, dict[int, Tensor]]) -> dict[str, Tensor]:
-    numbers = {name: sorted(tensors) for name, tensors in experts.items()}
-    count = len(numbers.get("up_proj", []))
+    count = len(experts.get("up_proj", ()))
     stacked = {}
-    for name, found in numbers.items():
-        if found != list(range(count)):
-            rule = f"have {name} of every expert 0 to {count - 1}"
-            check.fail_value("load_official", "state_dict", rule, f"experts {found}")
-        shapes = {tuple(tensor.shape) for tensor in experts[name].values()}
+    for name, tensors in experts.items():
+        if tensors.keys() != set(range(count)):
+            fail_state_dict(
+                f"have {name} of every expert 0 to {count - 1}", f"experts {sorted(tensors)}"
+            )
+        shapes = {tuple(tensor.shape) for tensor in tensors.values()}
         if len(shapes) > 1:
-            rule = f"have {name} of one shape in every expert"
-            check.fail_value("load_official", "state_dict", rule, sorted(shapes))
-        dtypes = {str(tensor.dtype) for tensor in experts[name].values()}
+            fail_state_dict(f"have {name} of one shape in every expert", sorted(shapes))
+        dtypes = {str(tensor.dtype) for tensor in tensors.values()}
         if len(dtypes) > 1:
             rule = f"have {name} of one dtype in every expert"
             check.fail_type("load_official", "state_dict", rule, sorted(dtypes))
-        stacked[f"experts.{name}"] = torch.stack([experts[name][e] for e in range(count)])
+        stacked[f"experts.{name}"] = torch.stack([tensors[e] for e in range(count)])
     return stacked
 
 
@@ -178,53 +176,59 @@ def load_official(
     official = _sort_keys(inside, prefix)
     _check_values(inside)
     ours = {**official.others, **_stack(official.experts)}
-    num_experts = ours["experts.up_proj"].shape[0] if "experts.up_proj" in ours else 0
-    some = ours.get("experts.up_proj", ours.get("shared_expert.up_proj.weight"))
-    if some is None:
-        rule = "have up_proj weights of experts or of a shared expert"
-        check.fail_value("load_official", "state_dict", rule, sorted(ours))
-    if some.ndim < 2:
-        rule = "have up_proj weights of two dimensions"
-        check.fail_value("load_official", "state_dict", rule, tuple(some.shape))
-    factor = segment_size if expert_scope == "segment" and num_experts else 1
-    d_ff, d_model = some.shape[-2], some.shape[-1]
-    if d_model % factor or d_ff % factor:
-        rule = f"have expert widths divisible by segment_size={segment_size}"
-        check.fail_value("load_official", "state_dict", rule, (d_ff, d_model))
-    gated = any(".gate_proj" in key for key in ours)
-    biased = any(key.endswith((".bias", "_bias")) for key in ours)
     layer = SegMoE(
-        d_model // factor,
-        d_ff // factor,
-        num_experts,
-        top_k=min(top_k, num_experts) if num_experts else top_k,
+        **_told(ours, segment_size, top_k, expert_scope),
         segment_size=segment_size,
         expert_scope=expert_scope,
-        shared_expert="segment" if "shared_expert.up_proj.weight" in ours else None,
-        activation="silu" if gated else "gelu",
-        gated=gated,
-        bias=biased,
         router_temperature=router_temperature,
         renormalize=renormalize,
-        device=some.device,
-        dtype=some.dtype,
         **options,
     )
     wanted = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in ours.items()}
-    if wanted != found:
-        differences = [
-            f"{name}: expected {wanted.get(name)}, got {found.get(name)}"
-            for name in sorted({*wanted, *found})
-            if wanted.get(name) != found.get(name)
-        ]
+    if differences := [
+        f"{name}: expected {wanted.get(name)}, got {found.get(name)}"
+        for name in sorted({*wanted, *found})
+        if wanted.get(name) != found.get(name)
+    ]:
         rule = f"fit segment_size={segment_size} and expert_scope={expert_scope!r}"
-        check.fail_value("load_official", "state_dict", rule, "; ".join(differences))
+        fail_state_dict(rule, "; ".join(differences))
     # Not copied into the layer's own parameters, which would round to their dtype.
     own = {name: tensor.detach().clone() for name, tensor in ours.items()}
     layer.load_state_dict(own, assign=True)
     layer._official = official.names
     return layer.eval()
+
+
+def _told(
+    ours: Mapping[str, Tensor], segment_size: int, top_k: int, expert_scope: str
+) -> dict[str, Any]:
+    """What keys and shapes tell of a layer, as arguments of `SegMoE`."""
+    some = ours.get("experts.up_proj", ours.get("shared_expert.up_proj.weight"))
+    if some is None:
+        fail_state_dict("have up_proj weights of experts or of a shared expert", sorted(ours))
+    if some.ndim < 2:
+        fail_state_dict("have up_proj weights of two dimensions", tuple(some.shape))
+    num_experts = some.shape[0] if "experts.up_proj" in ours else 0
+    factor = segment_size if expert_scope == "segment" and num_experts else 1
+    d_ff, d_model = some.shape[-2:]
+    if d_model % factor or d_ff % factor:
+        fail_state_dict(
+            f"have expert widths divisible by segment_size={segment_size}", (d_ff, d_model)
+        )
+    gated = any(".gate_proj" in key for key in ours)
+    return {
+        "d_model": d_model // factor,
+        "d_ff": d_ff // factor,
+        "num_experts": num_experts,
+        "top_k": min(top_k, num_experts) if num_experts else top_k,
+        "shared_expert": "segment" if "shared_expert.up_proj.weight" in ours else None,
+        "activation": "silu" if gated else "gelu",
+        "gated": gated,
+        "bias": any(key.endswith((".bias", "_bias")) for key in ours),
+        "device": some.device,
+        "dtype": some.dtype,
+    }
 
 
 def load_official_layers(
@@ -260,7 +264,7 @@ def load_official_layers(
         rule = "have keys of layers, such as 'backbone.transformer.0.moeff.gating.weight'"
         check.fail_value(function, "state_dict", rule, f"keys such as {sorted(state_dict)[:4]}")
     prefixes = sorted(found, key=_by_numbers)
-    sizes = _schedule(function, "segment_sizes", segment_sizes, len(prefixes))
+    sizes = read_schedule(function, "segment_sizes", segment_sizes, len(prefixes))
     return {
         prefix.removesuffix("."): load_official(
             state_dict, segment_size=size, prefix=prefix, **options
@@ -293,9 +297,32 @@ def to_official(layer: SegMoE, *, prefix: str = "") -> dict[str, Tensor]:
         ValueError: if the official code has no such layer, other ranks have experts of it, or
             parts of it are not plain parameters.
     """
-    if not isinstance(layer, SegMoE):
-        check.fail_type("to_official", "layer", "be a SegMoE", type(layer).__name__)
+    check.check_type("to_official", "layer", layer, SegMoE, "be a SegMoE")
     check.check_string("to_official", "prefix", prefix)
+    _check_expressible(layer)
+    nested = "1." if layer.expert_scope == "token" and layer.segment_size > 1 else ""
+    names = layer._official or OfficialNames(nested, "proj")
+    back = {ours: official for official, ours in _OTHER_KEYS.items()}
+    result = {}
+    for name, tensor in layer.state_dict().items():
+        part, _, leaf = name.partition(".")
+        kind, _, suffix = leaf.partition("_proj")
+        kind = _swap(kind, gated=layer.gated)
+        suffix = suffix[1:] or "weight"  # of "_bias", ".bias", ".weight" and ""
+        if part == "experts":
+            for e, value in enumerate(tensor.detach()):
+                key = f"experts.{e}.{names.nested}{kind}_proj.{suffix}"
+                result[prefix + key] = value.clone()
+            continue
+        value = tensor.detach().clone()
+        key = back.get(name, f"shared_expert.{kind}_{names.shared}.{suffix}")
+        wide = part == "shared_expert" and names.shared == "conv" and suffix == "weight"
+        result[prefix + key] = value[..., None] if wide else value
+    return result
+
+
+def _check_expressible(layer: SegMoE) -> None:
+    """Refuse what the official code can't say."""
     if layer.experts is not None and layer.experts.num_experts != layer.num_experts:
         got = f"{layer.experts.num_experts} of {layer.num_experts}"
         check.fail_value("to_official", "layer", "have all experts (gather_experts first)", got)
@@ -322,28 +349,6 @@ def to_official(layer: SegMoE, *, prefix: str = "") -> dict[str, Tensor]:
             "subclasses of torch.nn.Linear)"
         )
         check.fail_value("to_official", "layer", rule, f"also {unknown[:4]}")
-    nested = "1." if layer.expert_scope == "token" and layer.segment_size > 1 else ""
-    names = layer._official or OfficialNames(nested, "proj")
-    back = {ours: official for official, ours in _OTHER_KEYS.items()}
-    result = {}
-    for name, tensor in layer.state_dict().items():
-        value = tensor.detach().clone()
-        module, _, leaf = name.partition(".")
-        if module == "experts":
-            kind = _swap(leaf.split("_")[0], gated=layer.gated)
-            suffix = "bias" if leaf.endswith("_bias") else "weight"
-            for e in range(layer.num_experts):
-                key = f"experts.{e}.{names.nested}{kind}_proj.{suffix}"
-                result[prefix + key] = value[e].clone()
-        elif module == "shared_expert":
-            kind, _, suffix = leaf.partition("_proj.")
-            if names.shared == "conv" and suffix == "weight":
-                value = value[..., None]
-            key = f"shared_expert.{_swap(kind, gated=layer.gated)}_{names.shared}.{suffix}"
-            result[prefix + key] = value
-        else:
-            result[prefix + back[name]] = value
-    return result
 
 
 def segment_schedule(sizes: int | str | Sequence[int], num_layers: int) -> list[int]:
@@ -361,10 +366,11 @@ def segment_schedule(sizes: int | str | Sequence[int], num_layers: int) -> list[
         ValueError: if a size is not a positive integer, or the number of sizes does not fit.
     """
     num_layers = check.check_integer("segment_schedule", "num_layers", num_layers, 1)
-    return _schedule("segment_schedule", "sizes", sizes, num_layers)
+    return read_schedule("segment_schedule", "sizes", sizes, num_layers)
 
 
-def _schedule(function: str, argument: str, sizes: Any, num_layers: int) -> list[int]:
+def read_schedule(function: str, argument: str, sizes: Any, num_layers: int) -> list[int]:
+    """`segment_schedule`, in the words of who asks."""
     if isinstance(sizes, str):
         parts = [part.strip() for part in sizes.split(",")]
         if not all(part.isdecimal() and int(part) > 0 for part in parts):

@@ -3,20 +3,20 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from segmoe_kernels import validation as check
 from segmoe_kernels.layer import SegMoE
 from segmoe_kernels.models.adapters import mixes_steps
 from segmoe_kernels.models.dense import evaluating
 
-__all__ = ["Probe", "check_inputs"]
-
-# Shares of the largest output. A property held before a swap if what remains is rounding: weights
+# Fractions of the largest output. A property held before a swap if the rest is rounding: weights
 # of fresh models are so small that a true dependence may be a few 1e-4. After the swap what the
 # layers mix is of the size of the output itself.
 ROUNDING, CLOSE = 1e-5, 3e-4
@@ -35,7 +35,7 @@ class _Trial(NamedTuple):
     rule: str
     inputs: Any
     pairs: Pairs | None
-    rows: Callable[[Tensor, Tensor], bool | None]
+    rows: Callable[[Tensor, Tensor], bool | None] = lambda *_: None
     base: Any = None
 
 
@@ -67,7 +67,7 @@ class Probe:
 
     def broken(self, layers: Mapping[str, SegMoE]) -> Iterator[tuple[str, str]]:
         """``(module or "", rule)`` of what does not hold with the layers in the model."""
-        layers = {place: layer for place, layer in layers.items() if mixes_steps(layer)}
+        layers = {name: layer for name, layer in layers.items() if mixes_steps(layer)}
         if not layers:
             return
         plain = _run(self.model, self.inputs, layers, layers)
@@ -75,10 +75,10 @@ class Probe:
         for trial, held in zip(self.trials, self.held, strict=True):
             changed = _run(self.model, trial.inputs, layers, layers)
             base = plain if trial.base is None else _run(self.model, trial.base, layers, layers)
-            for place, rows in changed.rows.items():
-                wrong = trial.rows(base.rows[place], rows)
+            for name, rows in changed.rows.items():
+                wrong = trial.rows(base.rows[name], rows)
                 if wrong is not None:
-                    told.setdefault((place, trial.rule), []).append(wrong)
+                    told.setdefault((name, trial.rule), []).append(wrong)
             holds = _holds(trial, base.outputs, changed.outputs, CLOSE)
             if any(was and not now for was, now in zip(held, holds, strict=False)):
                 yield "", trial.rule
@@ -87,13 +87,13 @@ class Probe:
 
     def unseen(self, layers: Mapping[str, SegMoE]) -> Iterator[str]:
         """Layers that the example doesn't reach, or from which nothing reaches the outputs."""
-        layers = {place: layer for place, layer in layers.items() if mixes_steps(layer)}
+        layers = {name: layer for name, layer in layers.items() if mixes_steps(layer)}
         plain = _run(self.model, self.inputs).outputs
-        for place, layer in layers.items():
-            mixed = _run(self.model, self.inputs, {place: layer}, layers)
-            alone = place in mixed.rows and mixed.rows[place].shape[-2] == 1
+        for name, layer in layers.items():
+            mixed = _run(self.model, self.inputs, {name: layer}, layers)
+            alone = name in mixed.rows and mixed.rows[name].shape[-2] == 1
             if alone or all(_close(*pair) for pair in zip(plain, mixed.outputs, strict=True)):
-                yield place
+                yield name
 
     def calls(self, layers: Mapping[str, SegMoE]) -> int:
         """How often one forward calls the layers, all of them together."""
@@ -130,16 +130,10 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for part in inside for tensor in _tensors(part)]
 
 
-def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def _changed(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Arguments with each tensor changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {name: _changed(part, change) for name, part in value.items()}
-    if not isinstance(value, tuple | list):
-        return value
-    changed = [_changed(part, change) for part in value]
-    return tuple(changed) if isinstance(value, tuple) else changed
+    inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
+    return tree_map_only(Tensor, change, inputs)
 
 
 def _trials(inputs: Any) -> Iterator[_Trial]:
@@ -153,63 +147,71 @@ def _trials(inputs: Any) -> Iterator[_Trial]:
     def same_first(old: Tensor, new: Tensor) -> list[tuple[Tensor, Tensor]]:
         return [(old[:1], new[:1])] if old.ndim and old.shape[0] == batch else []
 
-    name = "keep its independence of the sequences in a batch"
-    yield _Trial(name, _changed(inputs, reverse_others), same_first, _nothing)
+    rule = "keep its independence of the sequences in a batch"
+    yield _Trial(rule, _changed(inputs, reverse_others), same_first)
     # Behind each length that patches may have: an output may have one row for a patch.
-    cuts = {cut for cut in range(1, length) if length % cut == 0 or cut == length - 1}
-    for cut in sorted(cuts):
-
-        def exchange_future(x: Tensor, cut: int = cut) -> Tensor:
-            if x.ndim < 2 or x.shape[:2] != (batch, length):
-                return x
-            return torch.cat([x[:, :cut], x[:, cut:].roll(1, 0)], 1)
-
-        def same_past(old: Tensor, new: Tensor, cut: int = cut) -> list[tuple[Tensor, Tensor]]:
-            past = _past(old.shape[1], cut, length) if old.ndim > 1 and len(old) == batch else 0
-            return [(old[:, :past], new[:, :past])] if past else []
-
-        def reorder_future(x: Tensor, cut: int = cut) -> Tensor:
-            # Not exchanged, so that a mean over time stays.
-            if x.ndim < 2 or x.shape[:2] != (batch, length):
-                return x
-            return torch.cat([x[:, :cut], x[:, cut:].roll(1, 1)], 1)
-
-        def time_is_width(old: Tensor, new: Tensor, cut: int = cut) -> bool | None:
-            past = _past(old.shape[-1], cut, length)
-            if past == 0 or cut == length - 1 or old.shape != new.shape:
-                return None
-            future = range(past, old.shape[-1])
-            kept = _close(old[..., :past], new[..., :past])
-            return kept and not any(_close(old[..., i], new[..., i]) for i in future)
-
-        yield _Trial("keep its causality", _changed(inputs, exchange_future), same_past, _nothing)
-        name = "have steps for the rows of its FFNs, not for their width"
-        yield _Trial(name, _changed(inputs, reorder_future), None, time_is_width)
+    for cut in range(1, length):
+        if length % cut == 0 or cut == length - 1:
+            yield from _of_the_future(inputs, cut)
     for dim in range(1, first.ndim):
-        if first.shape[dim] < 2:
-            continue
-        order = _order(first.shape[dim]).to(first.device)
-
-        def permute(x: Tensor, dim: int = dim, order: Tensor = order) -> Tensor:
-            fits = x.ndim > dim and x.shape[dim] == len(order)
-            return x.index_select(dim, order) if fits else x
-
-        def same(old: Tensor, new: Tensor, order: Tensor = order) -> list[tuple[Tensor, Tensor]]:
-            dims = [d for d in range(1, old.ndim) if old.shape[d] == len(order)]
-            return [(old, new), *((old.index_select(d, order), new) for d in dims)]
-
-        def permuted(old: Tensor, new: Tensor, order: Tensor = order) -> bool | None:
-            if old.shape[-2] != len(order) or old.shape != new.shape:
-                return None
-            return not _close(old, new) and _close(old.index_select(-2, order), new)
-
-        name = f"keep its equivariance under permutations of dimension {dim}"
-        if dim == 1:
-            name += " (steps have an order in models with positions)"
-        yield _Trial(name, _changed(inputs, permute), same, permuted if dim > 1 else _nothing)
-        if dim > 1:
-            yield _of_others(inputs, dim)
+        if first.shape[dim] > 1:
+            yield _of_order(inputs, dim)
+            if dim > 1:
+                yield _of_others(inputs, dim)
     yield from _of_hidden_steps(inputs)
+
+
+def _of_the_future(inputs: Any, cut: int) -> Iterator[_Trial]:
+    """Change the steps behind a cut: what lies before must not see it, and may have no width."""
+    batch, length = _tensors(inputs)[0].shape[:2]
+
+    def roll_future(x: Tensor, dim: int) -> Tensor:
+        if x.ndim < 2 or x.shape[:2] != (batch, length):
+            return x
+        return torch.cat([x[:, :cut], x[:, cut:].roll(1, dim)], 1)
+
+    def same_past(old: Tensor, new: Tensor) -> list[tuple[Tensor, Tensor]]:
+        past = _past(old.shape[1], cut, length) if old.ndim > 1 and len(old) == batch else 0
+        return [(old[:, :past], new[:, :past])] if past else []
+
+    def time_is_width(old: Tensor, new: Tensor) -> bool | None:
+        past = _past(old.shape[-1], cut, length)
+        if past == 0 or cut == length - 1 or old.shape != new.shape:
+            return None
+        future = range(past, old.shape[-1])
+        kept = _close(old[..., :past], new[..., :past])
+        return kept and not any(_close(old[..., i], new[..., i]) for i in future)
+
+    exchanged = _changed(inputs, partial(roll_future, dim=0))
+    yield _Trial("keep its causality", exchanged, same_past)
+    # Not exchanged, so that a mean over time stays.
+    reordered = _changed(inputs, partial(roll_future, dim=1))
+    rule = "have steps for the rows of its FFNs, not for their width"
+    yield _Trial(rule, reordered, None, time_is_width)
+
+
+def _of_order(inputs: Any, dim: int) -> _Trial:
+    """Change the order of a dimension."""
+    first = _tensors(inputs)[0]
+    order = _order(first.shape[dim]).to(first.device)
+
+    def permute(x: Tensor) -> Tensor:
+        fits = x.ndim > dim and x.shape[dim] == len(order)
+        return x.index_select(dim, order) if fits else x
+
+    def same(old: Tensor, new: Tensor) -> list[tuple[Tensor, Tensor]]:
+        dims = [d for d in range(1, old.ndim) if old.shape[d] == len(order)]
+        return [(old, new), *((old.index_select(d, order), new) for d in dims)]
+
+    def permuted(old: Tensor, new: Tensor) -> bool | None:
+        if dim == 1 or old.shape[-2] != len(order) or old.shape != new.shape:
+            return None
+        return not _close(old, new) and _close(old.index_select(-2, order), new)
+
+    rule = f"keep its equivariance under permutations of dimension {dim}"
+    if dim == 1:
+        rule += " (steps have an order in models with positions)"
+    return _Trial(rule, _changed(inputs, permute), same, permuted)
 
 
 def _of_others(inputs: Any, dim: int) -> _Trial:
@@ -232,8 +234,8 @@ def _of_others(inputs: Any, dim: int) -> _Trial:
             return None
         return not _close(old, new) and _close(old[..., 1:, :], new[..., 1:, :])
 
-    name = f"keep its independence along dimension {dim}"
-    return _Trial(name, _changed(inputs, exchange_one), same_others, one_row)
+    rule = f"keep its independence along dimension {dim}"
+    return _Trial(rule, _changed(inputs, exchange_one), same_others, one_row)
 
 
 def _of_hidden_steps(inputs: Any) -> Iterator[_Trial]:
@@ -271,9 +273,9 @@ def _of_hidden(inputs: Any, mask: Tensor, hiding: Tensor, hidden: Tensor) -> _Tr
         visible = ~hidden.to(old.device)
         return [(old[visible], new[visible])]
 
-    name = "keep its independence of the steps that a mask hides"
+    rule = "keep its independence of the steps that a mask hides"
     base = None if hiding is mask else _changed(inputs, hide)
-    return _Trial(name, _changed(inputs, exchange_hidden), same_visible, _nothing, base)
+    return _Trial(rule, _changed(inputs, exchange_hidden), same_visible, base=base)
 
 
 def _reversed(x: Tensor) -> Tensor:
@@ -283,10 +285,6 @@ def _reversed(x: Tensor) -> Tensor:
 def _past(size: int, cut: int, length: int) -> int:
     """How many of ``size`` steps or patches lie before a cut."""
     return cut * size // length if length % size == 0 else 0
-
-
-def _nothing(*_: Tensor) -> None:
-    return None
 
 
 def _order(size: int) -> Tensor:
@@ -315,19 +313,17 @@ def _run(
         cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         after.enter_context(torch.random.fork_rng(cuda))
         torch.manual_seed(0)
-        for place, layer in (watched or {}).items():
+        for name, layer in (watched or {}).items():
 
-            def keep(_: nn.Module, args: tuple[Any, ...], place: str = place) -> None:
-                rows[place] = args[0]
-                calls.append(place)
+            def keep(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                rows[name] = args[0]
+                calls.append(name)
 
             after.callback(layer.register_forward_pre_hook(keep).remove)
         for layer in (mixed or {}).values():
             after.callback(layer.register_forward_hook(_mix).remove)
         out = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
-    return _Seen(
-        [tensor for tensor in _tensors(out) if tensor.is_floating_point()], rows, len(calls)
-    )
+    return _Seen([x for x in _tensors(out) if x.is_floating_point()], rows, len(calls))
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -360,7 +356,7 @@ def _mix(layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
         x = x.masked_fill(~args[1][..., None], 0)  # padding
     length = x.shape[-2]
     segments = F.pad(x, (0, 0, 0, -length % size)).unflatten(-2, (-1, size))
-    # A weight for each place, so that an order inside a segment matters.
+    # A weight for each step, so that an order inside a segment matters.
     weights = torch.linspace(1, 2, size, dtype=x.dtype, device=x.device)[:, None]
     seen = (segments * weights).sum(-2, keepdim=True)
     if layer.causal:
@@ -379,7 +375,7 @@ def _holds(
 
 
 def _close(expected: Tensor, actual: Tensor, tolerance: float = CLOSE) -> bool:
-    """Equal up to a share of the largest element."""
+    """Equal up to a fraction of the largest element."""
     if expected.shape != actual.shape or expected.numel() == 0:
         return expected.shape == actual.shape
     largest = expected.abs().amax() * tolerance

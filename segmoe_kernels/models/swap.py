@@ -23,35 +23,25 @@ from segmoe_kernels.models.adapters import (
     refuse_rows,
 )
 from segmoe_kernels.models.dense import UNDERSTOOD, DenseFFN, difference, evaluating, read_ffn
-from segmoe_kernels.models.official import segment_schedule
-from segmoe_kernels.models.places import (
+from segmoe_kernels.models.official import read_schedule
+from segmoe_kernels.models.probe import Probe, check_inputs
+from segmoe_kernels.models.search import (
     Match,
-    decoder_at,
+    decoder_around,
     find_ffns,
-    inverted_at,
+    inverted_around,
     listed,
     obstacle,
     switch_cache_off,
 )
-from segmoe_kernels.models.probe import Probe, check_inputs
 
 __all__ = ["replace_ffn", "upcycle"]
 
 _LOGGER = logging.getLogger("segmoe_kernels")
 
 
-def _options_of(dense: DenseFFN) -> dict[str, Any]:
-    linears = dense.linears().values()
-    return {
-        "d_model": dense.up.weight.shape[1],
-        "d_ff": dense.up.weight.shape[0],
-        "activation": dense.activation,
-        "gated": dense.gate is not None,
-        "bias": any(part.bias is not None for part in linears),
-        "dropout": dense.dropout,
-        "device": dense.up.weight.device,
-        "dtype": dense.up.weight.dtype,
-    }
+# Options that come from the FFN, and have to where its weights are copied.
+_FROM_FFN = ("d_model", "d_ff", "activation", "gated", "bias")
 
 
 def _copy_into(layer: SegMoE, dense: DenseFFN, noise: float) -> None:
@@ -74,19 +64,28 @@ def _copy_into(layer: SegMoE, dense: DenseFFN, noise: float) -> None:
 def _build(
     function: str, dense: DenseFFN, copy: bool, noise: float, options: dict[str, Any]
 ) -> SegMoE:
-    own = _options_of(dense)
+    weight = dense.up.weight
+    own: dict[str, Any] = {
+        "d_model": weight.shape[1],
+        "d_ff": weight.shape[0],
+        "activation": dense.activation,
+        "gated": dense.gate is not None,
+        "bias": any(part.bias is not None for part in dense.linears().values()),
+        "dropout": dense.dropout,
+        "device": weight.device,
+        "dtype": weight.dtype,
+    }
     if copy:
         # Weights that sum to 1, nothing beside the experts: at first what the dense FFN computes.
         own |= {"renormalize": True, "shared_expert": None}
     layer = SegMoE(**{**own, **options})
     if copy:
-        for name in ("d_model", "d_ff", "activation", "gated", "bias"):
-            if getattr(layer, name) != own[name]:
-                rule = f"be the dense FFN's {own[name]!r} where its weights are copied"
-                check.fail_value(function, name, rule, repr(getattr(layer, name)))
-        if layer.expert_scope != "token":
-            rule = "be 'token' where weights are copied"
-            check.fail_value(function, "expert_scope", rule, repr(layer.expert_scope))
+        rules = {name: f"be the dense FFN's {own[name]!r} where its" for name in _FROM_FFN}
+        rules["expert_scope"] = "be 'token' where"
+        for name, rule in rules.items():
+            value = getattr(layer, name)
+            if value != own.get(name, "token"):
+                check.fail_value(function, name, f"{rule} weights are copied", repr(value))
         if layer.num_experts == 0:
             check.fail_value(function, "num_experts", "be at least 1 where weights are copied", 0)
         _copy_into(layer, dense, noise)
@@ -142,12 +141,13 @@ def upcycle(ffn: nn.Module, num_experts: int, *, noise: float = 0.0, **options: 
     """
     check.check_module("upcycle", "ffn", ffn)
     check.check_positive("upcycle", "noise", noise, zero=True)
-    dense = read_ffn(ffn)
-    reason = _beside(ffn, dense) if isinstance(dense, DenseFFN) else dense
-    if reason is not None or not isinstance(dense, DenseFFN):
-        got = type(ffn).__name__ if reason is None else f"{type(ffn).__name__}, which {reason}"
-        rule = "be an FFN with nothing beside it" if isinstance(dense, DenseFFN) else UNDERSTOOD
-        check.fail_value("upcycle", "ffn", rule, got)
+    dense, kind = read_ffn(ffn), type(ffn).__name__
+    if not isinstance(dense, DenseFFN):
+        got = kind if dense is None else f"{kind}, which {dense}"
+        check.fail_value("upcycle", "ffn", UNDERSTOOD, got)
+    if reason := _beside(ffn, dense):
+        got = f"{kind}, which {reason}"
+        check.fail_value("upcycle", "ffn", "be an FFN with nothing beside it", got)
     layer = _build("upcycle", dense, True, noise, {"num_experts": num_experts, **options})
     return layer.train(ffn.training)
 
@@ -234,18 +234,19 @@ def replace_ffn(
     if example_inputs is not None:
         check_inputs(example_inputs)
     found, left = find_ffns(model, match, parts)
-    sizes = _sizes(segment_sizes, len(found))
+    sizes = read_schedule(name, "segment_sizes", segment_sizes, len(found))
     for weight in ("aux_loss_weight", "z_loss_weight"):
         if weight in options:
             check.check_positive(name, weight, options[weight], zero=True)
-    layers: dict[str, SegMoE] = {}
-    for (place, dense), size in zip(found.items(), sizes, strict=True):
-        own = {"num_experts": num_experts, "segment_size": size, "causal": bool(causal), **options}
-        layers[place] = _build(name, dense, copy_weights, noise, own)
-    _check_places(model, layers, causal)
+    options = {"num_experts": num_experts, "causal": bool(causal), **options}
+    layers = {
+        ffn: _build(name, dense, copy_weights, noise, {"segment_size": size, **options})
+        for (ffn, dense), size in zip(found.items(), sizes, strict=True)
+    }
+    _check_around(model, layers, causal)
     if left:
         warnings.warn(f"segmoe_kernels.{name} left {listed(model, left)}.", stacklevel=2)
-    before = _count(model)
+    before = sum(parameter.numel() for parameter in model.parameters())
     calls = len(layers)
     if example_inputs is None:
         _apply(model, found, layers)
@@ -255,17 +256,13 @@ def replace_ffn(
         layer.aux_loss_weight /= calls
         layer.z_loss_weight /= calls
     _finish(model, layers, causal)
-    after = _count(model)
+    after = sum(parameter.numel() for parameter in model.parameters())
     # A warning, as logging shows no less by default, and a segment-wide shared expert is large.
     _LOGGER.warning(
         "replace_ffn: %d SegMoE in place of FFNs; from %s to %s parameters (%.1f x)",
         *(len(found), f"{before:,}", f"{after:,}", after / before),
     )
     return list(found)
-
-
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _check_parts(parts: Any) -> None:
@@ -280,20 +277,16 @@ def _check_parts(parts: Any) -> None:
         check.fail_value(name, "parts", rule, sorted(map(str, parts)))
 
 
-def _check_places(model: nn.Module, layers: Mapping[str, SegMoE], causal: bool | None) -> None:
+def _check_around(model: nn.Module, layers: Mapping[str, SegMoE], causal: bool | None) -> None:
     """Refuse what types and flags tell of rows that are no time steps, or may not look ahead."""
     named = dict(model.named_modules())
-    for place, layer in layers.items():
-        if not mixes_steps(layer):
-            continue
-        outer = inverted_at(named, place)
-        if outer is not None:
-            rule = f"have time steps for rows at {place!r}"
+    for name in (name for name, layer in layers.items() if mixes_steps(layer)):
+        if (outer := inverted_around(named, name)) is not None:
             got = f"{type(named[outer]).__name__}, whose rows are variates"
+            rule = f"have time steps for rows at {name!r}"
             check.fail_value("replace_ffn", "model", rule, got)
-        outer = decoder_at(named, place) if causal is None else None
-        if outer is not None:
-            rule = f"be True or False for the decoder around {place!r} (False leaks the future)"
+        if causal is None and (outer := decoder_around(named, name)) is not None:
+            rule = f"be True or False for the decoder around {name!r} (False leaks the future)"
             got = f"None for {type(named[outer]).__name__}"
             check.fail_value("replace_ffn", "causal", rule, got)
 
@@ -301,21 +294,19 @@ def _check_places(model: nn.Module, layers: Mapping[str, SegMoE], causal: bool |
 def _apply(model: nn.Module, found: Mapping[str, DenseFFN], layers: Mapping[str, SegMoE]) -> None:
     """Put layers where FFNs are."""
     named = dict(model.named_modules())
-    for place, layer in layers.items():
-        old = named[place]
+    for name, layer in layers.items():
+        old, behind = named[name], found[name].behind
         layer.train(old.training)
         if isinstance(old, nn.TransformerEncoderLayer):
             _swap_encoder_layer(old, layer)
             continue
         new: nn.Module = layer
-        if isinstance(found[place].up, nn.Conv1d):
-            kept = (getattr(old, part) for part in ("norm1", "norm2", "dropout"))
-            new = TSLibEncoderLayer(old.attention, layer, *kept).train(old.training)
+        if isinstance(found[name].up, nn.Conv1d):
+            new = TSLibEncoderLayer(old.attention, layer, old.norm1, old.norm2, old.dropout)
         else:
-            layer.register_forward_pre_hook(partial(refuse_rows, place))
-            behind = found[place].behind
-            new = layer if behind is None else nn.Sequential(layer, behind).train(old.training)
-        _put(model, old, new)
+            layer.register_forward_pre_hook(partial(refuse_rows, name))
+            new = layer if behind is None else nn.Sequential(layer, behind)
+        _put(model, old, new.train(old.training))
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
             # Its shortcut hands nested tensors to all layers, if only the first can take them.
@@ -344,15 +335,15 @@ def _apply_and_probe(
         _apply(model, found, layers)
         broken = next(probe.broken(layers), None)
         if broken is not None:
-            place, rule = broken
-            for one in () if place else layers:
+            name, rule = broken
+            for one in () if name else layers:
                 restore()
                 _apply(model, found, {one: layers[one]})
                 if rule in {what for _, what in probe.broken({one: layers[one]})}:
-                    place = one
+                    name = one
                     break
-            where = f"experts at {place!r}, which break it" if place else "experts that break it"
-            check.fail_value("replace_ffn", "model", rule, where)
+            got = f"experts at {name!r}, which break it" if name else "experts that break it"
+            check.fail_value("replace_ffn", "model", rule, got)
         unseen = next(probe.unseen(layers), None)
         if unseen is not None:
             rule = f"send {unseen!r} more than a single row a sequence, and show it in the outputs"
@@ -366,14 +357,13 @@ def _apply_and_probe(
 def _finish(model: nn.Module, layers: Mapping[str, SegMoE], causal: bool | None) -> None:
     """Guard what can go wrong in later calls: masks, causal calls, caches."""
     for module in model.modules():
-        swapped = isinstance(module, SegMoEEncoderLayer)
-        whole = isinstance(module, nn.TransformerEncoder) and any(
-            isinstance(layer, SegMoEEncoderLayer) for layer in module.layers
-        )
+        encoder = isinstance(module, nn.TransformerEncoder)
+        inside: Any = module.layers if encoder else [module]
+        swapped = any(isinstance(layer, SegMoEEncoderLayer) for layer in inside)
         hooks: Any = module._forward_pre_hooks
-        if (swapped or whole) and check_masks not in hooks.values():
+        if swapped and check_masks not in hooks.values():
             module.register_forward_pre_hook(check_masks, with_kwargs=True)
-            if whole:
+            if encoder:
                 module.register_forward_hook(leave_encoder, always_call=True)
         if isinstance(module, SegMoEEncoderLayer) and module.seg_moe in layers.values():
             module.may_look_ahead = causal is False
@@ -386,23 +376,6 @@ def _finish(model: nn.Module, layers: Mapping[str, SegMoE], causal: bool | None)
                 "example_inputs with a mask that hides steps."
             )
             warnings.warn(message, stacklevel=3)
-
-
-def _sizes(segment_sizes: int | str | Sequence[int], count: int) -> list[int]:
-    name = "replace_ffn"
-    sizes: list[int]
-    if isinstance(segment_sizes, str):
-        sizes = segment_schedule(segment_sizes, count)
-    elif isinstance(segment_sizes, Sequence):
-        sizes = [*segment_sizes]
-        if len(sizes) not in {1, count}:
-            rule = f"have 1 or {count} sizes, one for each FFN"
-            check.fail_value(name, "segment_sizes", rule, sizes)
-    else:
-        sizes = [segment_sizes]
-    for size in sizes:
-        check.check_integer(name, "segment_sizes", size, 1)
-    return sizes * count if len(sizes) == 1 else sizes
 
 
 def _swap_encoder_layer(old: nn.TransformerEncoderLayer, layer: SegMoE) -> None:

@@ -18,41 +18,24 @@ from segmoe_kernels.options import Options
 from segmoe_kernels.pipeline import autocast_weights, no_autocast, run_stages
 from segmoe_kernels.reference import exported
 from segmoe_kernels.reference.experts import composed_ffn, dense_ffn, grouped_ffn
-from segmoe_kernels.routing import (
-    FFNWeights,
-    LayerWeights,
-    Permutation,
-    RouterOutput,
-    Routing,
-)
+from segmoe_kernels.routing import FFNWeights, LayerWeights, Permutation, RouterOutput, Routing
 from segmoe_kernels.segments import crop, segments, valid_steps
 
 __all__ = ["combine", "expert_ffn", "grouped_gemm", "permute", "route", "seg_moe"]
 
 
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the router computes in: float32, or float64 where x is."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def pool(x: Tensor, valid: Tensor | None, pooling: str) -> Tensor:
     """Summarise each segment over its real steps; a segment without one gives zeros.
 
-    Args:
-        x: (B, J, P, D), zero where not valid.
-        valid: (B, J, P) bool; "concat" does without.
-        pooling: "concat" (P steps side by side, missing ones 0), "mean", "max", "first", "last".
-
-    Returns:
-        (B, J, P * D) for "concat", else (B, J, D); a mean is float32 at least, the others x's.
+    x is (B, J, P, D), 0 where ``valid`` (B, J, P) is not; "concat", which gives (B, J, P * D), does
+    without. The others give (B, J, D), the mean in float32 at least.
     """
     if pooling == "concat":
         return rearrange(x, "b j p d -> b j (p d)")
     assert valid is not None, pooling
     if pooling == "mean":
-        dtype = accumulator_dtype(x.dtype)
-        count = valid.sum(-1, keepdim=True).clamp_min(1)
-        return x.sum(2, dtype=dtype) / count.to(dtype)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return x.sum(2, dtype=dtype) / valid.sum(-1, keepdim=True).clamp_min(1).to(dtype)
     if pooling == "max":
         # One step takes the gradient of a tie: the rule of torch.max over a dimension.
         best = x.masked_fill(~valid[..., None], -torch.inf).max(2).values
@@ -81,7 +64,7 @@ def route(
     padding_mask: Tensor | None = None,
 ) -> RouterOutput:
     """Stage 1: pool each segment and choose its experts. See `functional.route`."""
-    accumulate = accumulator_dtype(x.dtype)
+    accumulate = torch.promote_types(x.dtype, torch.float32)
     valid = None
     if padding_mask is not None or pooling != "concat":
         valid = valid_steps(x, segment_size, padding_mask)
@@ -98,9 +81,7 @@ def route(
         router_logits = pooled @ router_weight.to(accumulate).t()
         if routed is not None:
             router_logits = torch.where(routed, router_logits, 0)
-        scaled = router_logits
-        if router_temperature != 1:
-            scaled = scaled / router_temperature
+        scaled = router_logits if router_temperature == 1 else router_logits / router_temperature
         router_probs = torch.softmax(scaled, dim=-1)
     router_probs = F.dropout(router_probs, router_dropout)
     if routed is not None:
@@ -109,17 +90,20 @@ def route(
     if top_k == 1:
         topk_weights, topk_ids = router_probs.max(-1, keepdim=True)
     else:
-        if torch.compiler.is_exporting():
-            topk_ids = exported.choose(router_probs.detach(), top_k)
-        else:
-            order = torch.sort(router_probs.detach(), dim=-1, descending=True, stable=True).indices
-            topk_ids = order[:, :top_k]
+        topk_ids = choose(router_probs.detach(), top_k)
         topk_weights = router_probs.gather(-1, topk_ids)
     if top_k > 1 if renormalize is None else renormalize:
         topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True).clamp_min(1e-6)
     if routed is not None:
         topk_ids = torch.where(routed, topk_ids, -1)
     return RouterOutput(router_logits, router_probs, topk_weights, topk_ids.int())
+
+
+def choose(probs: Tensor, top_k: int) -> Tensor:
+    """Indices of the largest probabilities, (S, top_k), the lower first among equals."""
+    if torch.compiler.is_exporting():
+        return exported.choose(probs, top_k)
+    return torch.sort(probs, dim=-1, descending=True, stable=True).indices[:, :top_k]
 
 
 def permute(topk_ids: Tensor, num_experts: int) -> Permutation:
@@ -170,23 +154,8 @@ def expert_ffn(
         x = segments(x, segment_size, padding_mask).flatten(2)
     real = None if expert_scope == "segment" else padding_mask
     steps = segment_size if expert_scope == "token" else 1
-    sorted_to_slot, expert_offsets = permutation.sorted_to_slot, permutation.expert_offsets
-    options: dict[str, Any] = {"segment_size": steps, "activation": activation}
-    if torch.compiler.is_exporting():
-        inputs = (x, topk_weights, experts, permutation, real)
-        out = exported.expert_ffn(*inputs, **options, dropout=dropout)
-    else:
-        out = composed_ffn(
-            x,
-            topk_weights,
-            experts,
-            sorted_to_slot,
-            permutation.slot_to_sorted,
-            expert_offsets,
-            real,
-            **options,
-            dropout=dropout,
-        )
+    run = exported.expert_ffn if torch.compiler.is_exporting() else composed_ffn
+    out = run(x, topk_weights, experts, permutation, real, steps, activation, dropout)
     if expert_scope == "segment":
         out = crop(rearrange(out, "k b j (p d) -> k b (j p) d", d=d_model), 2, length)
         if padding_mask is not None:
@@ -228,23 +197,14 @@ def shared_expert(
     dropout: float = 0.0,
     padding_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The shared path before its gate: dense GEMMs, which PyTorch does best on every device.
+    """The shared path: dense GEMMs, which PyTorch does best on every device.
 
-    Args:
-        x: (B, T, D).
-        weights: FFN of width ``segment_size * D``.
-        shared_gate: (1, segment_size * D).
-        segment_size: steps that one row of the FFN sees; 1 for a token-wise shared expert.
-        activation: see `functional.expert_ffn`.
-        dropout: probability, after the activation.
-        padding_mask: (B, T) bool or None.
-
-    Returns:
-        ``(shared_out (B, J, P * D), shared_gate_logits (B, J))``, not yet cropped or masked.
+    A row of the FFN sees ``segment_size`` steps of x (B, T, D): 1 for a token-wise shared expert.
+    Returns ``(shared_out (B, J, P * D), shared_gate_logits (B, J))``, not yet cropped or masked.
     """
     rows = rearrange(segments(x, segment_size, padding_mask), "b j p d -> b j (p d)")
-    gate_logits = F.linear(rows, shared_gate).squeeze(-1)
-    return dense_ffn(rows, weights, activation, dropout), gate_logits
+    logits = F.linear(rows, shared_gate).squeeze(-1)
+    return dense_ffn(rows, weights, activation, dropout), logits
 
 
 def combine(
@@ -254,16 +214,15 @@ def combine(
     *,
     padding_mask: Tensor | None = None,
 ) -> Tensor:
-    """Stage 4: sum over the slots, add the gated shared path. See `functional.combine`."""
+    """Stage 4: sum over the choices, add the shared path. See `functional.combine`."""
     y = expert_out.squeeze(0) if expert_out.shape[0] == 1 else expert_out.sum(0)
     if shared_out is not None and shared_gate_logits is not None:
         steps = shared_out.shape[-1] // y.shape[-1]
-        gate = torch.sigmoid(shared_gate_logits)
-        gate = crop(repeat(gate, "b j -> b (j p) 1", p=steps), 1, y.shape[1])
+        opened = repeat(torch.sigmoid(shared_gate_logits), "b j -> b (j p) 1", p=steps)
         shared = crop(rearrange(shared_out, "b j (p d) -> b (j p) d", p=steps), 1, y.shape[1])
         if padding_mask is not None:
             shared = shared.masked_fill(~padding_mask[..., None], 0)
-        y = torch.addcmul(y, gate, shared)
+        y = torch.addcmul(y, crop(opened, 1, y.shape[1]), shared)
     return y
 
 
@@ -273,36 +232,12 @@ def shared_combine(
     shared: FFNWeights,
     shared_gate: Tensor,
     *,
-    segment_size: int,
-    activation: str = "gelu",
-    dropout: float = 0.0,
     padding_mask: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
-    """Stage 4 with a shared expert: `shared_expert`, then `combine`.
-
-    Args:
-        expert_out: (top_k, B, T, D), already weighted, 0 where masked.
-        x: (B, T, D).
-        shared: FFN of width ``segment_size * D``.
-        shared_gate: (1, segment_size * D).
-        segment_size: steps that one row of the FFN sees; 1 for a token-wise shared expert.
-        activation: see `functional.expert_ffn`.
-        dropout: probability, after the activation.
-        padding_mask: (B, T) bool or None.
-
-    Returns:
-        (B, T, D), dtype of expert_out.
-    """
-    shared_out, gate_logits = shared_expert(
-        x,
-        shared,
-        shared_gate,
-        segment_size=segment_size,
-        activation=activation,
-        dropout=dropout,
-        padding_mask=padding_mask,
-    )
-    return combine(expert_out, shared_out, gate_logits, padding_mask=padding_mask)
+    """Stage 4 with a shared expert: `shared_expert`, whose options these are, then `combine`."""
+    out, logits = shared_expert(x, shared, shared_gate, padding_mask=padding_mask, **options)
+    return combine(expert_out, out, logits, padding_mask=padding_mask)
 
 
 def seg_moe(
@@ -310,36 +245,10 @@ def seg_moe(
     router_weight: Tensor,
     experts: FFNWeights,
     *,
-    segment_size: int,
-    top_k: int = 1,
-    pooling: str = "concat",
-    expert_scope: str = "token",
-    shared: FFNWeights | None = None,
-    shared_gate: Tensor | None = None,
-    in_proj: tuple[Tensor, Tensor | None] | None = None,
-    out_proj: tuple[Tensor, Tensor | None] | None = None,
-    activation: str = "gelu",
-    dropout: float = 0.0,
-    router_dropout: float = 0.0,
-    router_temperature: float = 1.0,
-    renormalize: bool | None = None,
-    router_start: Tensor | None = None,
     padding_mask: Tensor | None = None,
+    **others: Any,
 ) -> tuple[Tensor, Routing]:
-    """The whole layer in plain PyTorch, unchecked. See `functional.seg_moe`."""
-    weights, dtype = autocast_weights(
-        x,
-        LayerWeights(router_weight, experts, shared, shared_gate, in_proj, out_proj, router_start),
-    )
-    options = Options(
-        segment_size,
-        top_k,
-        pooling,
-        expert_scope,
-        activation,
-        dropout,
-        router_dropout,
-        router_temperature,
-        renormalize,
-    )
-    return run_stages(sys.modules[__name__], x, weights, dtype, options, padding_mask)
+    """The whole layer in plain PyTorch, unchecked. See `functional.seg_moe` for the others."""
+    tensors = {name: others.pop(name) for name in LayerWeights._fields if name in others}
+    weights, dtype = autocast_weights(x, LayerWeights(router_weight, experts, **tensors))
+    return run_stages(sys.modules[__name__], x, weights, dtype, Options(**others), padding_mask)

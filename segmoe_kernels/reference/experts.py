@@ -19,7 +19,7 @@ from segmoe_kernels.activations import ACTIVATIONS
 from segmoe_kernels.autograd import apply
 from segmoe_kernels.flops import register_flops
 from segmoe_kernels.pipeline import no_autocast
-from segmoe_kernels.routing import FFNWeights
+from segmoe_kernels.routing import FFNWeights, Permutation
 from segmoe_kernels.segments import segments
 
 
@@ -160,18 +160,10 @@ def grouped_ffn(
     expert_offsets: Tensor,
     activation: str | None,
 ) -> Tensor:
-    """Each expert's FFN on its rows; rows of no expert give zeros.
+    """Each expert's FFN on its rows (M, K), sorted by expert; rows of no expert give zeros.
 
-    Args:
-        rows: (M, K), sorted by expert.
-        weights: the fields of `FFNWeights`, stacked over E; without a down_proj the hidden layer is
-            the result.
-        scale: (M, F) or None: what dropout multiplies the hidden layer by.
-        expert_offsets: (E + 1,) int32.
-        activation: a name, or None without a down_proj.
-
-    Returns:
-        (M, K), or (M, F) without a down_proj.
+    Weights are the fields of `FFNWeights`; without a down_proj the hidden layer, (M, F), is the
+    result, and there may be no activation. Dropout multiplies it by ``scale`` (M, F).
     """
     blind = torch.compiler.is_compiling() or _is_recorded() or rows.is_meta or is_fake(rows)
     run = torch.ops.segmoe_reference.grouped_ffn if blind else _loop
@@ -186,14 +178,6 @@ def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
 
     The gradient of ``index_select`` is a scatter-add, which is slower and, on a GPU, not
     deterministic.
-
-    Args:
-        x: (R, W).
-        index: (R,) int32, a permutation.
-        inverse: (R,) int32, its inverse.
-
-    Returns:
-        (R, W).
     """
     out: Tensor = apply(_GatherRows, x, index, inverse)
     return out
@@ -203,44 +187,26 @@ def composed_ffn(
     x: Tensor,
     topk_weights: Tensor,
     experts: FFNWeights,
-    sorted_to_slot: Tensor,
-    slot_to_sorted: Tensor,
-    expert_offsets: Tensor,
+    permutation: Permutation,
     padding_mask: Tensor | None,
-    *,
     segment_size: int,
     activation: str,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Each slot's steps through its expert, times the slot's weight.
-
-    Args:
-        x: (B, T, D).
-        topk_weights: (S, top_k).
-        experts: weights stacked over E.
-        sorted_to_slot: (R,) int32.
-        slot_to_sorted: (R,) int32.
-        expert_offsets: (E + 1,) int32, in slots.
-        padding_mask: (B, T) bool or None.
-        segment_size: P.
-        activation: see `functional.expert_ffn`.
-        dropout: probability, after the activation.
-
-    Returns:
-        (top_k, B, T, D), 0 where masked and for the slots of no expert.
-    """
+    """`functional.expert_ffn` in token scope; 0 where masked and for the slots of no expert."""
     batch, length, d_model = x.shape
     top_k = topk_weights.shape[-1]
     slots = rearrange(segments(x, segment_size, padding_mask), "b j p d -> (b j) (p d)")
     if top_k > 1:
         slots = repeat(slots, "s w -> (s k) w", k=top_k)
-    rows = gather_rows(slots, sorted_to_slot, slot_to_sorted).reshape(-1, d_model)
+    order = permutation.sorted_to_slot, permutation.slot_to_sorted
+    rows = gather_rows(slots, *order).reshape(-1, d_model)
     scale = None
     if dropout:
         scale = F.dropout(rows.new_ones(rows.shape[0], experts.up_proj.shape[1]), dropout)
-    rows = grouped_ffn(rows, experts, scale, expert_offsets * segment_size, activation)
-
-    slots = gather_rows(rows.reshape(slots.shape), slot_to_sorted, sorted_to_slot)
+    offsets = permutation.expert_offsets * segment_size
+    rows = grouped_ffn(rows, experts, scale, offsets, activation)
+    slots = gather_rows(rows.reshape(slots.shape), *reversed(order))
     shape = (batch, -(-length // segment_size), top_k, segment_size, d_model)
     slots = rearrange(slots.reshape(shape), "b j k p d -> k b (j p) d")
     weights = topk_weights.to(slots.dtype).reshape(shape[:3])

@@ -19,7 +19,7 @@ from segmoe_kernels.segments import crop, segments
 
 
 def choose(probs: Tensor, top_k: int) -> Tensor:
-    """Indices of the largest probabilities, (S, top_k), the lower first among equals."""
+    """`reference.choose`."""
     chosen: list[Tensor] = []
     for _ in range(top_k):
         if chosen:
@@ -68,7 +68,6 @@ def expert_ffn(
     experts: FFNWeights,
     permutation: Permutation,
     padding_mask: Tensor | None,
-    *,
     segment_size: int,
     activation: str,
     dropout: float,
@@ -81,9 +80,8 @@ def expert_ffn(
     def run(expert: int, slots: Tensor) -> Tensor:
         others = (None if w is None else w[expert] for w in experts[2:])
         own = FFNWeights(experts.up_proj[expert], experts.down_proj[expert], *others)
-        return (
-            dense_ffn(rows[slots // top_k], own, activation, dropout) * weights[slots, None, None]
-        )
+        out = dense_ffn(rows[slots // top_k], own, activation, dropout)
+        return out * weights[slots, None, None]
 
     out = rows.new_zeros(permutation.slot_to_sorted.shape[0], *rows.shape[1:])
     out = _by_expert(out, permutation.slot_to_sorted, permutation.expert_offsets, run)

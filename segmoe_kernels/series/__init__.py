@@ -12,6 +12,7 @@ import itertools
 import re
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -39,7 +40,7 @@ MISSING = {"", "?", "-", "--", ".", "#n/a", "n/a", "na", "null", "none", "nat"}
 MISSING |= {sign + word for sign in ("", "+", "-") for word in ("nan", "inf", "infinity")}
 
 _PLAIN = frozenset("0123456789+-.eE \t\n")
-_WHOLE = re.compile(r"[0-9]+")
+_DIGITS = re.compile(r"[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+[.,]?[0-9]*|[.,][0-9]+)([eE][+-]?[0-9]+)?")
 # Meant as a number, but programs differ in which: thousands, currencies, per cent, 1_100.
 _LIKE_NUMBER = re.compile(
@@ -73,15 +74,10 @@ def read_series(path: str | PathLike[str]) -> Array:
     """Read the numbers of a CSV file; columns of text, and what `read_table` notes, are warnings.
 
     Args:
-        path: as of `read_table`.
+        path: see `read_table`, as for what is raised.
 
     Returns:
         (N, C) float64.
-
-    Raises:
-        OSError: as `read_table`.
-        TypeError: as `read_table`.
-        ValueError: as `read_table`.
     """
     table = read_table(path)
     text = {name: what for name, what in table.left_out.items() if "text" in what}
@@ -112,8 +108,7 @@ def read_table(path: str | PathLike[str]) -> SeriesTable:
             numbers, rows of different lengths, a first row that may be names or values, and a
             missing, infinite or ambiguous value (1,234 in quotes, 45%, 1_100).
     """
-    if not isinstance(path, str | PathLike):
-        check.fail_type("read_table", "path", "be a path", type(path).__name__)
+    check.check_path("read_table", "path", path)
     file = Path(path)
     text = _text(file)
     delimiter = _delimiter(text)
@@ -128,53 +123,40 @@ def read_table(path: str | PathLike[str]) -> SeriesTable:
     lines = lines[named:]
     if not lines:
         _refuse("be a file with columns of numbers", f"a header alone in {file.name}")
-    notes = [] if named else ["No header: the first row was read as values."]
-    if "," in marks:
-        notes.append("Numbers have decimal commas.")
     if len(marks) == 2:
         _refuse("have one decimal mark", f"numbers with commas and with points in {file.name}")
     names = _names(first if named else [""] * len(first))
-    used: list[tuple[str, Array]] = []
     left: dict[str, str] = {}
-    stamps: dict[str, Column] = {}
-    for place, (name, kind, column) in enumerate(zip(names, kinds, columns, strict=True)):
-        bad = _bad_cell(column, delimiter) if kind in {"number", "missing"} else None
-        if bad is not None:
-            got = f"{bad[1][:40]!r} in row {lines[bad[0]]}, column {place + 1} ({name})"
-            _refuse("have a number everywhere (fill gaps first)", f"{got} of {file.name}")
+    for number, (name, kind, column) in enumerate(zip(names, kinds, columns, strict=True), 1):
+        for row, cell in _texts(column) if kind in {"number", "missing"} else ():
+            if isinstance(_part([cell], delimiter, set()), list):
+                got = f"{cell[:40]!r} in row {lines[row]}, column {number} ({name})"
+                _refuse("have a number everywhere (fill gaps first)", f"{got} of {file.name}")
         # The index that pandas writes has no name.
-        index = named and place == 0 and first[0].strip() in {"", "Unnamed: 0"}
-        what = _left_out(name, kind, column, index=index)
-        if what is None:
-            used.append((name, np.concatenate(column)))
-        else:
+        index = named and number == 1 and first[0].strip() in {"", "Unnamed: 0"}
+        if what := _left_out(name, kind, column, index=index):
             left[name] = what
-        if what == "time stamps":
-            stamps[name] = column
+    by_name = dict(zip(names, columns, strict=True))
+    used = {name: np.concatenate(by_name[name]) for name in names if name not in left}
     if not used:
         _refuse("be a file with columns of numbers", f"none in {file.name}")
+    stamps = {name: by_name[name] for name, what in left.items() if what == "time stamps"}
+    notes = [] if named else ["No header: the first row was read as values."]
+    notes += ["Numbers have decimal commas."] if "," in marks else []
     notes += [
         f"Time stamps were not checked: those of {name!r} can't be read."
         for name, what in left.items()
         if what != "time stamps" and _is_time(name)
     ]
     notes += time_stamps.irregularities(stamps, lines)
-    values = np.stack([values for _, values in used], axis=1)
-    return SeriesTable(values, tuple(name for name, _ in used), left, tuple(notes))
+    return SeriesTable(np.stack([*used.values()], axis=1), tuple(used), left, tuple(notes))
 
 
 def unzip(content: bytes, most: int) -> bytes:
     """Unzip what is gzip by its content, and return all else as it is.
 
-    Args:
-        content: of a file.
-        most: bytes to accept; a small gzip file can hold more than there is memory.
-
-    Returns:
-        The bytes.
-
-    Raises:
-        ValueError: if there are more, or the gzip file is damaged; it says what came.
+    A small file can hold more than there is memory: ValueError says so for more than ``most``
+    bytes, and for a damaged file.
     """
     if content[:2] == b"\x1f\x8b":
         try:
@@ -188,14 +170,7 @@ def unzip(content: bytes, most: int) -> bytes:
 
 
 def constant_channels(values: Array) -> npt.NDArray[np.bool_]:
-    """Which channels move by less than a billionth of their size, as rounding errors do.
-
-    Args:
-        values: (N, C).
-
-    Returns:
-        (C,) bool.
-    """
+    """Which channels of (N, C) values move by less than a billionth of their size; (C,) bool."""
     constant: npt.NDArray[np.bool_] = np.ptp(values, axis=0) <= CONSTANT * np.abs(values).max(0)
     return constant
 
@@ -257,8 +232,9 @@ def _read(
                 got = f"{len(row)} in row {line} of {file.name}"
                 _refuse(f"have {len(first)} columns everywhere", got)
             lines.append(line)
-        for place, column in enumerate(columns):
-            column.append(_part([row[place] for _, row in block], delimiter, marks))
+        cells = zip(*(row for _, row in block), strict=True)
+        for column, part in zip(columns, cells, strict=True):
+            column.append(_part(part, delimiter, marks))
     return lines, first, columns
 
 
@@ -297,18 +273,22 @@ def _part(cells: Sequence[str], delimiter: str, marks: set[str]) -> Array | list
 
 def _kind(column: Column) -> str:
     """What most cells are that are not missing: "number", "time" or "text"; else "missing"."""
-    counts = dict.fromkeys(("number", "time", "text", "missing"), 0)
-    for part in column:
-        if isinstance(part, np.ndarray):
-            counts["number"] += len(part)
-        else:
-            for cell in part:
-                counts[_kind_of_cell(cell)] += 1
-    known = sum(counts.values()) - counts["missing"]
+    counts = Counter(_kind_of_cell(cell) for _, cell in _texts(column))
+    counts["number"] += sum(len(part) for part in column if isinstance(part, np.ndarray))
+    known = counts.total() - counts["missing"]
     for kind in ("number", "time", "text"):
         if known and 2 * counts[kind] >= known:
             return kind
     return "text" if known else "missing"
+
+
+def _texts(column: Column) -> Iterator[tuple[int, str]]:
+    """Rows and cells of the parts that are not all numbers."""
+    start = 0
+    for part in column:
+        if not isinstance(part, np.ndarray):
+            yield from enumerate(part, start)
+        start += len(part)
 
 
 def _kind_of_cell(cell: str) -> str:
@@ -332,7 +312,7 @@ def _is_header(
         return True
     names = [cell for cell, kind in zip(cells, kinds, strict=True) if kind in {"number", "missing"}]
     repeated = (
-        cell in {other.strip() for part in column for other in part}
+        cell in {other.strip() for _, other in _texts(column)}
         for cell, column, pair in zip(cells, columns, above, strict=True)
         if pair == ("text", "text")
     )
@@ -340,13 +320,13 @@ def _is_header(
         return False
     if ("text", "number") in above or ("text", "missing") in above:
         # Names may be whole numbers; beside a number with decimals a word is a bad cell.
-        return all(_WHOLE.fullmatch(name) or not _NUMBER.fullmatch(name) for name in names)
+        return all(_DIGITS.fullmatch(name) or not _NUMBER.fullmatch(name) for name in names)
     # pandas leaves the name of its index empty.
     corner = len(names) > 1 and cells[0] == "" and kinds[0] == "number"
     names = names[corner:]
     counted = names == [str(i) for i in range(len(names))]
-    whole = ("text", "text") in above and all(map(_WHOLE.fullmatch, names))
-    if not names or not (counted or whole):
+    digits = ("text", "text") in above and all(map(_DIGITS.fullmatch, names))
+    if not names or not (counted or digits):
         return False
     if not decimals and not corner:
         row = ", ".join(cells[:4])
@@ -356,32 +336,19 @@ def _is_header(
 
 def _names(first: list[str]) -> list[str]:
     """A name of its own for each column."""
-    names = [cell.strip() or f"column {place}" for place, cell in enumerate(first, 1)]
+    names = [cell.strip() or f"column {number}" for number, cell in enumerate(first, 1)]
     if len(set(names)) < len(names):
-        names = [f"{name} (column {place})" for place, name in enumerate(names, 1)]
+        names = [f"{name} (column {number})" for number, name in enumerate(names, 1)]
     return names
-
-
-def _bad_cell(column: Column, delimiter: str) -> tuple[int, str] | None:
-    """The first cell that is no number, and its row."""
-    start = 0
-    for part in column:
-        if not isinstance(part, np.ndarray):
-            for row, cell in enumerate(part, start):
-                if isinstance(_part([cell], delimiter, set()), list):
-                    return row, cell
-        start += len(part)
-    return None
 
 
 def _left_out(name: str, kind: str, column: Column, *, index: bool) -> str | None:
     """What a column holds that is no channel; None if it is one."""
     if kind == "text":
-        numbers = (
-            isinstance(part, np.ndarray) or any(_kind_of_cell(cell) == "number" for cell in part)
-            for part in column
+        numbers = any(isinstance(part, np.ndarray) for part in column) or any(
+            _kind_of_cell(cell) == "number" for _, cell in _texts(column)
         )
-        return "text and numbers" if any(numbers) else "text"
+        return "text and numbers" if numbers else "text"
     if kind == "time" or _is_time(name):
         return "time stamps"
     if index:

@@ -219,12 +219,9 @@ def advise(
         TypeError: for an argument of the wrong type, and values that are not of real numbers.
         ValueError: for a size below 1, a value that is not finite, or a series too short.
     """
-    for argument, value in (("patch", patch), ("num_layers", num_layers), ("max_size", max_size)):
+    for argument, value in (("num_layers", num_layers), ("max_size", max_size)):
         check.check_integer("advise", argument, value, 1)
-    check.check_integer("advise", "look_back", look_back, 8)
-    values = _checked_values("advise", values, patch, max_size)
-    constant = int(constant_channels(values).sum())
-    values = standardise(values)
+    values, reasons = _checked_values("advise", values, patch, look_back, max_size)
     max_lag = min(look_back, len(values) // 3)
     periods = find_periods(values, max_lag)
     last = max(max_size + 1, min(max_lag // patch, 64))
@@ -237,23 +234,23 @@ def advise(
     best = min(close, key=lambda size: (abs(size - USUAL), -scores[size - 1]))
     if max(scores) < LITTLE:
         best, close = 1, [1]
-    order = [
-        size
-        for size in (best + 1, best, best - 1)
-        if size in close and scores[size - 1] >= 0.99 * scores[best - 1]
-    ]
+    near = [size for size in (best + 1, best, best - 1) if size in close]
+    order = [size for size in near if scores[size - 1] >= 0.99 * scores[best - 1]]
     schedule = [order[layer * len(order) // num_layers] for layer in range(num_layers)]
-    reasons = _explain(scores, best, close, periods, memory, patch)
-    if constant:
-        reasons.insert(0, f"{constant} of {values.shape[1]} channels are constant and left out.")
+    reasons += _explain(scores, best, close, periods, memory, patch)
     return Advice(schedule, best, scores, periods, memory, reasons)
 
 
-def _checked_values(function: str, values: Any, patch: int, max_size: int) -> Array:
-    """As float64; NumPy would drop imaginary parts, and take text and dates for numbers."""
+def _checked_values(
+    function: str, values: Any, patch: int, look_back: int, max_size: int
+) -> tuple[Array, list[str]]:
+    """Standardised, and what there is to say of constant channels."""
+    check.check_integer(function, "patch", patch, 1)
+    check.check_integer(function, "look_back", look_back, 8)
     if not isinstance(values, np.ndarray) or values.ndim != 2 or values.size == 0:
         got = getattr(values, "shape", type(values).__name__)
         check.fail_value(function, "values", "be an array of shape (N, C)", got)
+    # NumPy would drop imaginary parts, and take text and dates for numbers.
     if values.dtype.kind not in "iufb":
         check.fail_type(function, "values", "be of real numbers", f"dtype {values.dtype}")
     numbers: Array = values.astype(np.float64)
@@ -263,7 +260,9 @@ def _checked_values(function: str, values: Any, patch: int, max_size: int) -> Ar
     if len(numbers) < needed:
         rule = f"have at least {needed} steps: 4 segments of {max_size + 1} patches"
         check.fail_value(function, "values", rule, len(numbers))
-    return numbers
+    constant = int(constant_channels(numbers).sum())
+    note = f"{constant} of {numbers.shape[1]} channels are constant and left out."
+    return standardise(numbers), [note] if constant else []
 
 
 def _explain(
@@ -330,22 +329,17 @@ def plot_advice(values: Array, advice: Advice, *, patch: int = 1, look_back: int
         matplotlib Figure of three axes.
 
     Raises:
-        TypeError: for an argument of the wrong type, and values that are not of real numbers.
-        ValueError: if values is no array of shape (N, C), not finite or too short for the advice,
-            or a size is below its least.
+        TypeError: as `advise`.
+        ValueError: as `advise`.
         ImportError: without matplotlib.
     """
-    if not isinstance(advice, Advice):
-        check.fail_type("plot_advice", "advice", "be an Advice", type(advice).__name__)
-    check.check_integer("plot_advice", "patch", patch, 1)
-    check.check_integer("plot_advice", "look_back", look_back, 8)
-    values = _checked_values("plot_advice", values, patch, len(advice.scores))
+    check.check_type("plot_advice", "advice", advice, Advice, "be an Advice")
+    values, _ = _checked_values("plot_advice", values, patch, look_back, len(advice.scores))
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         message = "needs matplotlib: pip install segmoe-kernels[plots]"
         raise ImportError(f"segmoe_kernels.plot_advice {message}") from error
-    values = standardise(values)
     max_lag = min(look_back, len(values) // 3)
     figure = Figure(figsize=(11, 3), layout="constrained")
     left, middle, right = figure.subplots(1, 3)

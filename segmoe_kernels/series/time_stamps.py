@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["irregularities", "matches"]
-
 Array = npt.NDArray[np.float64]
 
 _CLOCK = r"(?P<hour>\d{1,2}):(?P<minute>\d\d)(:(?P<second>\d\d(\.\d+)?))?( ?(?P<half>[AaPp])[Mm])?"
@@ -24,27 +22,15 @@ _EPOCH = datetime(1970, 1, 1)
 
 
 def matches(text: str) -> bool:
-    """Whether this is a date, a time of the day, or both.
-
-    Args:
-        text: of a cell.
-
-    Returns:
-        bool.
-    """
+    """Whether this is a date, a time of the day, or both."""
     return bool(_STAMP.fullmatch(text) or _TIME.fullmatch(text))
 
 
 def irregularities(columns: Mapping[str, Sequence[Any]], lines: Sequence[int]) -> list[str]:
-    """What is unusual about the time stamps of a series, as sentences.
+    """What is unusual about the time stamps of a series, as sentences; none if they rise equally.
 
-    Args:
-        columns: of time stamps by name, in parts that are lists of text or arrays of numbers. A
-            date in one column and the time of the day in another are taken together.
-        lines: number in the file of each row.
-
-    Returns:
-        Sentences; none if the stamps rise in equal steps.
+    Columns by name are in parts, lists of text or arrays of numbers; a date in one and the time of
+    the day in another are taken together. ``lines`` are the rows' numbers in the file.
     """
     stamps = clock = None
     dated = True

@@ -15,7 +15,7 @@
 import copy
 import math
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -41,14 +41,8 @@ def measure(
 ) -> Tensor:
     """Sums over the segments of one call; no value is looked at, so nothing waits for a GPU.
 
-    Args:
-        routing: of S segments, E experts.
-        segments_per_sequence: J; segments of one sequence are neighbours in routing.
-        aux_weight: of the load-balancing loss.
-        z_weight: of the router z-loss.
-
-    Returns:
-        (2 * E + 7,) float64: choices of each expert, probability of each, ``_SCALARS``.
+    (2 * E + 7,) float64: choices of each expert, probability of each, ``_SCALARS``. Segments of one
+    sequence are neighbours in routing.
     """
     probs = routing.router_probs.double()
     counts = routing.expert_counts.double()
@@ -57,7 +51,7 @@ def measure(
     number = routed.sum().double()
     mass = probs.sum(0)
     entropy = -(probs * probs.clamp_min(_TINY).log()).sum()
-    sequences = first.shape[0] // segments_per_sequence if segments_per_sequence else 0
+    sequences = first.shape[0] // max(segments_per_sequence, 1)
     rows = first.reshape(sequences, segments_per_sequence)
     pairs = (rows[:, 1:] >= 0) & (rows[:, :-1] >= 0)
     switches = pairs & (rows[:, 1:] != rows[:, :-1])
@@ -99,8 +93,9 @@ class _LayerCounter:
     """The sums of one layer since they were read, and who adds to them."""
 
     def __init__(self, layer: SegMoE) -> None:
-        self.num_experts = layer.num_experts
+        self.layer, self.num_experts = layer, layer.num_experts
         self.sums = self.zeros(next(layer.parameters()).device)
+        layer._observers = (*layer._observers, self)
 
     def zeros(self, device: torch.device | str = "cpu") -> Tensor:
         # An inference tensor could not be added to later.
@@ -181,7 +176,7 @@ class RoutingCollector(AbstractContextManager["RoutingCollector"]):
     | ``cv_hard`` | standard deviation of hard_fraction over its mean (of E, not E - 1) |
     | ``cv_soft`` | likewise of soft_fraction |
     | ``load_max_over_mean`` | ``max_e c_e / mean_e c_e``; minus 1 it is MaxVio |
-    | ``switch_rate`` | share of pairs next to each other whose first choices differ |
+    | ``switch_rate`` | pairs next to each other whose first choices differ, of all such pairs |
     | ``drop_rate`` | 0: nothing is dropped |
     | ``aux_loss`` | weighted load-balancing loss, the mean over calls, in evaluation too |
     | ``z_loss`` | likewise the router z-loss; 0 where the layer has no weight for it |
@@ -212,18 +207,17 @@ class RoutingCollector(AbstractContextManager["RoutingCollector"]):
     evortigosa/segmoe_forecast; MaxVio: arXiv 2408.15664.
     """
 
-    def __init__(self, model: nn.Module, every: int, all_reduce: bool, group: Any) -> None:
-        self._layers = _layers_of(model)
-        self.layer_names = list(self._layers)
-        self._counters = [_LayerCounter(layer) for layer in self._layers.values()]
+    def __init__(
+        self, layers: Mapping[str, SegMoE], every: int, all_reduce: bool, group: Any
+    ) -> None:
+        self.layer_names = list(layers)
+        self._counters = [_LayerCounter(layer) for layer in layers.values()]
         self._num_experts = [counter.num_experts for counter in self._counters]
         self._every, self._all_reduce, self._group = every, all_reduce, group
         self._step = self._epoch = 0
         self._totals = [counter.zeros() for counter in self._counters]
         self.step_history: list[dict[str, Any]] = []
         self.epoch_history: list[dict[str, Any]] = []
-        for layer, counter in zip(self._layers.values(), self._counters, strict=True):
-            layer._observers = (*layer._observers, counter)
 
     def compute(self) -> dict[str, Any]:
         """Read the statistics of the epoch so far. Waits for the device."""
@@ -233,9 +227,8 @@ class RoutingCollector(AbstractContextManager["RoutingCollector"]):
     def end_step(self) -> dict[str, Any] | None:
         """End a step, which may be several calls of the model.
 
-        Returns:
-            Every ``every``-th time the statistics since the last one, or since `end_epoch` if that
-            was later, also in ``step_history``; else None, and nothing waits.
+        Every ``every``-th time the statistics since the last one, or since `end_epoch` if that was
+        later, are returned and added to ``step_history``; else None, and nothing waits.
         """
         self._step += 1
         if self._step % self._every:
@@ -245,11 +238,7 @@ class RoutingCollector(AbstractContextManager["RoutingCollector"]):
         return entry
 
     def end_epoch(self) -> dict[str, Any]:
-        """End an epoch; the next one starts from 0.
-
-        Returns:
-            The statistics of the epoch, also in ``epoch_history``.
-        """
+        """End an epoch; return its statistics, also in ``epoch_history``. The next starts at 0."""
         self._take()
         entry = self._entry(self._totals)
         self.epoch_history.append(entry)
@@ -265,8 +254,8 @@ class RoutingCollector(AbstractContextManager["RoutingCollector"]):
 
     def close(self) -> None:
         """Stop counting; what was counted can still be read."""
-        for layer, counter in zip(self._layers.values(), self._counters, strict=True):
-            _stop_observing(layer, counter)
+        for counter in self._counters:
+            _stop_observing(counter.layer, counter)
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -288,8 +277,7 @@ class RoutingCollector(AbstractContextManager["RoutingCollector"]):
             ValueError: if it is not of such a collector. The collector is then as it was.
         """
         name = "RoutingCollector.load_state_dict"
-        if not isinstance(state, dict):
-            check.fail_type(name, "state", "be a dict", type(state).__name__)
+        check.check_type(name, "state", state, dict, "be a dict")
         if set(state) != set(_STATE):
             check.fail_value(name, "state", f"have the keys {list(_STATE)}", list(state))
         if state["num_experts"] != self._num_experts:
@@ -299,8 +287,7 @@ class RoutingCollector(AbstractContextManager["RoutingCollector"]):
         shapes = [tuple(counter.sums.shape) for counter in self._counters]
         for key in ("totals", "sums"):
             kept = state[key]
-            if not isinstance(kept, list):
-                check.fail_type(name, f"state[{key!r}]", "be a list", type(kept).__name__)
+            check.check_type(name, f"state[{key!r}]", kept, list, "be a list")
             found = [tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in kept]
             if found != shapes:
                 rule = f"have tensors of shapes {shapes}"
@@ -338,17 +325,10 @@ class RoutingCollector(AbstractContextManager["RoutingCollector"]):
         }
 
 
-def _layers_of(model: nn.Module) -> dict[str, SegMoE]:
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, SegMoE) and module.num_experts
-    }
-
-
 def _layers_with_experts(function: str, model: Any) -> dict[str, SegMoE]:
     check.check_module(function, "model", model)
-    layers = _layers_of(model)
+    named = model.named_modules()
+    layers = {name: m for name, m in named if isinstance(m, SegMoE) and m.num_experts}
     if not layers:
         rule = "have a SegMoE with experts inside"
         check.fail_value(function, "model", rule, type(model).__name__)
@@ -466,5 +446,4 @@ def collect_routing_stats(
         check.fail_value(name, "group", "be None without all_reduce=True", group)
     if all_reduce:
         check.check_group(name, group)
-    _layers_with_experts(name, model)
-    return RoutingCollector(model, every, all_reduce, group)
+    return RoutingCollector(_layers_with_experts(name, model), every, all_reduce, group)

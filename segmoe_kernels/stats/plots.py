@@ -1,7 +1,7 @@
 """Pictures of routing: load of each expert, curves of the statistics, who took which segment.
 
-matplotlib is imported by the functions. Each returns a `matplotlib.figure.Figure` of its own, which
-needs no display: ``figure.savefig("load.png")``.
+matplotlib is imported by the functions; without it they raise ImportError. Each returns a
+`matplotlib.figure.Figure` of its own, which needs no display: ``figure.savefig("load.png")``.
 """
 
 import itertools
@@ -79,7 +79,6 @@ def plot_expert_load(history: Sequence[dict[str, Any]], *, key: str = "hard_frac
     Raises:
         TypeError: if history is not a sequence of entries.
         ValueError: if it is empty or of several models, or for an unknown key.
-        ImportError: without matplotlib.
     """
     name = "plot_expert_load"
     _check_history(name, history)
@@ -106,16 +105,14 @@ def plot_expert_usage(history: Sequence[dict[str, Any]], *, keys: Sequence[str] 
     """Draw statistics over steps: one picture for each, a line for each layer, one for all.
 
     Args:
-        history: ``step_history`` or ``epoch_history`` of a `RoutingCollector`.
+        history: see `plot_expert_load`.
         keys: statistics that are one number, such as "entropy", "cv_soft", "aux_loss".
 
     Returns:
         matplotlib Figure.
 
     Raises:
-        TypeError: if history is not a sequence of entries, or keys not one of names.
-        ValueError: if history is empty or of several models, or for an unknown key.
-        ImportError: without matplotlib.
+        TypeError: as `plot_expert_load`, or if keys is no sequence of names.
     """
     name = "plot_expert_usage"
     _check_history(name, history)
@@ -163,26 +160,9 @@ def plot_segment_timeline(
     Raises:
         TypeError: for an argument of the wrong type.
         ValueError: if sizes do not fit routing, or there is nothing to draw.
-        ImportError: without matplotlib.
     """
     name = "plot_segment_timeline"
-    if not isinstance(routing, Routing):
-        check.fail_type(name, "routing", "be a Routing", type(routing).__name__)
-    check.check_integer(name, "segment_size", segment_size, 1)
-    check.check_integer(name, "num_steps", num_steps, 1)
-    check.check_integer(name, "sequence", sequence, 0)
-    segments, each = routing.topk_ids.shape[0], -(-num_steps // segment_size)
-    if segments % each or routing.router_probs.shape[1] == 0:
-        rule = f"be of experts and sequences of {each} segments, as sizes have it"
-        got = f"{segments} segments, {routing.router_probs.shape[1]} experts"
-        check.fail_value(name, "routing", rule, got)
-    if sequence >= segments // each:
-        check.fail_value(name, "sequence", f"be below {segments // each}, as in routing", sequence)
-    if series is not None:
-        check.check_tensor(name, "series", series)
-        if series.ndim not in {1, 2} or series.shape[0] != num_steps:
-            rule = f"have shape (T={num_steps},) or (T={num_steps}, C)"
-            check.fail_value(name, "series", rule, tuple(series.shape))
+    each = _check_timeline(name, routing, segment_size, num_steps, sequence, series)
     rows = 1 if series is None else 2
     weights = _weights(routing, slice(sequence * each, (sequence + 1) * each))
     figure, axes = _figure(name, rows, 1, (9, 2.5 * rows))
@@ -200,6 +180,29 @@ def plot_segment_timeline(
     axis.yaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(mesh, ax=list(axes[:, 0]), label="weight")
     return figure
+
+
+def _check_timeline(
+    name: str, routing: Any, segment_size: int, num_steps: int, sequence: int, series: Any
+) -> int:
+    """Refuse what does not fit the routing; segments of one sequence."""
+    check.check_type(name, "routing", routing, Routing, "be a Routing")
+    check.check_integer(name, "segment_size", segment_size, 1)
+    check.check_integer(name, "num_steps", num_steps, 1)
+    check.check_integer(name, "sequence", sequence, 0)
+    segments, each = routing.topk_ids.shape[0], -(-num_steps // segment_size)
+    if segments % each or routing.router_probs.shape[1] == 0:
+        rule = f"be of experts and sequences of {each} segments, as sizes have it"
+        got = f"{segments} segments, {routing.router_probs.shape[1]} experts"
+        check.fail_value(name, "routing", rule, got)
+    if sequence >= segments // each:
+        check.fail_value(name, "sequence", f"be below {segments // each}, as in routing", sequence)
+    if series is not None:
+        check.check_tensor(name, "series", series)
+        if series.ndim not in {1, 2} or series.shape[0] != num_steps:
+            rule = f"have shape (T={num_steps},) or (T={num_steps}, C)"
+            check.fail_value(name, "series", rule, tuple(series.shape))
+    return each
 
 
 def _weights(routing: Routing, rows: slice) -> Tensor:

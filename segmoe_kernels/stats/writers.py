@@ -41,8 +41,7 @@ def flatten_stats(entry: dict[str, Any]) -> dict[str, float]:
 
 
 def _flat(function: str, entry: Any) -> Iterator[tuple[str, float]]:
-    if not isinstance(entry, dict):
-        check.fail_type(function, "entry", "be a dict", type(entry).__name__)
+    check.check_type(function, "entry", entry, dict, "be a dict")
     if not {"step", "epoch", "global", "layers"} <= set(entry):
         rule = "be an entry of RoutingCollector, such as end_step returns"
         check.fail_value(function, "entry", rule, f"the keys {list(entry)}")
@@ -74,7 +73,7 @@ class CSVWriter(AbstractContextManager["CSVWriter"]):
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
-        _check_path("CSVWriter", "path", path)
+        check.check_path("CSVWriter", "path", path)
         self._path = os.path.abspath(path)  # whatever the working directory becomes
         self._file = Path(path).open("a+b", buffering=0)  # noqa: SIM115  closed by `close`
         self._file.seek(0)
@@ -83,7 +82,6 @@ class CSVWriter(AbstractContextManager["CSVWriter"]):
             self._file.close()
             rule = f"be a new file, or one that begins with {_START.decode()!r}"
             check.fail_value("CSVWriter", "path", rule, f"{start!r} in {self._path}")
-        self._header = b""
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append a row.
@@ -93,22 +91,17 @@ class CSVWriter(AbstractContextManager["CSVWriter"]):
 
         Raises:
             TypeError: if entry is not a dict.
-            ValueError: if it is not an entry of a collector, or has other layers or experts than
-                the file.
-            OSError: if the row could not be written whole, and nothing of it is left in the file;
-                if another program has removed or replaced the file.
+            ValueError: if it is not an entry of a collector, or of other layers or experts.
+            OSError: if another program has removed or replaced the file, or the row could not be
+                written whole; nothing of it is left in the file.
         """
         numbers = dict(_flat("CSVWriter.write", entry))
         row = {"step": entry["step"], "epoch": entry["epoch"], **numbers}
         header, line = _csv_line(row), _csv_line(row.values())
         with _locked(self._file):
             self._check_place()
-            size = self._file.seek(0, os.SEEK_END)
-            # Read again only where another program may have written, or been stopped, meanwhile.
-            if header != self._header or not size or self._last_byte(size) != b"\n":
-                size = self._cut(header)
+            size = self._end_of_rows(header)
             self._append(line if size else header + line, size)
-        self._header = header
 
     def _check_place(self) -> None:
         """Refuse a file that no path leads to any more: its rows are lost once it is closed."""
@@ -120,28 +113,29 @@ class CSVWriter(AbstractContextManager["CSVWriter"]):
             message = f"{self._path} was removed or replaced by another program"
             raise OSError(f"segmoe_kernels.CSVWriter.write: {message}; the row was not written.")
 
-    def _last_byte(self, size: int) -> bytes:
-        self._file.seek(size - 1)
-        return self._file.read(1) or b""
-
-    def _cut(self, header: bytes) -> int:
-        """Take away half a row at the end of a file with this header; the size that is left."""
+    def _end_of_rows(self, header: bytes) -> int:
+        """Where rows end in a file with this header; half a row behind them is taken away."""
+        size = self._file.seek(0, os.SEEK_END)
+        self._file.seek(max(size - 1, 0))
+        last = self._file.read(1)
+        self._file.seek(0)
+        if last == b"\n" and self._file.read(len(header)) == header:
+            return size
         self._file.seek(0)
         text = self._file.readall()
-        whole = text[: text.rfind(b"\n") + 1]
-        in_header = not whole and header.startswith(text)
-        if not in_header and not whole.startswith(header):
-            names = [
-                next(csv.reader([part.decode().split("\n")[0]]), []) for part in (text, header)
-            ]
-            got = sorted(set(names[0]) ^ set(names[1])) or "another order"
+        rows = text[: text.rfind(b"\n") + 1]
+        in_header = not rows and header.startswith(text)
+        if not in_header and not rows.startswith(header):
+            names = [part.decode().split("\n")[0] for part in (text, header)]
+            there, ours = (set(next(csv.reader([line]), [])) for line in names)
+            got = sorted(there ^ ours) or "another order"
             rule = "have the columns that the file has"
             check.fail_value("CSVWriter.write", "entry", rule, f"a difference in {got}")
-        if len(whole) < len(text):
+        if len(rows) < len(text):
             what = f"the end of {self._path}, a row without its last byte, was taken away"
             warnings.warn(f"segmoe_kernels.CSVWriter: {what}.", RuntimeWarning, stacklevel=3)
-            self._file.truncate(len(whole))
-        return len(whole)
+            self._file.truncate(len(rows))
+        return len(rows)
 
     def _append(self, data: bytes, size: int) -> None:
         """Write behind the first ``size`` bytes; what is written in part is taken back."""
@@ -171,19 +165,11 @@ class TensorBoardWriter(AbstractContextManager["TensorBoardWriter"]):
     """
 
     def __init__(self, log_dir: str | PathLike[str]) -> None:
-        _check_path("TensorBoardWriter", "log_dir", log_dir)
+        check.check_path("TensorBoardWriter", "log_dir", log_dir)
         self._writer: Any = _summary_writer()(fspath(log_dir))
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Add the scalars of an entry.
-
-        Args:
-            entry: of `RoutingCollector`.
-
-        Raises:
-            TypeError: if entry is not a dict.
-            ValueError: if it is not an entry of a collector.
-        """
+        """Add the scalars of an entry of `RoutingCollector`; errors as of `flatten_stats`."""
         for name, number in _flat("TensorBoardWriter.write", entry):
             self._writer.add_scalar(name, number, entry["step"])
 
@@ -212,11 +198,6 @@ def _locked(file: Any) -> Iterator[None]:
         yield
     finally:
         fcntl.flock(file, fcntl.LOCK_UN)
-
-
-def _check_path(function: str, argument: str, path: Any) -> None:
-    if not isinstance(path, str | PathLike):
-        check.fail_type(function, argument, "be a path", type(path).__name__)
 
 
 def _summary_writer() -> Any:

@@ -7,23 +7,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from segmoe_kernels import validation as check
 from segmoe_kernels.layer import SegMoE
 from segmoe_kernels.models.dense import UNDERSTOOD, DenseFFN, difference, read_ffn
-
-__all__ = [
-    "Match",
-    "decoder_at",
-    "find_ffns",
-    "inverted_at",
-    "listed",
-    "obstacle",
-    "switch_cache_off",
-]
 
 # Of modules and of parameters.
 _HOOKS = (
@@ -44,39 +34,37 @@ def find_ffns(
     model: nn.Module, match: Match, parts: Mapping[str, str] | None
 ) -> tuple[dict[str, DenseFFN], dict[str, str]]:
     """Find FFNs by name, with their descriptions, and what must be left, with the reasons."""
-    name = "replace_ffn"
+    fail_swap = partial(check.fail_value, "replace_ffn")
     wanted = _predicate(match)
     named = dict(model.named_modules())
-    for place, module in named.items():
+    for name, module in named.items():
         if _WRAPPERS & {kind.__name__ for kind in type(module).__mro__}:
             rule = "be swapped before it is wrapped, and before an optimizer is made"
-            check.fail_value(name, "model", rule, f"{type(module).__name__} at {place!r}")
+            fail_swap("model", rule, f"{type(module).__name__} at {name!r}")
     found: dict[str, DenseFFN] = {}
     left: dict[str, str] = {}
     others: dict[str, str] = {}
-    for place, module, dense in _candidates(named, parts, found):
-        if wanted is not None and not wanted(place, module):
+    for name, module, dense in _candidates(named, parts, found):
+        if wanted is not None and not wanted(name, module):
             if dense is not None:
-                others[place] = "is not selected"
+                others[name] = "is not selected"
             continue
-        reason = _reason(named, place, dense)
+        reason = _reason(named, name, dense)
         if reason is None and isinstance(dense, DenseFFN):
-            found[place] = dense
+            found[name] = dense
         elif wanted is not None:
             lacks = f"can't {UNDERSTOOD}" if parts is None else f"lacks one of {dict(parts)}"
-            got = listed(model, {place: reason or lacks})
-            check.fail_value(name, "match", "select what can be swapped", got)
+            fail_swap("match", "select what can be swapped", listed(model, {name: reason or lacks}))
         elif reason is not None:
-            left[place] = reason
-    if not found:
-        argument, rule = "model", "have inside an FFN that can be swapped"
-        got = listed(model, left or others)
-        if not got:
-            rule, got = f"have inside what can {UNDERSTOOD}", "nothing that looks like an FFN"
-        if wanted is not None:
-            argument, rule, got = "match", "select an FFN", f"{match!r} and {got}"
-        check.fail_value(name, argument, rule, got)
-    return found, left
+            left[name] = reason
+    if found:
+        return found, left
+    rule, got = "have inside an FFN that can be swapped", listed(model, left or others)
+    if not got:
+        rule, got = f"have inside what can {UNDERSTOOD}", "nothing that looks like an FFN"
+    if wanted is not None:
+        fail_swap("match", "select an FFN", f"{match!r} and {got}")
+    return fail_swap("model", rule, got)
 
 
 def _candidates(
@@ -84,36 +72,36 @@ def _candidates(
 ) -> Iterator[tuple[str, nn.Module, DenseFFN | str | None]]:
     """Modules outside `SegMoE` and outside what was found, with what `read_ffn` says."""
     taken: list[str] = []
-    for place, module in named.items():
-        if any(place.startswith(f"{outer}." if outer else "") for outer in [*taken, *found]):
+    for name, module in named.items():
+        if any(name.startswith(f"{outer}." if outer else "") for outer in [*taken, *found]):
             continue
         if isinstance(module, SegMoE):
-            taken.append(place)
+            taken.append(name)
         elif not any(isinstance(child, SegMoE) for child in module.children()):
-            yield place, module, read_ffn(module, parts)
+            yield name, module, read_ffn(module, parts)
 
 
-def _reason(named: dict[str, nn.Module], place: str, dense: DenseFFN | str | None) -> str | None:
+def _reason(named: dict[str, nn.Module], name: str, dense: DenseFFN | str | None) -> str | None:
     """Say why what looks like an FFN can't be swapped where it is."""
     if not isinstance(dense, DenseFFN):
         return dense
-    if not place and not isinstance(named[place], nn.TransformerEncoderLayer):
+    if not name and not isinstance(named[name], nn.TransformerEncoderLayer):
         return "is an FFN alone, of which upcycle() makes a layer"
-    mixture = _mixture_at(named, place)
+    mixture = next((outer for outer in _parents(name) if _is_mixture(named[outer])), None)
     if mixture is not None:
         return f"is inside the mixture of experts {mixture!r}, whose rows are gathered tokens"
-    return obstacle(named, place, dense) or difference(named[place], dense)
+    return obstacle(named, name, dense) or difference(named[name], dense)
 
 
 def listed(model: nn.Module, reasons: Mapping[str, str]) -> str:
     """Modules and what is wrong with them, equal ones in one entry."""
     named = dict(model.named_modules())
     groups: dict[tuple[str, str], list[str]] = {}
-    for place, reason in reasons.items():
-        groups.setdefault((type(named[place]).__name__, reason), []).append(place)
+    for name, reason in reasons.items():
+        groups.setdefault((type(named[name]).__name__, reason), []).append(name)
     return "; ".join(
-        f"{places[0]!r}{f' and {len(places) - 1} more' if places[1:] else ''} ({kind}): {reason}"
-        for (kind, reason), places in groups.items()
+        f"{names[0]!r}{f' and {len(names) - 1} more' if names[1:] else ''} ({kind}): {reason}"
+        for (kind, reason), names in groups.items()
     )
 
 
@@ -121,8 +109,7 @@ def _predicate(match: Any) -> Callable[[str, nn.Module], bool] | None:
     if match is None:
         return None
     if callable(match) and not isinstance(match, type):
-        wanted: Callable[[str, nn.Module], bool] = match
-        return wanted
+        return cast(Callable[[str, nn.Module], bool], match)
     if not isinstance(match, str):
         rule = "be a regular expression, a function of name and module, or None"
         got = f"the class {match.__name__}" if isinstance(match, type) else type(match).__name__
@@ -131,22 +118,18 @@ def _predicate(match: Any) -> Callable[[str, nn.Module], bool] | None:
         pattern = re.compile(match)
     except re.error as error:
         check.fail_value("replace_ffn", "match", f"be a regular expression ({error})", repr(match))
-    return lambda place, _: pattern.fullmatch(place) is not None
+    return lambda name, _: pattern.fullmatch(name) is not None
 
 
-def _parents(place: str) -> Iterator[str]:
+def _parents(name: str) -> Iterator[str]:
     """Names of the modules around a module, from the nearest to the model itself."""
-    while place:
-        place = place.rpartition(".")[0]
-        yield place
-
-
-def _mixture_at(named: dict[str, nn.Module], place: str) -> str | None:
-    """Name of the mixture of experts around a module: there, rows are gathered tokens."""
-    return next((outer for outer in _parents(place) if _is_mixture(named[outer])), None)
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def _is_mixture(module: nn.Module) -> bool:
+    """Whether it is a mixture of experts: inside, rows are gathered tokens."""
     children = dict(module.named_children())
     if any(re.search(r"(^|_)experts?(_list|s)?$", name) for name in children):
         return True
@@ -166,15 +149,15 @@ def _is_mixture(module: nn.Module) -> bool:
     )
 
 
-def decoder_at(named: dict[str, nn.Module], place: str) -> str | None:
+def decoder_around(named: dict[str, nn.Module], name: str) -> str | None:
     """Name of the nearest module around, whose attention or configuration says it is causal."""
-    for outer in _parents(place):
+    for outer in _parents(name):
         flags = [
             flag
             for module in named[outer].modules()
             for holder in (module, getattr(module, "config", None))
-            for name in ("is_causal", "mask_flag", "is_decoder")
-            if isinstance(flag := getattr(holder, name, None), bool)
+            for attribute in ("is_causal", "mask_flag", "is_decoder")
+            if isinstance(flag := getattr(holder, attribute, None), bool)
         ]
         kinds = [type(module).__name__ for module in named[outer].modules()]
         if any(flags) or any("Causal" in kind for kind in kinds):
@@ -184,9 +167,9 @@ def decoder_at(named: dict[str, nn.Module], place: str) -> str | None:
     return None
 
 
-def inverted_at(named: dict[str, nn.Module], place: str) -> str | None:
+def inverted_around(named: dict[str, nn.Module], name: str) -> str | None:
     """Name of the module around that is known to take variates, not steps, as its rows."""
-    for outer in _parents(place):
+    for outer in _parents(name):
         kinds = [type(child).__name__ for child in named[outer].children()]
         kind = type(named[outer])
         names = [kind.__name__.lower(), kind.__module__.rpartition(".")[2].lower()]
@@ -195,9 +178,9 @@ def inverted_at(named: dict[str, nn.Module], place: str) -> str | None:
     return None
 
 
-def obstacle(named: dict[str, nn.Module], place: str, dense: DenseFFN) -> str | None:
+def obstacle(named: dict[str, nn.Module], name: str, dense: DenseFFN) -> str | None:
     """Say what would be lost or untied if an FFN were swapped."""
-    module = named[place]
+    module = named[name]
     own = list(dense.linears().values())
     weights = [weight for part in own for weight in part.parameters()]
     gone: list[nn.Module] = [*own, module]
@@ -213,10 +196,10 @@ def obstacle(named: dict[str, nn.Module], place: str, dense: DenseFFN) -> str | 
         return f"has a forward set on an instance: of {changed[0]}"
     if hooked:
         return f"has hooks, of {hooked[0]}, which would be lost: remove them first"
-    for name, holder in named.items():
+    for owner, holder in named.items():
         for attribute, value in vars(holder).items():
             if attribute != "_modules" and _leads_to(value, module):
-                where = f"{name}.{attribute}".lstrip(".")
+                where = f"{owner}.{attribute}".lstrip(".")
                 return f"is also in {where}, which is no module: a swap would not reach it there"
     if len({weight.requires_grad for weight in weights}) > 1:
         return "has some weights frozen and others not"
