@@ -1,4 +1,4 @@
-"""Our grouped kernels as an experts implementation of Hugging Face's ``transformers``.
+"""Hugging Face's ``transformers``: our grouped kernels as an experts implementation.
 
 ::
 
