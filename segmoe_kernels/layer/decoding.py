@@ -109,7 +109,7 @@ class Stepwise(nn.Module):
         flat = state
         if state is not None:
             batch, dims = math.prod(batch_shape), len(batch_shape)
-            flat = StepState(*(t.reshape(batch, *t.shape[dims:]) for t in state))
+            flat = StepState(*(t.reshape((batch, *t.shape[dims:])) for t in state))
 
         def run_inside(x: Tensor, *weights: Any) -> tuple[Tensor, ...]:
             stepping = _Stepping(flat, skip_padding)
@@ -128,7 +128,7 @@ class Stepwise(nn.Module):
             return y, *stepping.state
 
         y, *kept = self._call_parts(x, run_inside)
-        return y, StepState(*(t.reshape(*batch_shape, *t.shape[1:]) for t in kept))
+        return y, StepState(*(t.reshape((*batch_shape, *t.shape[1:])) for t in kept))
 
 
 def _kinds(x: Tensor, segment_size: int, top_k: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -225,28 +225,30 @@ class _Stepping:
         padding_mask: Tensor | None,
     ) -> tuple[RouterOutput, Tensor, Tensor]:
         """Route; ``(routed, topk_weights, topk_ids)``, the latter of each step of x, (B * n, k)."""
-        size, top_k = of_router["segment_size"], of_router["top_k"]
+        size = of_router["segment_size"]
         batch, count, _ = x.shape
         old = self.state
-        kept = _begin(x, size, top_k) if old is None else old
-        new = x.new_ones(batch, count, dtype=torch.bool) if padding_mask is None else padding_mask
-        steps = torch.arange(1, count + 1, device=x.device).expand(batch, count)
-        come = new.cumsum(1) if self.skip_padding else steps
+        kept = _begin(x, size, of_router["top_k"]) if old is None else old
         # Room for the new steps and all of the segment that begins behind them.
         room = -(-(size - 1 + count) // size) * size
-        place = kept.place[:, None] + come - 1
-        filled = kept.place + (come[:, -1] if count else 0)
-        if self.skip_padding:
-            # Behind the room, where nobody looks.
-            place = place.masked_fill(~new, size + room)
+        place = kept.place[:, None] + torch.arange(count, device=x.device)
+        filled = kept.place + count
+        if self.skip_padding and padding_mask is not None and count:
+            come = padding_mask.cumsum(1)
+            filled = kept.place + come[:, -1]
+            # Padding goes behind the room, where nobody looks.
+            place = torch.where(padding_mask, kept.place[:, None] + come - 1, size + room)
         window = torch.cat([kept.steps, x.new_zeros(batch, room + 1, x.shape[-1])], 1)
         window = window.scatter(1, place[..., None].expand_as(x), x)[:, :-1]
         # Steps that have not come count as real: the segment that runs will be routed.
-        real = torch.cat([kept.real, new.new_ones(batch, room + 1)], 1)
-        real = real.scatter(1, place, new)[:, :-1]
+        real = torch.cat([kept.real, kept.real.new_ones(batch, room + 1)], 1)
+        if padding_mask is not None:
+            real = real.scatter(1, place, padding_mask)
+            place = place.clamp_max(size + room - 1)
+        real = real[:, :-1]
         routed = self.stages.route(window, router_weight, **of_router, padding_mask=real)
-        weights = routed.topk_weights.unflatten(0, (batch, -1))
-        ids = routed.topk_ids.unflatten(0, (batch, -1))
+        pieces = (batch, 1 + room // size)
+        weights, ids = (t.unflatten(0, pieces) for t in (routed.topk_weights, routed.topk_ids))
         if old is not None:
             weights = torch.cat([kept.topk_weights[:, None], weights[:, 1:]], 1)
             ids = torch.cat([kept.topk_ids[:, None], ids[:, 1:]], 1)
@@ -257,13 +259,14 @@ class _Stepping:
         self.state = StepState(
             _at(window, running),
             real.gather(1, running),
-            _at(weights, running[:, :1])[:, 0],
-            _at(ids, running[:, :1])[:, 0],
+            _at(weights, begin[:, None])[:, 0],
+            _at(ids, begin[:, None])[:, 0],
             filled - begin,
         )
-        place = place.clamp_max(size + room - 1)
-        ids = _at(ids, place).masked_fill(~new[..., None], -1)
-        return routed, _at(weights, place).flatten(0, 1), ids.flatten(0, 1)
+        weights, ids = _at(weights, place), _at(ids, place)
+        if padding_mask is not None:
+            ids = ids.masked_fill(~padding_mask[..., None], -1)
+        return routed, weights.flatten(0, 1), ids.flatten(0, 1)
 
 
 def _at(rows: Tensor, index: Tensor) -> Tensor:

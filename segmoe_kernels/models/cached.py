@@ -114,9 +114,7 @@ def _enter(
     name, kind = ("cache" if "cache" in parameters else "past_key_values"), type(module).__name__
     cache, use_cache = given.get("cache", given.get("past_key_values")), given.get("use_cache")
     if torch.compiler.is_compiling():
-        if cache is not None:
-            rule = "be None in compiled code (generate: disable_compile=True)"
-            check.fail_value(kind, name, rule, type(cache).__name__)
+        _refuse_compiled(kind, name, cache)
         return args, kwargs
     use_cache = module.config.use_cache if use_cache is None else use_cache
     if cache is None and use_cache and not module.training:
@@ -138,6 +136,12 @@ def _enter(
         mask = None if mask.shape[1] > 1 and bool(mask.all()) else mask
     _call.cache, _call.mask, _call.after = cache, mask, {}
     return args, kwargs
+
+
+def _refuse_compiled(kind: str, name: str, cache: Any) -> None:
+    if cache is not None:
+        rule = "be None in compiled code (generate: disable_compile=True)"
+        check.fail_value(kind, name, rule, type(cache).__name__)
 
 
 def _leave(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
