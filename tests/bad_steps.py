@@ -33,7 +33,7 @@ class Decoder(nn.Module):
     def get_input_embeddings(self):
         """Tell."""
 
-    def forward(self, input_ids, attention_mask=None, cache=None):  # noqa: ARG002
+    def forward(self, input_ids, attention_mask=None, cache=None, use_cache=None):  # noqa: ARG002
         """Run the FFN twice."""
         return self.ff(self.ff(input_ids))
 
@@ -75,12 +75,12 @@ ROWS = [
     (step(state=STATE._replace(topk_ids=STATE.topk_ids.to(META))), V, "state.topk_ids | on cpu"),
     (partial(SegMoE(4, 6, 3).step, X), V, "SegMoE.step | causal | depends on later steps | False"),
     (partial(causal(aux_loss_weight=0.1).step, X), V, "aux_loss_weight | of whole sequences | 0.1"),
-    (partial(with_fewer_experts().step, X), V, "layer | all of its experts | Parameter of (3, 6, "),
+    (partial(with_fewer_experts().step, X), V, "layer | all of its experts | (3, 6, 4)"),
     (enable(model="model"), T, "torch.nn.Module | str"),
     (enable(model=nn.Linear(2, 2)), V, "a SegMoE that mixes steps | Linear"),
     (enable(model=Decoder(causal(causal=False))), V, "causal layers | causal=False"),
     (enable(model=nn.Sequential(causal())), V, "decoder of Hugging Face | Sequential"),
-    (lambda: enabled()(X, attention_mask=draw(2, 1, 5, 5)), V,
+    (lambda: enabled()(X, draw(2, 1, 5, 5), use_cache=False), V,
      "Decoder | attention_mask | (B, T) | (2, 1, 5, 5)"),
     (lambda: enabled()(X, cache=Cache(4)), V, "Decoder | cache | 4 tokens, of which 0 were seen"),
     (lambda: enabled()(X, cache=Cache(0)), V, "model | each SegMoE once | a second call"),

@@ -113,6 +113,7 @@ def test_what_would_lose_a_state_is_refused(ids):
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="disable_compile=True"):
         compiled(ids, cache=transformers.DynamicCache(config=model.config))
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids).logits)
     # A call that broke leaves no half of a state.
     cache, layer = model(ids[:, :4]).cache, model.model.layers[1].mlp
     layer.top_k = 9

@@ -45,9 +45,9 @@ class StepState(NamedTuple):
         """The same on another device."""
         return StepState(*(tensor.to(device) for tensor in self))
 
-    def index_select(self, index: Tensor) -> "StepState":
-        """The sequences ``index``, (N,) integers, of the first batch dimension: beams' order."""
-        return StepState(*(tensor.index_select(0, index) for tensor in self))
+    def index_select(self, order: Tensor) -> "StepState":
+        """The sequences ``order``, (N,) integers, of the first batch dimension, as beams want."""
+        return StepState(*(tensor.index_select(0, order) for tensor in self))
 
 
 # A torch.load with weights_only=True takes it as it takes tensors.
@@ -67,7 +67,7 @@ class Stepwise(nn.Module):
     ) -> tuple[Tensor, StepState]:
         """Apply a causal layer to the next steps of sequences.
 
-        Together the calls equal `forward` over the whole sequences. A first call does bit for bit;
+        Together the calls equal ``forward`` over the whole sequences. A first call does bit for bit;
         later ones run the same products for other numbers of rows, whose sums may be rounded in
         another order (and where two experts are as likely up to that, another one be chosen).
         Dropout is drawn for each call, the router's once for each segment. Losses and statistics
@@ -79,7 +79,7 @@ class Stepwise(nn.Module):
             padding_mask: (..., n) bool, True = real. Masked steps contribute nothing and get 0.
             skip_padding: masked steps take no place in a segment, so that every sequence has the
                 segments that it has without them, wherever they are (else they take one, as in
-                `forward`).
+                ``forward``).
 
         Returns:
             ``(y, state)``: (..., n, D) in the dtype of x, and the StepState behind these steps.
@@ -120,7 +120,9 @@ class Stepwise(nn.Module):
                 held = weights.experts.up_proj
                 if hasattr(held, "device_mesh") or held.shape[0] != self.num_experts:
                     rule = "hold all of its experts as plain tensors"
-                    check.fail_value(_NAME, "layer", rule, f"{type(held).__name__} of {held.shape}")
+                    check.fail_value(
+                        _NAME, "layer", rule, f"{type(held).__name__} {tuple(held.shape)}"
+                    )
                 return run_layer(x, weights, options, mask, self.backend, stepping.on)
 
             y, _ = self._forward_experts(x, padding_mask, *weights, run=run)

@@ -34,8 +34,8 @@ def enable_cache(model: nn.Module) -> None:
     that `replace_ffn` has switched off are on again.
 
     Refused in later calls, by name: a cache that something else has filled or cut (assisted
-    decoding does), masks of another form, code that is being compiled (``disable_compile=True``
-    for static caches), and layers that one call runs twice.
+    decoding does), masks of another form (those of static caches), compiled code with a cache, and
+    layers that one call runs twice.
 
     Args:
         model: changed in place; ``transformers >= 5``.
@@ -54,8 +54,8 @@ def enable_cache(model: nn.Module) -> None:
             rule = "have causal layers, not sharded"
             got = f"{type(layer).__name__} with causal={layer.causal}"
             check.fail_value(_NAME, "model", rule, got)
-    models = [m for m in model.modules() if hasattr(getattr(m, "config", None), "use_cache")]
-    models = [m for m in models if hasattr(m, "get_input_embeddings")]
+    models: list[Any] = [m for m in model.modules() if hasattr(m, "get_input_embeddings")]
+    models = [m for m in models if hasattr(getattr(m, "config", None), "use_cache")]
     decoders = [m for m in models if set(layers) <= set(m.modules())]
     if not decoders or getattr(decoders[-1].config, "is_encoder_decoder", False):
         rule = "be a decoder of Hugging Face, with config.use_cache, around all layers"
@@ -67,9 +67,9 @@ def enable_cache(model: nn.Module) -> None:
         hooks: Any = module._forward_pre_hooks
         for key in [key for key, hook in hooks.items() if hook is refuse_cache]:
             del hooks[key]
-        for holder in (module.config, getattr(module, "generation_config", None)):
-            if hasattr(holder, "use_cache"):
-                holder.use_cache = True
+        module.config.use_cache = True
+        if hasattr(module, "generation_config"):
+            module.generation_config.use_cache = True
     innermost = decoders[-1]  # of those around each other
     if _enter not in innermost._forward_pre_hooks.values():
         innermost.register_forward_pre_hook(_enter, with_kwargs=True)
@@ -94,8 +94,9 @@ class _SteppingSegMoE(SegMoE):
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """As `SegMoE.forward`, behind the tokens that the cache has."""
-        after, cache, mask = _call.after, _call.cache, _call.mask
-        if after is None or (cache is None and mask is None):
+        after, cache = _call.after, _call.cache
+        mask = _call.mask if padding_mask is None else padding_mask
+        if torch.compiler.is_compiling() or after is None or (cache is None and _call.mask is None):
             return super().forward(x, padding_mask)
         if self._index in after:
             rule = "run each SegMoE once, to use a cache"
@@ -159,7 +160,7 @@ def _carry_states(kind: str, name: str, cache: Any) -> None:
     length = int(cache.get_seq_length())
     if length == 0:
         if not hasattr(cache, "_segmoe_states"):
-            cache.__class__ = _carrying(type(cache))
+            cache.__class__ = _carrying(type(cache))  # type: ignore[arg-type]  # a type can be hashed
         cache._segmoe_states, cache._segmoe_length = {}, 0
     seen = getattr(cache, "_segmoe_length", 0)
     if seen != length:
@@ -172,6 +173,8 @@ def _carrying(kind: Any) -> Any:
     """The class of a cache whose batch changes together with that of its states."""
 
     class Carrying(kind):  # type: ignore[misc]
+        _segmoe_states: dict[int, StepState]
+
         def _select(self, index: Tensor) -> None:
             states = self._segmoe_states.items()
             self._segmoe_states = {
