@@ -67,7 +67,7 @@ class Stepwise(nn.Module):
     ) -> tuple[Tensor, StepState]:
         """Apply a causal layer to the next steps of sequences.
 
-        Together the calls equal ``forward`` over the whole sequences. A first call does bit for bit;
+        Together they equal one call of the layer over whole sequences. The first does bit for bit;
         later ones run the same products for other numbers of rows, whose sums may be rounded in
         another order (and where two experts are as likely up to that, another one be chosen).
         Dropout is drawn for each call, the router's once for each segment. Losses and statistics
@@ -78,8 +78,8 @@ class Stepwise(nn.Module):
             state: what the call before returned, which stays as it is; None where sequences begin.
             padding_mask: (..., n) bool, True = real. Masked steps contribute nothing and get 0.
             skip_padding: masked steps take no place in a segment, so that every sequence has the
-                segments that it has without them, wherever they are (else they take one, as in
-                ``forward``).
+                segments that it has without them, wherever they are (else they take one, as in a
+                call of the layer).
 
         Returns:
             ``(y, state)``: (..., n, D) in the dtype of x, and the StepState behind these steps.
