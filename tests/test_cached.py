@@ -110,10 +110,6 @@ def test_what_would_lose_a_state_is_refused(ids):
         model(ids[:, 5:], cache=cache)
     with pytest.raises(ValueError, match=r"expected attention_mask to have shape \(B, T\)"):
         generate(model, ids, cache_implementation="static")
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match="disable_compile=True"):
-        compiled(ids, cache=transformers.DynamicCache(config=model.config))
-    torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids).logits)
     # A call that broke leaves no half of a state.
     cache, layer = model(ids[:, :4]).cache, model.model.layers[1].mlp
     layer.top_k = 9
@@ -123,3 +119,14 @@ def test_what_would_lose_a_state_is_refused(ids):
     with pytest.raises(ValueError, match=r"got 7 tokens, of which 4 were seen"):
         model(ids[:, 4:], cache=cache)
     torch.testing.assert_close(model(ids).logits, model(ids, use_cache=False).logits)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_decoders_run_without_a_cache(ids):
+    model = decoder()
+    enable_cache(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids).logits)
+    with pytest.raises(Exception, match="expected cache to be None in compiled code"):
+        compiled(ids, cache=transformers.DynamicCache(config=model.config))

@@ -31,7 +31,7 @@ def enable_cache(model: nn.Module) -> None:
     earlier call has left. An ``attention_mask`` of (B, T) reaches the experts: each sequence of
     the batch has the segments that it has alone, wherever it is padded, in eval mode; in training,
     experts go on without it. Layers stay as they are, but for their class; the flags ``use_cache``
-    that `replace_ffn` has switched off are on again.
+    that `replace_ffn` has switched off are on again. Statistics count calls without a cache alone.
 
     Refused in later calls, by name: a cache that something else has filled or cut (assisted
     decoding does), masks of another form (those of static caches), compiled code with a cache, and
@@ -68,8 +68,9 @@ def enable_cache(model: nn.Module) -> None:
         for key in [key for key, hook in hooks.items() if hook is refuse_cache]:
             del hooks[key]
         module.config.use_cache = True
-        if hasattr(module, "generation_config"):
-            module.generation_config.use_cache = True
+        generation: Any = getattr(module, "generation_config", None)
+        if generation is not None:
+            generation.use_cache = True
     innermost = decoders[-1]  # of those around each other
     if _enter not in innermost._forward_pre_hooks.values():
         innermost.register_forward_pre_hook(_enter, with_kwargs=True)
