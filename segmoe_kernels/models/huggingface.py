@@ -1,4 +1,4 @@
-"""Hugging Face's ``transformers``: our grouped kernels as an experts implementation.
+"""Our grouped kernels as an experts implementation of Hugging Face's ``transformers``.
 
 ::
 
