@@ -8,6 +8,7 @@ wrong type or dtype, ValueError for a wrong shape, value or device, and RuntimeE
 
 import os
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -404,8 +405,12 @@ def run_layer(
     options: Options,
     padding_mask: Tensor | None,
     backend: str,
+    around: Callable[[Any], pipeline.Stages] | None = None,
 ) -> tuple[Tensor, Routing]:
-    """`seg_moe` with its arguments in order; a call as one before it is not checked again."""
+    """`seg_moe` with its arguments in order; a call as one before it is not checked again.
+
+    ``around`` makes of the backend's stages those to run.
+    """
     key = call_key(x, weights, options)
     known = None if key is None else _CHECKED.get(key)
     if known is None:
@@ -420,5 +425,6 @@ def run_layer(
         if len(_CHECKED) >= _MOST_CHECKED:
             _CHECKED.clear()
         _CHECKED[key] = options
-    stages = backend_stages(backend, x)
+    stages: Any = backend_stages(backend, x)
+    stages = stages if around is None else around(stages)
     return pipeline.run_stages(stages, x, weights, dtype, options, padding_mask)

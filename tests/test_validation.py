@@ -14,6 +14,7 @@ import bad_calls
 import bad_conversions
 import bad_options
 import bad_stats
+import bad_steps
 import bad_swaps
 import numpy as np
 import pytest
@@ -25,16 +26,25 @@ from segmoe_kernels import SegMoE, functional, load_official, segment_schedule, 
 
 ROWS = [*bad_calls.ROWS, *bad_options.ROWS, *bad_swaps.ROWS, *bad_conversions.ROWS, *bad_stats.ROWS]
 ROWS += bad_advise.ROWS
+
+
+def named(rows):
+    """Rows of `bad_steps` as the others are."""
+    return [(f"step_{n}", call, kind, words.split(" | ")) for n, (call, kind, words) in rows]
+
+
+ROWS += named(enumerate(bad_steps.ROWS))
 PACKAGE = Path(segmoe_kernels.__file__).parent
-CHECKED = ["validation", "layer", "functional", "losses", "testing", "parallel", "series"]
+CHECKED = ["validation", "layer", "layer.decoding", "functional", "losses", "testing", "parallel"]
+CHECKED += ["series", "models.cached", "models.search", "models.probe", "models.swap"]
 CHECKED += [f"models.{name}" for name in ("adapters", "checkpoints", "huggingface", "official")]
-CHECKED += ["models.search", "models.probe", "models.swap", "series.advise"]
+CHECKED += ["series.advise"]
 CHECKED += ["stats.collector", "stats.plots", "stats.writers"]
 # Messages about the machine; tested in test_functional.py, test_huggingface.py, parallel_jobs.py,
 # test_stats*.py, test_advise.py, test_series.py, test_triton_layer.py.
 ELSEWHERE = {"resolve_backend", "register_experts", "check_group", "__reduce__"}
 ELSEWHERE |= {"_check_equal", "_figure", "_summary_writer", "plot_advice", "unzip", "_append"}
-ELSEWHERE |= {"_check_place", "run_layer"}
+ELSEWHERE |= {"_check_place", "run_layer", "_refuse_compiled"}
 
 
 @pytest.mark.parametrize(
@@ -61,6 +71,7 @@ REAL_ONLY |= {"swapped_mask", "encoder_causal_mask"}
 def fake_rows():
     """The mode that fake tensors live in, and the rows anew, made of them: name -> row."""
     names = ("bad_calls", "bad_options", "bad_swaps", "bad_conversions", "bad_stats", "bad_advise")
+    names = (*names, "bad_steps")
     real = {name: sys.modules.pop(name) for name in names}
     mode = FakeTensorMode()
     try:
@@ -68,6 +79,7 @@ def fake_rows():
             rows = importlib.import_module("bad_calls").ROWS
             assert isinstance(sys.modules["bad_calls"].EXPERTS.up_proj, FakeTensor)
             rows = [*rows, *(row for n in names[1:] for row in importlib.import_module(n).ROWS)]
+            rows = [*rows[: -len(bad_steps.ROWS)], *named(enumerate(rows[-len(bad_steps.ROWS) :]))]
     finally:
         sys.modules.update(real)
     return mode, {row[0]: row for row in rows}
@@ -86,8 +98,10 @@ def test_bad_call_is_refused_under_fake_tensors(name, fake_rows):
 
 
 # What users import from.
-PUBLIC = ["functional", "layer", "losses", "parallel", "series", "series.advise"]
-PUBLIC += [f"models.{name}" for name in ("adapters", "checkpoints", "huggingface", "official")]
+PUBLIC = ["functional", "layer", "layer.decoding", "losses", "parallel", "series", "series.advise"]
+PUBLIC += [
+    f"models.{name}" for name in ("adapters", "cached", "checkpoints", "huggingface", "official")
+]
 PUBLIC += ["models.swap", "stats", "stats.plots", "stats.writers"]
 # Arguments that another library checks, or that need what a table has not; "*": all of a function.
 CHECKED_ELSEWHERE = {
@@ -143,7 +157,15 @@ def test_every_argument_of_every_public_function_has_a_bad_call():
 
 CALLERS = [
     value
-    for table in (bad_calls, bad_options, bad_swaps, bad_conversions, bad_stats, bad_advise)
+    for table in (
+        bad_calls,
+        bad_options,
+        bad_swaps,
+        bad_conversions,
+        bad_stats,
+        bad_advise,
+        bad_steps,
+    )
     for value in vars(table).values()
     if hasattr(value, "function")
 ]

@@ -1,6 +1,7 @@
 """`SegMoE`, the drop-in layer."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from segmoe_kernels import validation as check
 from segmoe_kernels.functional import resolve_backend, run_layer
+from segmoe_kernels.layer.decoding import Stepwise
 from segmoe_kernels.layer.modules import (
     Experts,
     FeedForward,
@@ -42,7 +44,7 @@ class OfficialNames(NamedTuple):
 _PARTS = {"router": SegmentRouter, "experts": Experts, "shared_expert": FeedForward}
 
 
-class SegMoE(nn.Module):
+class SegMoE(Stepwise):
     """Mixture of experts that routes segments of contiguous time steps; replaces an FFN.
 
     A sequence is cut into segments of ``segment_size`` steps (the last one as if padded with
@@ -284,6 +286,25 @@ class SegMoE(nn.Module):
         check.check_x("SegMoE.forward", x, self.d_model)
         # Traced code as well: a mask of other values or another order would be used as it is.
         check.check_mask("SegMoE.forward", padding_mask, x)
+        run = self._forward_experts if self.num_experts else self._forward_dense
+
+        def run_inside(x: Tensor, *weights: Any) -> tuple[Tensor, ...]:
+            y, found = run(x, padding_mask, *weights)
+            # Tensors side by side, where hooks on the parts find them.
+            probs, chosen = (found.router_logits, found.router_probs), found.topk_weights
+            return y, *probs, chosen, found.topk_ids, found.expert_counts
+
+        y, *fields = self._call_parts(x, run_inside)
+        routing = Routing(*fields)
+        if self.num_experts == 0:
+            return y, routing
+        # An exported program is the layer alone.
+        for observe in () if torch.compiler.is_exporting() else self._observers:
+            observe(self, routing, -(-x.shape[-2] // self.segment_size))
+        return self._inject_losses(y, routing), routing
+
+    def _call_parts(self, x: Tensor, function: Any) -> Any:
+        """Call ``function(x, *weights)`` inside calls of all parts."""
         parts = []
         for name, kind in _PARTS.items():
             part = getattr(self, name)
@@ -294,22 +315,7 @@ class SegMoE(nn.Module):
                     rule = f"be a segmoe_kernels.layer.modules.{kind.__name__}, or to wrap one"
                     check.fail_type("SegMoE.forward", name, rule, type(part).__name__)
                 parts.append(part)
-        run = self._forward_experts if self.num_experts else self._forward_dense
-
-        def run_inside(x: Tensor, *weights: Any) -> tuple[Tensor, ...]:
-            y, found = run(x, padding_mask, *weights)
-            # Tensors side by side, where hooks on the parts find them.
-            probs, chosen = (found.router_logits, found.router_probs), found.topk_weights
-            return y, *probs, chosen, found.topk_ids, found.expert_counts
-
-        y, *fields = call_around(parts, x, run_inside)
-        routing = Routing(*fields)
-        if self.num_experts == 0:
-            return y, routing
-        # An exported program is the layer alone.
-        for observe in () if torch.compiler.is_exporting() else self._observers:
-            observe(self, routing, -(-x.shape[-2] // self.segment_size))
-        return self._inject_losses(y, routing), routing
+        return call_around(parts, x, function)
 
     def _forward_experts(
         self,
@@ -318,7 +324,9 @@ class SegMoE(nn.Module):
         router: tuple[Tensor, Tensor | None],
         experts: FFNWeights,
         shared: FeedForward | None = None,
+        run: Callable[..., tuple[Tensor, Routing]] | None = None,
     ) -> tuple[Tensor, Routing]:
+        run = run or self._run
         gate, in_proj, out_proj = self.shared_gate, self.in_proj, self.out_proj
         if self.causal != (router[1] is not None):
             rule = "be as the layer was made: its router has a start vector only then"
@@ -336,14 +344,14 @@ class SegMoE(nn.Module):
             from segmoe_kernels.layer.called import run_called
 
             called = shared, gate, in_proj, out_proj
-            return run_called(self._run, x, weights, options, padding_mask, self.backend, *called)
+            return run_called(run, x, weights, options, padding_mask, self.backend, *called)
         weights = weights._replace(
             shared=None if shared is None else shared.weights(),
             shared_gate=None if gate is None else gate.weight,
             in_proj=None if in_proj is None else (in_proj.weight, in_proj.bias),
             out_proj=None if out_proj is None else (out_proj.weight, out_proj.bias),
         )
-        return self._run(x, weights, options, padding_mask)
+        return run(x, weights, options, padding_mask)
 
     def _run(
         self, x: Tensor, weights: LayerWeights, options: Options, padding_mask: Tensor | None

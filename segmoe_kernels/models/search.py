@@ -233,22 +233,24 @@ def switch_cache_off(model: nn.Module) -> None:
             off |= holder.use_cache is not False  # None is the library's default
             holder.use_cache = False
             hooks: Any = module._forward_pre_hooks
-            if hasattr(module, "get_input_embeddings") and _refuse_cache not in hooks.values():
-                module.register_forward_pre_hook(_refuse_cache, with_kwargs=True)
+            if hasattr(module, "get_input_embeddings") and refuse_cache not in hooks.values():
+                module.register_forward_pre_hook(refuse_cache, with_kwargs=True)
     if off:
         message = (
             "segmoe_kernels.replace_ffn: switched use_cache off in config and generation_config, "
-            "as segments would begin anew at every call with cached keys and values."
+            "as segments would begin anew at every call with cached keys and values; for causal "
+            "experts in a decoder of Hugging Face, see segmoe_kernels.models.cached.enable_cache."
         )
         warnings.warn(message, stacklevel=4)  # of who calls replace_ffn
 
 
-def _refuse_cache(module: nn.Module, _: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def refuse_cache(module: nn.Module, _: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse a key-value cache: a pre-hook of models whose segments would begin anew."""
     name = type(module).__name__
     if kwargs.get("use_cache"):
         rule = "be False, as segments begin anew at every call"
         check.fail_value(name, "use_cache", rule, kwargs["use_cache"])
-    if kwargs.get("past_key_values") is not None:
-        got = type(kwargs["past_key_values"]).__name__
-        check.fail_value(name, "past_key_values", "be None, as segments begin anew", got)
+    for argument in ("past_key_values", "cache"):  # the older and the newer name
+        if kwargs.get(argument) is not None:
+            got = type(kwargs[argument]).__name__
+            check.fail_value(name, argument, "be None, as segments begin anew", got)
