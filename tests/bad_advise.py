@@ -1,6 +1,7 @@
 """Wrong calls of the segment-size advisor; rows as in `bad_calls`."""
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ ROWS = [
     (ask(values=SERIES.astype(str)), T, "real | dtype <U"),
     (ask(values=DATES), T, "real | datetime64[D]"),
     (ask(values=SERIES.astype(object)), T, "real | object"),
-    (lambda: ask(patch=16)(), V, "at least 576 steps | 9 patches | got 400"),
+    (partial(ask(patch=16)), V, "at least 576 steps | 9 patches | got 400"),
     (draw(values=None), V, "plot_advice | NoneType"),
     (draw(values=SERIES * 1j), T, "plot_advice | real"),
     (draw(values=SERIES * np.nan), V, "plot_advice | finite"),

@@ -1,11 +1,12 @@
 """Wrong calls of the functions: who, how, with which exception and which words.
 
 One row is ``(call, exception, words)``: the message has all the words, which bars part, and the
-name of an argument that `caller` was given.
+name of an argument that `caller` was given; it names another one's where `partial` is around it.
 """
 
 import copy
 import dataclasses
+from functools import partial
 
 import torch
 
@@ -196,7 +197,7 @@ ROWS = [
     (ffn(activation=None), V, "got None"),
     (ffn(dropout=float("nan")), V, "[0, 1)"),
     (ffn(topk_weights=None), T, "NoneType"),
-    (lambda: ffn(x=draw(2, 5, 6))(), V, "experts.up_proj | (3, 6, 6)"),
+    (partial(ffn(x=draw(2, 5, 6))), V, "experts.up_proj | (3, 6, 6)"),
     (ffn(padding_mask=MASK.float()), T, "torch.bool"),
     (ffn(expert_scope="projected"), V, "'token', 'segment' | 'projected'"),
     (ffn(topk_weights=draw(3, 1)), V, "(S=4, top_k) | got (3, 1)"),

@@ -1,5 +1,6 @@
 """Wrong models for `replace_ffn` and its relatives; rows as in `bad_calls`."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -135,7 +136,7 @@ ROWS = [
     (swap(segment_sizes=[2.5]), T, "int | 2.5"),
     (swap(segment_sizes=0), V, "at least 1"),
     (swap(segment_sizes=[3, 4]), V, "have 1 or 1 sizes | [3, 4]"),
-    (lambda: swap(segment_sizes="3,4")(), V, "num_layers=1 | '3,4'"),
+    (partial(swap(segment_sizes="3,4")), V, "num_layers=1 | '3,4'"),
     (swap(num_experts="2"), T, "'2' (str)"),
     (swap(copy_weights=True, d_ff=7), V, "the dense FFN's 6 where its weights are copied | got 7"),
     (swap(copy_weights=True, expert_scope="segment"), V,
