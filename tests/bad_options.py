@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from bad_calls import LAYER, T, V, caller, draw, layer, layer_with
+from bad_calls import LAYER, T, V, caller, draw, layer, layer_with, real
 from torch import nn
 
 from segmoe_kernels import load_official, load_official_layers, segment_schedule, to_official
@@ -36,7 +36,7 @@ def gate_elsewhere():
     return new
 
 
-NAN, INF = float("nan"), float("inf")
+NAN, INF, X = float("nan"), float("inf"), draw(2, 5, 4)
 # Option, its value, exception and words.
 CONSTRUCTOR = [
     ("d_model", 4.0, T, "be an int | 4.0 (float)"), ("d_model", 0, V, "at least 1"),
@@ -77,6 +77,8 @@ ROWS = [
      "'concat' with expert_scope='projected' | got 'mean'"),
     (layer(expert_scope="segment", shared_expert=None, causal=True), V,
      "expert_scope='segment', shared_expert=None"),
+    *((real(lambda n=n, v=v: layer_with(**{n: v})(X)), e, f"SegMoE.forward: expected {n} to be")
+      for n in ("aux_loss_weight", "z_loss_weight") for v, e in ((-0.1, V), (NAN, V), ("1", T))),
     (lambda: layer_with(causal=True)(draw(2, 5, 4)), V,
      "SegMoE.forward: expected causal to be as the layer was made | got True"),
     (lambda: gate_elsewhere()(draw(2, 5, 4)), V,
