@@ -171,10 +171,7 @@ def test_digest_of_etth1_is_the_real_one(real_data):
 
 @pytest.mark.parametrize(
     ("name", "file", "rows"),
-    [
-        ("ECL", "electricity_first55rows.csv.gz", 55),
-        ("Traffic", "traffic_first25rows.csv.gz", 25),
-    ],
+    [("ECL", "electricity_first55rows.csv.gz", 55), ("Traffic", "traffic_first25rows.csv.gz", 25)],
 )
 def test_the_heads_of_ecl_and_traffic_are_read_and_known_to_be_no_whole_files(
     no_files, monkeypatch, name, file, rows, real_data
@@ -320,42 +317,6 @@ def make_trainer(checkpoint, *, seed=0):
     return training.Trainer(forecaster, windows["train"], windows["val"], options, checkpoint)
 
 
-class _StopError(Exception):
-    pass
-
-
-def test_resumed_training_equals_uninterrupted(tmp_path):
-    whole = make_trainer(tmp_path / "whole.pt")
-    whole.fit(progress=False)
-
-    cut = make_trainer(tmp_path / "cut.pt")
-    step, taken = cut._step, []
-
-    def interrupted(ids):
-        taken.append(len(ids))
-        if len(taken) == cut.steps_per_epoch + 2:  # in the middle of the second epoch
-            raise _StopError
-        return step(ids)
-
-    cut._step = interrupted
-    with pytest.raises(_StopError):
-        cut.fit(progress=False)
-    torch.manual_seed(1234)
-    resumed = make_trainer(tmp_path / "cut.pt")
-    resumed.restore(tmp_path / "cut.pt")
-    assert len(resumed.history) == 1
-    resumed.fit(progress=False)
-
-    def losses(trainer):
-        return [(epoch["train_loss"], epoch["val_mse"]) for epoch in trainer.history]
-
-    assert losses(resumed) == losses(whole)
-    assert resumed.best_epoch == whole.best_epoch
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[name], value), name
-    assert {path.name for path in tmp_path.iterdir()} == {"whole.pt", "cut.pt"}
-
-
 def test_restore_refuses_the_checkpoint_of_another_run(tmp_path):
     make_trainer(tmp_path / "a.pt").save(tmp_path / "a.pt")
     with pytest.raises(ValueError, match="must come from a run with"):
@@ -376,16 +337,6 @@ def test_resume_from_what_is_no_checkpoint_says_so_in_one_line(tmp_path, capsys,
     said = capsys.readouterr().err
     assert said.startswith(f"error: checkpoint {path} must be a whole one of this program")
     assert said.count("\n") == 1
-
-
-def test_resume_of_a_finished_run_scores_it_again(tmp_path, capsys):
-    results = []
-    for more in ([], ["--resume"]):
-        assert script.main([*TINY, "--no-plots", "--out", str(tmp_path), *more]) == 0
-        (run,) = json.loads((tmp_path / "result.json").read_text())["runs"]
-        results.append((run["history"], run["test"]))
-    assert results[0] == results[1]
-    assert "going on after epoch 2" in capsys.readouterr().out
 
 
 def test_training_that_diverges_says_so():

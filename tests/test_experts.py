@@ -1,6 +1,7 @@
 """Stage 3 on the kernels: each slot's expert on its own rows, fused or as two products."""
 
 import importlib
+import itertools
 
 import pytest
 import torch
@@ -282,6 +283,19 @@ def test_expert_ffn_saves_no_hidden_layer_of_narrow_rows(scope, d_model, hidden,
     new = sorted(size for place, size in saved.items() if place not in known)
     rows = 60 * 64 if scope == "token" else 20 * P * 64
     assert [size for size in new if size > 60] == [rows] * hidden
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_experts_may_have_any_of_the_biases(splits, gated, monkeypatch, device):
+    """Each has its own place among the kernels' partial sums, whatever others there are."""
+    launch = importlib.import_module("segmoe_kernels.stages.experts.launch")
+    monkeypatch.setattr(launch, "num_row_splits", lambda *_: splits)
+    tensors = make_tensors(2, 30, 3, 4, 2, top_k=1, gated=gated, biased=True, device=device)
+    stage = make_stage(make_ids(20, 1, 2, device), 2, activation="silu")
+    biases = [name for name in tensors if name.endswith("bias")]
+    for absent in (set(s) for n in (1, 2) for s in itertools.combinations(biases, n)):
+        check_exactness(stage, {n: t for n, t in tensors.items() if n not in absent})
 
 
 @pytest.mark.parametrize("splits", [2, 5])
