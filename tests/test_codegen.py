@@ -65,12 +65,6 @@ def test_large_products_use_tensor_cores(rows):
     assert {"expert_ffn_fwd_kernel", "expert_ffn_dw_kernel"} <= checked
 
 
-def test_every_width_and_plan_is_compiled(rows):
-    kernels = {row["kernel"] for row in rows}
-    assert {"route_fwd_kernel", "expert_ffn_fwd_kernel", "shared_activate_kernel"} <= kernels
-    assert {row["dtype"] for row in rows} >= {"bf16", "fp32"}
-
-
 BATCHES = """
 import torch
 from benchmarks import codegen

@@ -12,7 +12,7 @@ import segmoe_kernels
 from segmoe_kernels import SegMoE, activations, functional, reference, replace_ffn
 from segmoe_kernels.functional import combine, expert_ffn, grouped_gemm, permute, route
 
-BATCH, LENGTH, SIZE, D, F, E = 2, 8, 3, 4, 6, 5
+D, F = 4, 6
 ACTIVATIONS = [None, "gelu", "gelu_tanh", "silu", "relu"]
 
 

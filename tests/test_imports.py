@@ -65,19 +65,11 @@ def run(code):
 
 
 @pytest.mark.parametrize(
-    "code",
-    [IMPORT + RUN, BLOCKED + IMPORT + RUN + REFUSED],
-    ids=["plain", "triton_blocked"],
+    "code", [IMPORT + RUN, BLOCKED + IMPORT + RUN + REFUSED], ids=["plain", "triton_blocked"]
 )
 def test_import_is_light_and_the_layer_runs(code):
     result = run(code)
     assert result.returncode == 0, result.stderr
-
-
-def test_blocking_triton_works():
-    result = run(BLOCKED + "import triton")
-    assert result.returncode == 1
-    assert "triton is blocked" in result.stderr
 
 
 def test_public_names_are_there():

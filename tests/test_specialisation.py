@@ -26,13 +26,6 @@ def test_information_of_hand_made_choices():
     assert special.information(chance, hour) < 0.01
 
 
-def test_quantiles_fill_bins_equally():
-    values = np.random.default_rng(0).standard_normal(8000)
-    counts = np.bincount(special.quantiles(values), minlength=special.BINS)
-    assert counts.max() - counts.min() <= 1
-    assert (np.diff(special.quantiles(np.sort(values))) >= 0).all()
-
-
 class ByHour:
     """Stands for a model: its expert is the quarter of a day in which a segment's middle lies."""
 

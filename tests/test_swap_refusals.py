@@ -280,13 +280,6 @@ def test_weights_tied_between_ffns_are_refused():
     assert "shares weights" in unchanged(holding(gated), replace_ffn, **SIZES)
 
 
-def test_a_frozen_ffn_stays_frozen():
-    model = nn.ModuleList([sequential().requires_grad_(False), sequential()])
-    replace_ffn(model, copy_weights=True, segment_sizes=3, num_experts=2)
-    assert not any(parameter.requires_grad for parameter in model[0].parameters())
-    assert all(parameter.requires_grad for parameter in model[1].parameters())
-
-
 def wi_wo(dropout=0.0, behind=False):
     def forward(block, x):
         y = F.gelu(block.inner.wi(x), approximate="tanh") * block.wi_0(x)
