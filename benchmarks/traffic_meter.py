@@ -227,13 +227,7 @@ class TrafficMeter:
         return original(builder, ptrs, mask, *args)
 
     def _store(
-        self,
-        original: _Method,
-        builder: Any,
-        ptrs: Any,
-        value: Any,
-        mask: Any,
-        *args: Any,
+        self, original: _Method, builder: Any, ptrs: Any, value: Any, mask: Any, *args: Any
     ) -> Any:
         self._touch(ptrs, mask, store=True)
         return original(builder, ptrs, value, mask, *args)

@@ -44,12 +44,7 @@ def needed_flops(shape: Shape, *, backward: bool, gated: bool = False, shared: b
 
 
 def floor_bytes(
-    shape: Shape,
-    *,
-    backward: bool,
-    itemsize: int = 4,
-    gated: bool = False,
-    shared: bool = False,
+    shape: Shape, *, backward: bool, itemsize: int = 4, gated: bool = False, shared: bool = False
 ) -> int:
     """The least bytes that go through memory.
 
@@ -130,13 +125,7 @@ def _modelled() -> dict[tuple[str, ...], dict[str, Any]]:
 
 
 def modelled_us(
-    shape: str,
-    provider: str,
-    dtype: str,
-    *,
-    backward: bool,
-    mode: str,
-    stage: str | None = None,
+    shape: str, provider: str, dtype: str, *, backward: bool, mode: str, stage: str | None = None
 ) -> dict[str, float]:
     """``modelled_us`` on sm_90 of the routed part or a stage, launches as the mode has them.
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from benchmark_runs import CPU, ROOT, needs_scattermoe, rows_of
 
-from benchmarks import ceilings, gpu, layer, profiles, report, tune
+from benchmarks import ceilings, gpu, layer, report, tune
 from benchmarks.cases import make_case
 from benchmarks.shapes import TRAFFIC_SHAPES, Shape, Workload, find_workloads
 
@@ -162,7 +162,7 @@ def test_report_makes_tables_and_plots_from_the_files(tmp_path):
     # 4 GFLOP at 800 TFLOP/s take 5 us, 8 MB at 4,000 GB/s 2 us; 2 ms were taken.
     assert report.Results(tmp_path).bound_ms(report.Results(tmp_path).rows["layer"][0]) == 0.005
     assert "liger skipped (eager): SwiGLU experts only" in text
-    for name in ("time-against-rows", "speed-up", "roofline", "memory"):
+    for name in ("time-against-rows", "speed-up"):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
     block = readme.read_text()
     assert block.startswith("before\n<!-- benchmarks -->\nA GPU")
@@ -217,12 +217,8 @@ def test_gpu_commands_are_known_to_their_modules(tmp_path, capsys):
     for step in gpu.STEPS:
         for words in step.commands:
             command = gpu._command(words, 100.0, tmp_path, quick=False)
-            if "pytest" in command or "--counters" in command:
-                continue
-            module = {"layer": layer, "profiles": profiles}
-            name = command[2].removeprefix("benchmarks.")
-            if name in module:
-                assert module[name].main([*command[3:], "--list"]) == 0
+            if command[2] == "benchmarks.layer":
+                assert layer.main([*command[3:], "--list"]) == 0
     assert "64-4-1-5-1e6/routed/uniform" in capsys.readouterr().out
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from benchmark_runs import CPU, ROOT, needs_scattermoe, rows_of
 
-from benchmarks import layer, memory, peers, profiles, timing
+from benchmarks import layer, memory, peers, timing
 from benchmarks import store as stores
 from benchmarks.cases import busiest_expert_share, make_case
 from benchmarks.gate import Gate, RefusedError
@@ -216,6 +216,9 @@ def test_layer_writes_rows_with_units_and_resumes(tmp_path, capsys, monkeypatch)
         assert row["time_q1_ms"] <= row["time_median_ms"] <= row["time_q3_ms"]
         assert row["configuration"] == "tiny-k2/routed/uniform/float32"
         assert ("saved_mib" in row) == (row["pass"] == "forward+backward")
+        kernels = row.get("kernels", [])
+        assert any("mm" in kernel["kernel"] for kernel in kernels) == (row["provider"] == "segmoe")
+        assert not kernels or sum(k["time_share"] for k in kernels) == pytest.approx(1)
     capsys.readouterr()
 
     assert layer.main(arguments) == 0
@@ -317,29 +320,6 @@ def test_saved_bytes_leave_out_x_and_parameters():
     provider = peers.Provider("p", module, call, lambda x: x, dict)
     inputs = make_inputs(2, 5, 16)
     assert memory.saved_bytes(provider, inputs) == inputs.x.numel() * 4
-
-
-def test_profile_names_the_operators(tmp_path, monkeypatch):
-    monkeypatch.setenv("SEGMOE_BACKEND", "reference")
-    arguments = [*FAST, "--out", str(tmp_path), "--providers", "segmoe", "--passes", "forward"]
-    assert profiles.main(arguments) == 0
-    (row,) = rows_of(tmp_path, "profiles")
-    assert any("mm" in kernel["kernel"] for kernel in row["kernels"])
-    assert sum(kernel["time_share"] for kernel in row["kernels"]) == pytest.approx(1)
-
-
-def test_counters_are_read_from_the_profilers_table():
-    text = """==PROF== Connected
-"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
-"0","_route","gpu__time_duration.sum","ns","1,234"
-"0","_route","dram__bytes_read.sum","byte","64"
-"1","_block","gpu__time_duration.sum","ns","5"
-"1","_block","unknown","","7"
-"""
-    first, second = profiles.parse_counters(text)
-    assert first == {"kernel": "_route", "time_ns": 1234.0, "dram_read_bytes": 64.0}
-    assert second == {"kernel": "_block", "time_ns": 5.0}
-    assert profiles.parse_counters("no table") == []
 
 
 def test_timing_interleaves_and_alternates():
