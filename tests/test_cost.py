@@ -1,15 +1,12 @@
 """The cost of whole models: FLOPs, parameters and bytes kept, held to what they are by hand."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-cost = importlib.import_module("examples.studies.cost")
-cost_rows = importlib.import_module("examples.forecaster.report").read_csv
+from examples.forecaster import report
+from examples.studies import cost
+
+cost_rows = report.read_csv
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,11 @@
 import dataclasses
 import gzip
 import hashlib
-import importlib
 import io
 import json
 import math
 import os
 import runpy
-import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -19,15 +17,11 @@ import pytest
 import torch
 from conftest import forget_settings
 
+from examples import train_forecaster as script
+from examples.forecaster import data, model, sources, training
+
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
-sys.path.insert(0, str(ROOT))
-data = importlib.import_module("examples.forecaster.data")
-sources = importlib.import_module("examples.forecaster.sources")
-model = importlib.import_module("examples.forecaster.model")
-training = importlib.import_module("examples.forecaster.training")
-report = importlib.import_module("examples.forecaster.report")
-script = importlib.import_module("examples.train_forecaster")
 
 TINY = [
     *("--data", "multiscale", "--look-back", "64", "--horizon", "8", "--d-model", "8"),

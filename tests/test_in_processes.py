@@ -355,7 +355,6 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def example():
-    sys.path.insert(0, str(ROOT))
     return importlib.import_module("examples.train_forecaster")
 
 

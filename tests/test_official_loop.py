@@ -1,16 +1,11 @@
 """The baseline of the benchmarks computes what SegMoE computes, gradients included."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from benchmarks.official_loop import OfficialLoop
 from segmoe_kernels import SegMoE
 from segmoe_kernels.testing import make_inputs
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.official_loop import OfficialLoop
 
 CASES = {
     "default": {},

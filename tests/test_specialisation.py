@@ -1,19 +1,12 @@
 """What experts take: information measured on made-up choices, and a run from end to end."""
 
-import importlib
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-special = importlib.import_module("examples.studies.specialisation")
-data = importlib.import_module("examples.forecaster.data")
-model = importlib.import_module("examples.forecaster.model")
-training = importlib.import_module("examples.forecaster.training")
-studies = importlib.import_module("examples.studies.runs")
+from examples.forecaster import data, model, training
+from examples.studies import specialisation as special
 
 
 def test_information_of_hand_made_choices():

@@ -2,11 +2,8 @@
 
 import csv
 import dataclasses
-import importlib
 import re
 import statistics
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,16 +12,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-data = importlib.import_module("examples.forecaster.data")
-model = importlib.import_module("examples.forecaster.model")
-training = importlib.import_module("examples.forecaster.training")
-studies = importlib.import_module("examples.studies.runs")
-study = importlib.import_module("examples.studies.__main__")
-report = importlib.import_module("examples.studies.report")
-baseline_report = importlib.import_module("examples.studies.baseline_report")
-closed_form = importlib.import_module("examples.studies.closed_form")
-stress = importlib.import_module("examples.forecaster.stress_series")
+from examples.forecaster import data, model, training
+from examples.forecaster import stress_series as stress
+from examples.studies import __main__ as study
+from examples.studies import baseline_report, closed_form, report
+from examples.studies import runs as studies
 
 
 class Next(nn.Module):
