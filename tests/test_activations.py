@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from programs import run_python
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402  after the check
@@ -341,12 +342,7 @@ def measure_all():
 )
 def test_instructions_per_element():
     # A process of its own: triton has chosen the interpreter in this one.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    command = [sys.executable, __file__]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert result.returncode == 0, result.stderr
-    counts = json.loads(result.stdout)
+    counts = json.loads(run_python(__file__).stdout)
     # Loading, storing and converting are counted too. With erf, `/` and tl.rand they are 35 and 45,
     # 15 and 19, and 57.
     assert counts["gelu value"] <= 17

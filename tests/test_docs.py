@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from programs import ROOT, run_python
 
 import segmoe_kernels
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS))
 build = importlib.import_module("build")
@@ -214,18 +214,9 @@ def test_a_snippet_runs(name, tmp_path, monkeypatch):
     exec(compile(SNIPPETS[name], name, "exec"), names)
 
 
-def run_module(name, argument):
-    done = subprocess.run(
-        [sys.executable, "-m", name, argument],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done
-
-
 @pytest.mark.slow
 def test_pictures_are_those_that_the_script_draws(tmp_path):
-    run_module("docs.pictures", str(tmp_path))
+    run_python("-m", "docs.pictures", tmp_path)
     drawn = {path.name for path in tmp_path.iterdir()}
     assert drawn == {path.name for path in (DOCS / "pictures").iterdir()}
     for name in drawn:
@@ -265,7 +256,7 @@ class Links(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     out = tmp_path_factory.mktemp("site")
-    done = run_module("docs.build", str(out))
+    done = run_python("-m", "docs.build", out)
     assert "Warn" not in done.stderr, done.stderr[-2000:]
     return out
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GPU
+from programs import run_python
 
 import segmoe_kernels
 from segmoe_kernels import __main__ as command
@@ -92,15 +93,8 @@ def test_doctor_fails_when_nothing_can_run(no_environment, capsys):
 
 
 def test_doctor_as_a_command():
-    result = subprocess.run(
-        [sys.executable, "-m", "segmoe_kernels", "doctor"],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=Path(segmoe_kernels.__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "SEGMOE_BACKEND": "triton"},
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    variables = {"OMP_NUM_THREADS": "1", "SEGMOE_BACKEND": "triton"}
+    result = run_python("-m", "segmoe_kernels", "doctor", without=(), **variables)
     assert result.stdout.count("ok, forward and gradients against float64") == 7 - (not GPU)
     if not GPU:
         # Triton's own interpreter; that of the other tests is corrected.

@@ -103,16 +103,6 @@ def test_scaler_uses_train_rows_only():
     np.testing.assert_allclose(series.values[:700].std(0), 1, atol=1e-12)
 
 
-def test_score_does_not_depend_on_the_batch_size():
-    series = data.make_series("multiscale", data.multiscale(1500, 2))
-    windows = data.Windows(series, "test", 64, 8, torch.float64)
-    scores = [data.score_repeat(windows, batch_size) for batch_size in (7, 256)]
-    past, truth = windows.batch(slice(None))
-    assert scores[0].count == scores[1].count == truth.numel()
-    assert scores[0].mse == pytest.approx(scores[1].mse, rel=1e-12)
-    assert scores[0].mse == pytest.approx(float((past[..., -1:] - truth).square().mean()))
-
-
 def test_multiscale_has_the_periods_it_names():
     values = data.multiscale(3840, 2, seed=3)
     assert np.array_equal(values, data.multiscale(3840, 2, seed=3))

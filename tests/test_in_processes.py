@@ -21,13 +21,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import INTERPRETER
+from programs import ROOT, run_python
 from layers import D, assert_same_bits, both_backends, make_layer, needs_triton, place, train_once
 from test_in_programs import differentiate, make
 
 from segmoe_kernels import SegMoE
 from segmoe_kernels.testing import make_inputs
 
-ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("in_programs_worker.py")
 
 
@@ -242,10 +242,7 @@ assert "segmoe_kernels.stages.route" in sys.modules
 @needs_triton
 def test_importing_every_module_asks_cuda_nothing():
     """A program may fork, or choose its GPU, after it has imported us."""
-    result = subprocess.run(
-        [sys.executable, "-c", UNTOUCHED], check=False, capture_output=True, text=True, cwd=ROOT
-    )
-    assert result.returncode == 0, result.stderr
+    run_python("-c", UNTOUCHED, without=())
 
 
 # --- A long life -------------------------------------------------------------------------------

@@ -179,3 +179,17 @@ def test_tensors_of_the_call_alone_are_touched(name):
     stage, tensors, *_ = CASES[name]("cpu", torch.float32)
     with TrafficMeter():
         run_stage(stage, tensors)
+
+
+@every_narrow_case
+def test_inputs_are_never_written(name, device):
+    """Nor the gradients that come in, nor the masks."""
+    stage, tensors, _, mask = CASES[name](device, torch.float32)
+    upstream = {}
+    run_stage(stage, tensors, upstream=upstream)
+    watched = [*tensors.values(), *upstream.values(), *([] if mask is None else [mask])]
+    before = [(tensor._version, tensor.clone()) for tensor in watched]
+    run_stage(stage, tensors, upstream=upstream)
+    for tensor, (version, value) in zip(watched, before, strict=True):
+        assert tensor._version == version
+        assert torch.equal(tensor, value)
