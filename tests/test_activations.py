@@ -6,7 +6,6 @@ they take, as JSON.
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys

@@ -1,10 +1,6 @@
 """No address is computed in 32 bits: by construction, in the kernels' IR, without a GPU."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +10,6 @@ pytest.importorskip("triton")
 
 from segmoe_kernels import functional
 from segmoe_kernels._triton.launch import within_reach
-
 
 
 def test_no_kernel_computes_an_address_in_32_bits():

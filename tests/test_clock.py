@@ -1,11 +1,7 @@
 """The model of the clock: by hand where that can be done, against published times where not."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from benchmark_runs import needs_scattermoe
@@ -16,7 +12,6 @@ pytest.importorskip("triton")
 from benchmarks import report
 from benchmarks.clock import render, sass, sm
 from benchmarks.clock.machine import H200
-
 
 # A loop that was unrolled by 4 and what it leaves over, and a guarded division.
 LISTING = """

@@ -2,10 +2,6 @@
 
 import ast
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from programs import ROOT, run_python

@@ -5,10 +5,8 @@ import dataclasses
 import importlib
 import inspect
 import re
-import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 import torch

@@ -1,11 +1,7 @@
 """``python -m segmoe_kernels doctor``: its report, its check and its exit codes."""
 
-import os
 import platform
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch

@@ -1,9 +1,6 @@
 """Host time of our call beside that of the official loop, in a process of its own without a GPU."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from benchmark_runs import rows_of

@@ -1,13 +1,7 @@
 """What importing the package does, in a fresh interpreter: no triton, no CUDA, no surprises."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from programs import run_python
-
 
 BLOCKED = """
 import importlib.abc, sys

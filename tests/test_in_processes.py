@@ -21,8 +21,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import INTERPRETER
-from programs import ROOT, run_python
 from layers import D, assert_same_bits, both_backends, make_layer, needs_triton, place, train_once
+from programs import ROOT, run_python
 from test_in_programs import differentiate, make
 
 from segmoe_kernels import SegMoE

@@ -1,8 +1,5 @@
 """Expert parallelism and training on several ranks: gloo processes against one process."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +7,6 @@ from parallel_worker import run
 from programs import run_python
 
 from benchmarks.parallel_model import Setting, exchanged_bytes
-
 
 pytest.importorskip("triton")
 

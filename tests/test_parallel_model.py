@@ -1,8 +1,6 @@
 """The cost model of expert parallelism, worked by hand. test_parallel.py counts real bytes."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from programs import run_python

@@ -1,10 +1,6 @@
 """Kernels executed as they are compiled, on a CPU; `make ptx` runs all layers, for minutes."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import ptx_faults
@@ -15,7 +11,6 @@ from ptx import numerics
 from ptx.parse import NotEmulated, execution_order, parse
 
 pytest.importorskip("triton")
-
 
 
 @pytest.mark.parametrize("arch", ptx_layers.ARCHS)
