@@ -106,7 +106,8 @@ def train_once(layer, x, dy, mask=None, *, run=None):
     """The output and the gradients of a step by name; ``run`` stands for the layer."""
     layer.zero_grad()
     leaf = x.detach().clone().requires_grad_()
-    y = (run or layer)(leaf, *([] if mask is None else [mask]))
+    call = layer if run is None else run
+    y = call(leaf, *([] if mask is None else [mask]))
     y.backward(dy)
     # Cloned: zero_grad and a graph may write into the same memory again.
     grads = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
