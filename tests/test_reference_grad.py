@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from brute_force import brute_force
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
@@ -73,29 +72,6 @@ def test_layer_gradgradcheck(case):
     mask = torch.tensor([[True, True, False, True, True]])
     function, parameters = make_function(make_layer(**CASES[case]), mask)
     assert gradgradcheck(function, (draw(1, 5, 2), *parameters), nondet_tol=0.0, fast_mode=True)
-
-
-@pytest.mark.parametrize("case", ["token_top2", "segment", "projected"])
-def test_layer_gradgradcheck_of_every_element(case):
-    function, parameters = make_function(make_layer(segment_size=1, **CASES[case]))
-    assert gradgradcheck(function, (draw(1, 2, 2), *parameters), nondet_tol=0.0)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_layer_gradient_penalty_equals_brute_force(case):
-    layer = make_layer(d_model=3, d_ff=4, segment_size=3, **CASES[case])
-    x, dy = torch.randn(2, 2, 5, 3).double()
-    results = []
-    for run in (layer, lambda z: brute_force(layer, z)[0]):
-        leaf = x.clone().requires_grad_()
-        y = run(leaf)
-        (dx,) = torch.autograd.grad((y * dy).sum(), leaf, create_graph=True)
-        layer.zero_grad()
-        (dx.square().sum() + y.square().sum()).backward()
-        results.append([leaf.grad, *(p.grad.clone() for p in layer.parameters())])
-    for actual, expected in zip(*results, strict=True):
-        assert expected.any()
-        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-11)
 
 
 def test_layer_double_backward_repeats_bitwise():
