@@ -1,10 +1,11 @@
 """Numbers that misbehave, and sizes at the ends: what the kernels do is what the reference does."""
 
 import copy
+import itertools
 
 import pytest
 import torch
-from test_triton_layer import check_close, make_layer, name_of
+from test_triton_layer import check_close, make_layer
 
 from segmoe_kernels import SegMoE
 from segmoe_kernels.testing import assert_as_accurate, compare, make_inputs, route_ids, run_layer
@@ -14,15 +15,17 @@ pytest.importorskip("triton")
 SCOPES = ["token", "segment", "projected"]
 
 
-# Also rows whose weight gradients are products, and wider ones than the fused kernels take.
-@pytest.mark.parametrize(
-    "options", [*({"expert_scope": scope} for scope in SCOPES), {"d_model": 132}, {"d_model": 260}],
-    ids=name_of,
-)  # fmt: skip
-@pytest.mark.parametrize(
-    "value", [torch.nan, torch.inf, pytest.param(-torch.inf, marks=pytest.mark.slow)], ids=str
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def not_finite():
+    """``(options, value, dtype)``; wide rows' weight gradients are products, then all is."""
+    for value in (torch.nan, torch.inf, -torch.inf):
+        marks = pytest.mark.slow if value < 0 else []
+        for scope, dtype in itertools.product(SCOPES, (torch.float32, torch.bfloat16)):
+            yield pytest.param({"expert_scope": scope}, value, dtype, marks=marks)
+    for width in (132, 260):
+        yield {"d_model": width, "d_ff": 9, "shared_expert": None}, torch.nan, torch.float32
+
+
+@pytest.mark.parametrize(("options", "value", "dtype"), not_finite(), ids=str)
 @pytest.mark.usefixtures("rows_alike")
 def test_what_is_not_finite_stays_in_its_segment_and_is_not_hidden(options, value, dtype, device):
     """Every other step has the same bits as without it; the parameters' gradients show it."""
