@@ -40,8 +40,6 @@ from benchmarks.common import device_name, environment
 from benchmarks.store import ROOT, code_version, results_folder
 from tests import outcome_log
 
-__all__ = ["STEPS", "Step"]
-
 STEP_SECONDS = 540.0
 # Left to a command for writing its file, before it is ended.
 GRACE_SECONDS = 15.0

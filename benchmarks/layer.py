@@ -32,8 +32,6 @@ from benchmarks.timing import Clock, capture, summary, time_interleaved
 from benchmarks.work import layer_work
 from segmoe_kernels.testing import Inputs
 
-__all__ = ["admit", "calls"]
-
 
 def calls(provider: Provider, inputs: Inputs, passed: str) -> Callable[[], Any]:
     """What is timed of a provider: its forward, or forward and gradients."""

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["kernel_rows"]
-
 CALLS = 5
 
 

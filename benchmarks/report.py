@@ -23,8 +23,6 @@ from benchmarks.clock import render
 from benchmarks.common import device_name
 from benchmarks.store import ROOT
 
-__all__ = ["Results", "memory_table", "speed_ups", "time_table", "write_report"]
-
 Row = dict[str, Any]
 MARKS = ("<!-- benchmarks -->", "<!-- /benchmarks -->")
 OURS = "segmoe"

@@ -30,8 +30,6 @@ from benchmarks.peers import PROVIDERS
 from benchmarks.shapes import Workload, find_workloads
 from benchmarks.store import ROOT, Store, code_version, results_folder
 
-__all__ = ["Configuration", "Emit", "Options", "run"]
-
 PASSES = ("forward", "forward+backward")
 MODES = ("eager", "graph")
 FILE = "layer.json"

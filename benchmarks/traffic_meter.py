@@ -35,8 +35,6 @@ from triton.runtime import interpreter
 
 from benchmarks.aten import distinct_bytes, read_arguments, tensors_of, touches
 
-__all__ = ["KernelCount", "TrafficMeter"]
-
 _Method = Callable[..., Any]
 
 

@@ -7,8 +7,6 @@ from typing import Any
 
 from benchmarks.shapes import Shape, Workload
 
-__all__ = ["floor_bytes", "layer_work", "modelled_us", "needed_flops", "stage_work"]
-
 MODELLED = Path(__file__).resolve().parent / "results" / "clock" / "sm_90.json"
 # Prefixes of the kernels of a stage where the modelled table has them.
 KERNELS = {
