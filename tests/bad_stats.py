@@ -113,7 +113,7 @@ ROWS = [
     (timeline(num_steps=5.0), T, "be an int"),
     (timeline(sequence=-1), V, "at least 0"),
     (timeline(sequence=2), V, "below 2 | got 2"),
-    (partial(timeline(num_steps=9)), V, "routing | sequences of 3 segments | 4 segments, 3 experts"),
+    (partial(timeline(num_steps=9)), V, "routing | of 3 segments | 4 segments, 3 experts"),
     (timeline(routing=SegMoE(4, 6, 0, segment_size=3).forward_with_routing(draw(2, 5, 4))[1]), V,
      "4 segments, 0 experts"),
     (timeline(series=[0.0] * 5), T, "torch.Tensor | list"),

@@ -35,7 +35,8 @@ TESTS = {
     "sequences": ["experts", "grouped_gemm"], "partials": ["partials", "grouped_gemm", "experts"],
     "launch": ["resolve_backend", "addresses", "flops", "combine", "shared", "grouped_gemm"],
 }  # fmt: skip
-LAST = ["stage_properties", "triton_layer", "numbers"]  # what holds for stages and layers of every kind
+# What holds for stages and layers of every kind.
+LAST = ["stage_properties", "triton_layer", "numbers"]
 
 
 def all_sites():
