@@ -78,7 +78,7 @@ traffic: $(READY)  ## bytes and launches of every kernel beside ScatterMoE's
 
 # The machine with the GPU has its own torch and triton, so no environment is made for it. Each step
 # takes less than ten minutes and goes on where it was stopped: make gpu STEP="--step layer".
-gpu:  ## tests, timing beside the peers, tuning, profiles; to $OUT, else benchmarks/results/<device>/
+gpu:  ## tests, timing beside the peers, tuning; to $OUT, else benchmarks/results/<device>/
 	$(PYTHON) -m benchmarks.gpu $(STEP)
 
 sanitize:  ## the kernels under compute-sanitizer; needs a GPU, and writes where gpu does

@@ -5,8 +5,6 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["FREE", "distinct_bytes", "read_arguments", "tensors_of", "touches"]
-
 # Operators that touch no element.
 FREE = {
     "detach",

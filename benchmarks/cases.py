@@ -7,8 +7,6 @@ from benchmarks.shapes import Workload
 from segmoe_kernels import SegMoE
 from segmoe_kernels.testing import Inputs
 
-__all__ = ["DTYPES", "PARTS", "ROUTINGS", "busiest_expert_share", "make_case", "release_memory"]
-
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PARTS = ("routed", "whole")
 ROUTINGS = ("uniform", "skewed")

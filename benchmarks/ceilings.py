@@ -17,8 +17,6 @@ from benchmarks.common import device_name, environment
 from benchmarks.store import Store, code_version, results_folder
 from benchmarks.timing import Clock, summary, time_interleaved
 
-__all__ = ["measure"]
-
 
 def measure(device: torch.device, *, copy_bytes: int, size: int, budget_s: float) -> list[Any]:
     """Measure the ceilings.

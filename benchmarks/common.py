@@ -12,8 +12,6 @@ import torch
 
 import segmoe_kernels
 
-__all__ = ["device_name", "environment", "write_json"]
-
 
 def environment() -> dict[str, str]:
     """Versions, commit, processor and threads: what a measurement depends on."""

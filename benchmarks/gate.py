@@ -18,8 +18,6 @@ from benchmarks.peers import Provider
 from segmoe_kernels import SegMoE
 from segmoe_kernels.testing import Accuracy, Inputs, compare, oracle, run_layer
 
-__all__ = ["PEER_ALLOWANCE", "Gate", "RefusedError", "Verdict", "judge", "require", "run_provider"]
-
 PEER_ALLOWANCE = 4.0
 # Rows that the float64 oracle takes at once: its hidden layers have to fit beside everything else.
 ORACLE_ROWS = 65536

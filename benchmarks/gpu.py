@@ -11,7 +11,6 @@ Steps, in order:
   routing, eager and CUDA graph; memory -> layer.json
 * ``compiled``: the same for the peers under ``torch.compile``
 * ``tune``: the search for tiles -> tune.json
-* ``profiles``: kernels' shares, and hardware counters -> profiles.json
 * ``stages``: microbenchmarks of each stage, by pytest-benchmark -> stages.json
 * ``llm``, ``paper``, ``grid``: the other shapes -> layer.json
 * ``sanitize``: the kernels under compute-sanitizer -> sanitizer.json
@@ -41,8 +40,6 @@ from benchmarks.common import device_name, environment
 from benchmarks.store import ROOT, code_version, results_folder
 from tests import outcome_log
 
-__all__ = ["STEPS", "Step"]
-
 STEP_SECONDS = 540.0
 # Left to a command for writing its file, before it is ended.
 GRACE_SECONDS = 15.0
@@ -65,8 +62,6 @@ class Step:
 
 
 _TINY = "--device cpu --shapes tiny-k2 --rounds 2 --budget 0 --deadline {deadline}"
-# A process for each configuration costs seconds; that it works is seen once, in "layer".
-_ONE = f"{_TINY} --in-process"
 _FAST_PEERS = "--providers segmoe,eager,grouped_mm,official"
 
 # Compilation takes most of the time of its peers, so they come in a step of their own.
@@ -95,11 +90,6 @@ STEPS = (
     ),
     Step("compiled", (f"layer --shapes headline {_COMPILED} --deadline {{deadline}}",), ()),
     Step("tune", ("tune --shapes headline --deadline {deadline}",), ()),
-    Step(
-        "profiles",
-        ("profiles --shapes headline --deadline {deadline}", "profiles --counters"),
-        (f"profiles {_ONE} --providers segmoe",),
-    ),
     Step("stages", (_STAGES,), (f"{_STAGES} --shapes tiny-k2 --rounds 2 -k combine",)),
     Step(
         "llm",
@@ -125,8 +115,7 @@ def _command(words: str, deadline_s: float, folder: Path, *, quick: bool) -> lis
         return [sys.executable, "-m", module, *rest]
     if module == "sanitize":
         return [sys.executable, "tests/sanitize.py", *rest, "--out", str(folder)]
-    command = [sys.executable, "-m", f"benchmarks.{module}", *rest]
-    return command if "--counters" in rest else [*command, "--out", str(folder)]
+    return [sys.executable, "-m", f"benchmarks.{module}", *rest, "--out", str(folder)]
 
 
 def _run(command: list[str], folder: Path, limit_s: float) -> int | None:

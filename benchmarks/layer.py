@@ -11,7 +11,8 @@ replays a captured CUDA graph: what kernels take without the host. "forward+back
 
 Columns: median (quartiles) of the time; TFLOP/s and GB/s of the work that the definition of the
 layer needs (`work`), whatever a provider really executes and moves; time over that of ``segmoe``,
-median over the rounds. Forward + backward has columns of `memory` too.
+median over the rounds. Forward + backward has columns of `memory` too, and ``segmoe`` the time of
+each of its kernels (`profiles`).
 """
 
 import sys
@@ -21,16 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import DTYPES, PARTS, busiest_expert_share, make_case, release_memory
+from benchmarks.cases import DTYPES, busiest_expert_share, make_case, release_memory
 from benchmarks.gate import Gate, RefusedError, Verdict
 from benchmarks.memory import memory_columns
-from benchmarks.peers import PROVIDERS, Provider, build
-from benchmarks.runner import MODES, PASSES, Configuration, Emit, Options, Suite, run_suite
+from benchmarks.peers import Provider, build
+from benchmarks.profiles import kernel_rows
+from benchmarks.runner import Configuration, Emit, Options, run
 from benchmarks.timing import Clock, capture, summary, time_interleaved
 from benchmarks.work import layer_work
 from segmoe_kernels.testing import Inputs
-
-__all__ = ["SUITE", "admit", "calls"]
 
 
 def calls(provider: Provider, inputs: Inputs, passed: str) -> Callable[[], Any]:
@@ -150,6 +150,8 @@ def measure(configuration: Configuration, options: Options, emit: Emit) -> None:
                     "error_over_limit": verdicts[name].error_over_limit,
                     "l2_flushed": clock.flushes,
                 }
+                if name == "segmoe" and mode == "eager":
+                    row["kernels"] = kernel_rows(functions[name], clock.device)
                 if backward and mode == "eager":
                     row |= memory_columns(providers[name], inputs)
                 if "segmoe" in timings:
@@ -195,20 +197,9 @@ def line(row: dict[str, Any]) -> str:
     return text
 
 
-SUITE = Suite(
-    name="layer",
-    parts=PARTS,
-    providers=tuple(PROVIDERS),
-    passes=PASSES,
-    modes=MODES,
-    measure=measure,
-    line=line,
-)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line."""
-    return run_suite(SUITE, __doc__.splitlines()[0], arguments)
+    return run(measure, line, __doc__.splitlines()[0], arguments)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ import torch
 from benchmarks.peers import Provider
 from segmoe_kernels.testing import Inputs
 
-__all__ = ["memory_columns", "saved_bytes"]
-
 MIB = 2**20
 
 

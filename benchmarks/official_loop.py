@@ -14,8 +14,6 @@ from segmoe_kernels import SegMoE
 from segmoe_kernels.activations import ACTIVATIONS
 from segmoe_kernels.routing import FFNWeights
 
-__all__ = ["OfficialLoop"]
-
 
 class OfficialLoop(nn.Module):
     """The loop over experts, on the parameters of a `SegMoE`.

@@ -17,19 +17,6 @@ from segmoe_kernels import SegMoE
 from segmoe_kernels.activations import ACTIVATIONS
 from segmoe_kernels.reference.experts import dense_ffn, gather_rows
 
-__all__ = [
-    "GroupedMM",
-    "Liger",
-    "LoopExperts",
-    "ScatterMoE",
-    "ScatterMoENoSync",
-    "SegmentPeer",
-    "SkippedError",
-    "Transformers",
-    "grouped_mm",
-    "sorted_slots",
-]
-
 
 class SkippedError(Exception):
     """A peer can't be used here; the message says why."""

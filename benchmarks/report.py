@@ -2,8 +2,8 @@
 
     python -m benchmarks.report [--results benchmarks/results/<device>] [--readme README.md]
 
-Writes report.md, time-against-rows.png, speed-up.png, roofline.png and memory.png into the folder,
-each as far as there are rows for it. ``--readme`` also puts the short tables between the lines
+Writes report.md, time-against-rows.png and speed-up.png into the folder, each as far as there are
+rows for it. ``--readme`` also puts the short tables between the lines
 ``<!-- benchmarks -->`` and ``<!-- /benchmarks -->`` of that file.
 
 Speed-up is the median time of the best peer over that of ``segmoe``; above 1, ``segmoe`` is
@@ -22,8 +22,6 @@ import torch
 from benchmarks.clock import render
 from benchmarks.common import device_name
 from benchmarks.store import ROOT
-
-__all__ = ["Results", "layer_table", "memory_table", "speed_ups", "stage_table", "write_report"]
 
 Row = dict[str, Any]
 MARKS = ("<!-- benchmarks -->", "<!-- /benchmarks -->")
@@ -62,7 +60,7 @@ class Results:
     def bound_ms(self, row: Row) -> float | None:
         """The least time that the ceilings allow for a row of layer.json, or None."""
         rates = {r["configuration"]: r for r in self.rows.get("ceilings", [])}
-        gemm, copy = rates.get(f"gemm-{row['dtype']}"), rates.get("copy")
+        gemm, copy = rates.get(f"gemm-{row.get('dtype')}"), rates.get("copy")
         if gemm is None or copy is None:
             return None
         compute = row["needed_gflop"] / gemm["rate_tflop_per_s"]
@@ -112,10 +110,9 @@ def _ms(row: Row | None) -> str:
     return f"{row['time_median_ms']:.4g} ({low:.4g} to {high:.4g})"
 
 
-def layer_table(results: Results, rows: list[Row]) -> str:
+def time_table(results: Results, rows: list[Row], what: str) -> str:
     """One line for each configuration, a column for each provider: median (quartiles) in ms."""
     names = list(dict.fromkeys([OURS, *(row["provider"] for row in rows)]))
-    head = ["shape (ms)", *names, "best peer / segmoe", "of bound"]
     lines = []
     for (configuration,), members in _groups(rows, "configuration").items():
         found = _by_provider(members)
@@ -128,18 +125,7 @@ def layer_table(results: Results, rows: list[Row]) -> str:
             bound = f"{100 * least / ours['time_median_ms']:.0f} %"
         label = configuration.replace("/", " ")
         lines.append([label, *(_ms(found.get(name)) for name in names), ratio, bound])
-    return render.table(head, lines)
-
-
-def stage_table(rows: list[Row]) -> str:
-    """One line for each stage of each workload: median (quartiles) in ms."""
-    names = list(dict.fromkeys([OURS, *(row["provider"] for row in rows)]))
-    lines = []
-    for (configuration,), members in _groups(rows, "configuration").items():
-        found = _by_provider(members)
-        label = configuration.replace("/", " ")
-        lines.append([label, *(_ms(found.get(name)) for name in names)])
-    return render.table(["stage (ms)", *names], lines)
+    return render.table([f"{what} (ms)", *names, "best peer / segmoe", "of bound"], lines)
 
 
 def memory_table(rows: list[Row]) -> str:
@@ -187,9 +173,9 @@ def _sections(results: Results) -> list[str]:
     keys = ("part", "pass", "mode")
     for (part, passed, mode), rows in _groups(results.timed("layer"), *keys).items():
         title = f"## Layer, {part}, {passed}, {SHORT[mode]}"
-        parts.append(f"{title}\n\n{layer_table(results, rows)}")
+        parts.append(f"{title}\n\n{time_table(results, rows, 'shape')}")
     for (passed, mode), rows in _groups(results.timed("stages"), "pass", "mode").items():
-        parts.append(f"## Stages, {passed}, {SHORT[mode]}\n\n{stage_table(rows)}")
+        parts.append(f"## Stages, {passed}, {SHORT[mode]}\n\n{time_table(results, rows, 'stage')}")
     if memory := [row for row in results.timed("layer") if "saved_mib" in row]:
         parts.append(f"## Memory\n\n{memory_table(memory)}")
     for rows in results.rows.values():
@@ -257,12 +243,7 @@ def _plots(results: Results, folder: Path) -> list[Path]:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    drawings = {
-        "time-against-rows.png": _draw_rows,
-        "speed-up.png": _draw_speed_ups,
-        "roofline.png": _draw_roofline,
-        "memory.png": _draw_memory,
-    }
+    drawings = {"time-against-rows.png": _draw_rows, "speed-up.png": _draw_speed_ups}
     written = []
     for name, draw in drawings.items():
         figure = draw(results, plt)
@@ -337,50 +318,6 @@ def _draw_speed_ups(results: Results, plt: Any) -> Any:
     axis.invert_yaxis()
     axis.axvline(1, color="black", linewidth=1)
     axis.set_xlabel("time of the best peer / time of segmoe")
-    return figure
-
-
-def _draw_roofline(results: Results, plt: Any) -> Any:
-    """Needed FLOPs over floor bytes against needed FLOPs a second, with the measured ceilings."""
-    rates = {row["configuration"]: row for row in results.rows.get("ceilings", [])}
-    rows = results.timed("layer")
-    dtypes = sorted({row["dtype"] for row in rows if f"gemm-{row['dtype']}" in rates})
-    if not dtypes or "copy" not in rates:
-        return None
-    figure, axis = plt.subplots(figsize=(8, 6))
-    copy = rates["copy"]["rate_gb_per_s"] / 1e3
-    intensity = [row["needed_gflop"] * 1e3 / row["floor_mb"] for row in rows]
-    span = (min(intensity) / 2, max(intensity) * 2)
-    for dtype in dtypes:
-        top = rates[f"gemm-{dtype}"]["rate_tflop_per_s"]
-        xs = sorted({*span, min(max(top / copy, span[0]), span[1])})
-        axis.loglog(xs, [min(top, copy * x) for x in xs], color="black", linewidth=1)
-    for (name,), points in sorted(_groups(rows, "provider").items()):
-        axis.loglog(
-            [row["needed_gflop"] * 1e3 / row["floor_mb"] for row in points],
-            [row["needed_tflop_per_s"] for row in points],
-            linestyle="",
-            marker="*" if name == OURS else ".",
-            markersize=10 if name == OURS else 6,
-            label=name,
-        )
-    axis.set_xlabel("needed FLOPs / floor bytes")
-    axis.set_ylabel("needed TFLOP/s")
-    axis.legend(fontsize=8)
-    return figure
-
-
-def _draw_memory(results: Results, plt: Any) -> Any:
-    rows = [row for row in results.timed("layer") if "saved_mib" in row]
-    if not rows:
-        return None
-    labels = [f"{r['workload']} {r['part']} {r['provider']}" for r in rows]
-    figure, axis = plt.subplots(figsize=(8, 0.25 * len(rows) + 1.5))
-    colours = ["tab:green" if row["provider"] == OURS else "tab:blue" for row in rows]
-    axis.barh(range(len(rows)), [row["saved_mib"] for row in rows], color=colours)
-    axis.set_yticks(range(len(rows)), labels, fontsize=7)
-    axis.invert_yaxis()
-    axis.set_xlabel("saved for the backward, without x and the parameters (MiB)")
     return figure
 
 

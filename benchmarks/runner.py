@@ -1,4 +1,4 @@
-"""The command line that the side-by-side measurements share.
+"""The command line of `layer`: configurations, processes, deadlines and the result file.
 
 One process for each configuration, so that none inherits another's memory, compiled code or
 autotuning; rows are written after each, so that a run that is stopped keeps what it had and the
@@ -9,6 +9,7 @@ and a device; its providers, passes and modes are measured in the one process, i
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -19,19 +20,19 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from benchmarks.cases import DTYPES, PARTS, ROUTINGS
 from benchmarks.common import device_name, environment
+from benchmarks.peers import PROVIDERS
 from benchmarks.shapes import Workload, find_workloads
 from benchmarks.store import ROOT, Store, code_version, results_folder
 
-__all__ = ["Configuration", "Emit", "Options", "Suite", "run_suite"]
-
 PASSES = ("forward", "forward+backward")
 MODES = ("eager", "graph")
+FILE = "layer.json"
 # A configuration that can't even start in this time is left for the next run.
 LEAST_SECONDS = 20.0
 
@@ -42,7 +43,6 @@ Emit = Callable[[dict[str, Any]], None]
 class Configuration:
     """What one process measures."""
 
-    suite: str
     workload: str
     part: str
     routing: str
@@ -68,7 +68,7 @@ class Options:
     """What is measured of each configuration, and for how long.
 
     Attributes:
-        providers: names; which there are depends on the suite.
+        providers: names in `peers`.
         passes: of `PASSES`.
         modes: of `MODES`.
         budget_s: seconds of timed calls for each pass and mode.
@@ -89,54 +89,45 @@ class Options:
             yield {"provider": provider, "pass": passed, "mode": mode}
 
 
-@dataclasses.dataclass(frozen=True)
-class Suite:
-    """One of the measurements.
+class Measure(Protocol):
+    """Runs one configuration and hands out its rows."""
 
-    Attributes:
-        name: of its module and result file.
-        parts: those measured unless told otherwise.
-        providers: what ``--providers`` can name.
-        passes: what ``--passes`` can name.
-        modes: what ``--modes`` can name.
-        measure: runs one configuration and hands out its rows.
-        line: formats a row's numbers.
-    """
-
-    name: str
-    parts: tuple[str, ...]
-    providers: tuple[str, ...]
-    passes: tuple[str, ...]
-    modes: tuple[str, ...]
-    measure: Callable[[Configuration, Options, Emit], None]
-    line: Callable[[dict[str, Any]], str]
+    def __call__(self, configuration: Configuration, options: Options, emit: Emit) -> None:
+        """Measure."""
 
 
-def run_suite(suite: Suite, description: str, arguments: list[str] | None = None) -> int:
-    """Run the command line of a suite.
+def run(
+    measure: Measure,
+    line: Callable[[dict[str, Any]], str],
+    description: str,
+    arguments: list[str] | None = None,
+) -> int:
+    """Run the command line.
 
     Args:
-        suite: what to run.
+        measure: what is done with a configuration.
+        line: formats a row's numbers.
         description: for ``--help``.
         arguments: else those of the process.
 
     Returns:
         The exit status: 1 if this package's own results were refused or failed, else 0.
     """
-    args = _parser(suite, description).parse_args(arguments)
+    args = _parser(description).parse_args(arguments)
     on_gpu = args.device == "cuda"
     args.shapes = args.shapes or ("headline" if on_gpu else "tiny")
     args.dtype = args.dtype or (("bfloat16",) if on_gpu else ("float32",))
-    args.modes = args.modes or (suite.modes if on_gpu else suite.modes[:1])
+    args.modes = args.modes or (MODES if on_gpu else MODES[:1])
     if args.worker:
         job = json.loads(args.worker)
         options = {key: tuple(v) if isinstance(v, list) else v for key, v in job["options"].items()}
-        _work(suite, Configuration(**job["configuration"]), Options(**options), Path(args.rows))
+        chosen = Configuration(**job["configuration"]), Options(**options)
+        _work(functools.partial(_measure_all, measure, line, *chosen), Path(args.rows))
         return 0
-    return _Run(suite, args).run()
+    return _Run(functools.partial(_measure_all, measure, line), args).run()
 
 
-def _parser(suite: Suite, description: str) -> argparse.ArgumentParser:
+def _parser(description: str) -> argparse.ArgumentParser:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=description)
 
@@ -157,7 +148,7 @@ def _parser(suite: Suite, description: str) -> argparse.ArgumentParser:
         "--shapes", help="groups or names in shapes.py (default: headline, or tiny)"
     )
     choices("--dtype", tuple(DTYPES), None, ", ".join(DTYPES))
-    choices("--parts", PARTS, suite.parts, ", ".join(PARTS))
+    choices("--parts", PARTS, PARTS, ", ".join(PARTS))
     choices("--routing", ROUTINGS, ("uniform",), ", ".join(ROUTINGS))
     parser.add_argument(
         "--dropout",
@@ -166,9 +157,9 @@ def _parser(suite: Suite, description: str) -> argparse.ArgumentParser:
         metavar="P,...",
         help="of the hidden layers, in training",
     )
-    choices("--passes", suite.passes, suite.passes, ", ".join(suite.passes))
-    choices("--modes", suite.modes, None, ", ".join(suite.modes))
-    choices("--providers", suite.providers, suite.providers, ", ".join(suite.providers))
+    choices("--passes", PASSES, PASSES, ", ".join(PASSES))
+    choices("--modes", MODES, None, ", ".join(MODES))
+    choices("--providers", tuple(PROVIDERS), tuple(PROVIDERS), ", ".join(PROVIDERS))
     parser.add_argument("--budget", type=float, default=1.0, metavar="SECONDS", dest="budget_s")
     parser.add_argument("--rounds", type=int, default=10, help="least timed calls (default: 10)")
     parser.add_argument("--tf32", action="store_true", help="float32 products in TF32")
@@ -189,22 +180,15 @@ def _parser(suite: Suite, description: str) -> argparse.ArgumentParser:
 class _Run:
     """The parent: goes through the configurations and keeps the file."""
 
-    def __init__(self, suite: Suite, args: argparse.Namespace) -> None:
-        self.suite, self.args = suite, args
+    def __init__(self, measure: Callable[..., None], args: argparse.Namespace) -> None:
+        self.measure, self.args = measure, args
         self.started = time.monotonic()
         self.code = code_version()
-        self.options = Options(
-            providers=args.providers,
-            passes=args.passes,
-            modes=args.modes,
-            budget_s=args.budget_s,
-            rounds=args.rounds,
-            tf32=args.tf32,
-        )
-        file = f"{suite.name}.json"
+        names = [field.name for field in dataclasses.fields(Options)]
+        self.options = Options(**{name: getattr(args, name) for name in names})
         self.store = Store(
-            results_folder(args.device, args.out) / file,
-            seed=ROOT / device_name(args.device) / file,
+            results_folder(args.device, args.out) / FILE,
+            seed=ROOT / device_name(args.device) / FILE,
             fresh=args.fresh,
         )
 
@@ -215,9 +199,7 @@ class _Run:
             find_workloads(args.shapes), args.parts, args.routing, args.dtype, args.dropout
         )
         return [
-            Configuration(
-                self.suite.name, workload.name, part, routing, dtype, args.device, dropout
-            )
+            Configuration(workload.name, part, routing, dtype, args.device, dropout)
             for workload, part, routing, dtype, dropout in product
         ]
 
@@ -263,11 +245,11 @@ class _Run:
     def _measure(self, configuration: Configuration, limit_s: float) -> list[dict[str, Any]]:
         if self.args.in_process:
             rows: list[dict[str, Any]] = []
-            _measure_all(self.suite, configuration, self.options, rows.append)
+            self.measure(configuration, self.options, rows.append)
             return rows
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "rows.json")
-            why = _run_worker(self.suite, configuration, self.options, path, limit_s)
+            why = _run_worker(configuration, self.options, path, limit_s)
             rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         if why is None or (why == "stopped" and limit_s < self.args.limit):
             # Cut off by the deadline: the next run measures what is missing.
@@ -285,14 +267,14 @@ class _Run:
 
 
 def _run_worker(
-    suite: Suite, configuration: Configuration, options: Options, path: Path, limit_s: float
+    configuration: Configuration, options: Options, path: Path, limit_s: float
 ) -> str | None:
     """Measure in a process of its own; say what went wrong, "stopped" for the time limit."""
     job = {
         "configuration": dataclasses.asdict(configuration),
         "options": dataclasses.asdict(options),
     }
-    command = [sys.executable, "-m", f"benchmarks.{suite.name}"]
+    command = [sys.executable, "-m", "benchmarks.layer"]
     command += ["--worker", json.dumps(job), "--rows", str(path)]
     root = Path(__file__).resolve().parents[1]
     process = subprocess.Popen(
@@ -318,7 +300,7 @@ def _run_worker(
     return None
 
 
-def _work(suite: Suite, configuration: Configuration, options: Options, path: Path) -> None:
+def _work(measure: Callable[[Emit], None], path: Path) -> None:
     """The child: write the rows after each of them."""
     rows: list[dict[str, Any]] = []
 
@@ -328,7 +310,7 @@ def _work(suite: Suite, configuration: Configuration, options: Options, path: Pa
         partial.write_text(json.dumps(rows), encoding="utf-8")
         partial.replace(path)
 
-    _measure_all(suite, configuration, options, keep)
+    measure(keep)
 
 
 def _common(configuration: Configuration) -> dict[str, Any]:
@@ -350,21 +332,20 @@ def _common(configuration: Configuration) -> dict[str, Any]:
     }
 
 
-def _measure_all(suite: Suite, configuration: Configuration, options: Options, keep: Emit) -> None:
+def _measure_all(
+    measure: Measure,
+    line: Callable[[dict[str, Any]], str],
+    configuration: Configuration,
+    options: Options,
+    keep: Emit,
+) -> None:
     torch.backends.cuda.matmul.allow_tf32 = options.tf32
     common = _common(configuration)
 
     def emit(row: dict[str, Any]) -> None:
-        full = {**common, **row}
-        print(f"  {_line(suite, full)}", flush=True)
-        keep(full)
+        head = f"{row['provider']:<20}{row['pass']:<18}{row['mode']:<7}"
+        why = [f"{key}: {row[key]}" for key in ("skipped", "refused", "failed") if key in row]
+        print(f"  {head}{why[0] if why else line(row)}", flush=True)
+        keep({**common, **row})
 
-    suite.measure(configuration, options, emit)
-
-
-def _line(suite: Suite, row: dict[str, Any]) -> str:
-    head = f"{row['provider']:<20}{row['pass']:<18}{row['mode']:<7}"
-    for why in ("skipped", "refused", "failed"):
-        if why in row:
-            return f"{head}{why}: {row[why]}"
-    return head + suite.line(row)
+    measure(configuration, options, emit)

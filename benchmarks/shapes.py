@@ -16,8 +16,6 @@ D-E-k-P-rows, such as ``64-4-1-5-1e6``, is a shape with F = 2 D and sequences of
 import re
 from dataclasses import dataclass
 
-__all__ = ["GROUPS", "TRAFFIC_SHAPES", "Shape", "Workload", "find_workloads"]
-
 
 @dataclass(frozen=True)
 class Shape:

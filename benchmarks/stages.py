@@ -21,8 +21,6 @@ from benchmarks.peer_modules import SegmentPeer, grouped_mm, sorted_slots
 from benchmarks.shapes import Workload
 from segmoe_kernels import FFNWeights, SegMoE, functional, reference
 
-__all__ = ["STAGES", "Stage", "check", "make_stage"]
-
 Tensors = dict[str, Tensor]
 Function = Callable[[Tensors], Tensor]
 _OURS = ("segmoe", "eager", "compile")

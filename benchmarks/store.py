@@ -18,8 +18,6 @@ from typing import Any
 import segmoe_kernels
 from benchmarks.common import device_name, environment
 
-__all__ = ["IDENTITY", "Store", "code_version", "results_folder"]
-
 IDENTITY = ("configuration", "provider", "pass", "mode")
 ROOT = Path(__file__).resolve().parent / "results"
 

@@ -17,8 +17,6 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["WARMUP_CALLS", "Clock", "Timing", "capture", "time_interleaved"]
-
 WARMUP_CALLS = 3
 Name = TypeVar("Name")
 

@@ -35,8 +35,6 @@ from triton.runtime import interpreter
 
 from benchmarks.aten import distinct_bytes, read_arguments, tensors_of, touches
 
-__all__ = ["KernelCount", "TrafficMeter"]
-
 _Method = Callable[..., Any]
 
 
@@ -227,13 +225,7 @@ class TrafficMeter:
         return original(builder, ptrs, mask, *args)
 
     def _store(
-        self,
-        original: _Method,
-        builder: Any,
-        ptrs: Any,
-        value: Any,
-        mask: Any,
-        *args: Any,
+        self, original: _Method, builder: Any, ptrs: Any, value: Any, mask: Any, *args: Any
     ) -> Any:
         self._touch(ptrs, mask, store=True)
         return original(builder, ptrs, value, mask, *args)

@@ -35,8 +35,6 @@ from benchmarks.store import ROOT, Store, code_version, results_folder
 from benchmarks.timing import Clock, summary, time_interleaved
 from segmoe_kernels import SegMoE
 
-__all__ = ["Asked", "asked_functions", "neighbours", "overridden", "search", "write_tiles"]
-
 Tile = Any
 # A winner has to be this much faster: less is within the noise of the clocks.
 MARGIN = 0.98

@@ -7,8 +7,6 @@ from typing import Any
 
 from benchmarks.shapes import Shape, Workload
 
-__all__ = ["floor_bytes", "layer_work", "modelled_us", "needed_flops", "stage_work"]
-
 MODELLED = Path(__file__).resolve().parent / "results" / "clock" / "sm_90.json"
 # Prefixes of the kernels of a stage where the modelled table has them.
 KERNELS = {
@@ -44,12 +42,7 @@ def needed_flops(shape: Shape, *, backward: bool, gated: bool = False, shared: b
 
 
 def floor_bytes(
-    shape: Shape,
-    *,
-    backward: bool,
-    itemsize: int = 4,
-    gated: bool = False,
-    shared: bool = False,
+    shape: Shape, *, backward: bool, itemsize: int = 4, gated: bool = False, shared: bool = False
 ) -> int:
     """The least bytes that go through memory.
 
@@ -130,13 +123,7 @@ def _modelled() -> dict[tuple[str, ...], dict[str, Any]]:
 
 
 def modelled_us(
-    shape: str,
-    provider: str,
-    dtype: str,
-    *,
-    backward: bool,
-    mode: str,
-    stage: str | None = None,
+    shape: str, provider: str, dtype: str, *, backward: bool, mode: str, stage: str | None = None
 ) -> dict[str, float]:
     """``modelled_us`` on sm_90 of the routed part or a stage, launches as the mode has them.
 

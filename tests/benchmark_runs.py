@@ -1,13 +1,11 @@
 """What the tests of the benchmarks share."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import peers
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,10 +7,13 @@ out is full of NaN (integers: the largest value), so a result that nobody wrote 
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import torch
 
+# Benchmarks and examples are no part of the package.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETER = HAS_TRITON and not GPU

@@ -12,14 +12,7 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
-_COMPARISONS = {
-    np.less,
-    np.less_equal,
-    np.greater,
-    np.greater_equal,
-    np.equal,
-    np.not_equal,
-}
+COMPARISONS = {np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal}
 
 
 def to_float32(bits: np.ndarray) -> np.ndarray:
@@ -70,7 +63,7 @@ def _patch_builder(builder: Any) -> None:
         if not (_is_bfloat16(lhs) or _is_bfloat16(rhs)):
             return binary_op(self, lhs, rhs, op)
         out = op(_widen(lhs).data, _widen(rhs).data)
-        if op in _COMPARISONS:
+        if op in COMPARISONS:
             return interpreter.TensorHandle(out, tl.int1)
         return _narrow(interpreter.TensorHandle(out.astype(np.float32), tl.float32))
 

@@ -6,18 +6,9 @@ not the fault, the patch changes nothing.
 
 from typing import Any
 
-import numpy as np
 import triton.language as tl
+from interp_bf16 import COMPARISONS
 from triton.runtime import interpreter
-
-_COMPARISONS = {
-    np.less,
-    np.less_equal,
-    np.greater,
-    np.greater_equal,
-    np.equal,
-    np.not_equal,
-}
 
 
 def _patch_comparisons(builder: Any) -> None:
@@ -26,7 +17,7 @@ def _patch_comparisons(builder: Any) -> None:
 
     def new_binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
         out = binary_op(self, lhs, rhs, op)
-        if op in _COMPARISONS:
+        if op in COMPARISONS:
             return interpreter.TensorHandle(out.data.astype(bool), tl.int1)
         return out
 

@@ -1,6 +1,14 @@
-"""Small layers of every kind, and the names and shapes of their parameters."""
+"""Small layers of every kind, the names and shapes of their parameters, and a step of training."""
+
+import pytest
+import torch
+from conftest import GPU, HAS_TRITON
 
 from segmoe_kernels import SegMoE
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+BACKENDS = ["reference", pytest.param("triton", marks=needs_triton)]
+both_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 D, F, E, P = 4, 6, 3, 5
 EXPERTS = {"experts.up_proj": (E, F, D), "experts.down_proj": (E, D, F)}
@@ -89,9 +97,24 @@ def make_layer(num_experts=E, d_model=D, d_ff=F, **options):
     return SegMoE(d_model, d_ff, num_experts, **options)
 
 
-def train_once(layer, x, dy):
+def place(backend):
+    """Where a backend is tested: the reference on the CPU, the kernels where they run."""
+    return "cuda" if GPU and backend == "triton" else "cpu"
+
+
+def train_once(layer, x, dy, mask=None, *, run=None):
+    """The output and the gradients of a step by name; ``run`` stands for the layer."""
     layer.zero_grad()
-    x = x.clone().requires_grad_()
-    y = layer(x)
+    leaf = x.detach().clone().requires_grad_()
+    call = layer if run is None else run
+    y = call(leaf, *([] if mask is None else [mask]))
     y.backward(dy)
-    return y.detach(), x.grad, {name: p.grad for name, p in layer.named_parameters()}
+    # Cloned: zero_grad and a graph may write into the same memory again.
+    grads = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
+    return {"y": y.detach().clone(), "x": leaf.grad, **grads}
+
+
+def assert_same_bits(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name

@@ -40,7 +40,7 @@ TORCH = ("2.9", "2.10", "2.11", "2.12", "2.13")
 TRITON = ("3.5", "3.6", "3.7", "3.8", "3.9")
 # Each stage, the layer, tracing, what is refused, and the patches of the interpreter.
 MODULES: tuple[str, ...] = ("route", "permute", "experts", "grouped_gemm", "combine")
-MODULES += ("shared", "triton_layer", "triton_compile", "partials", "validation")
+MODULES += ("shared", "triton_layer", "compile", "partials", "validation")
 MODULES += ("interp_bf16", "interp_releases")
 OTHERS = ("einops", "hypothesis", "pytest")
 ARCH = "sm_90"

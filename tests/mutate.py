@@ -35,6 +35,8 @@ TESTS = {
     "sequences": ["experts", "grouped_gemm"], "partials": ["partials", "grouped_gemm", "experts"],
     "launch": ["resolve_backend", "addresses", "flops", "combine", "shared", "grouped_gemm"],
 }  # fmt: skip
+# What holds for stages and layers of every kind.
+LAST = ["stage_properties", "triton_layer", "numbers"]
 
 
 def all_sites():
@@ -61,7 +63,7 @@ def draw(sites, count):
 def tests_of(file):
     """Modules of tests of a file."""
     name = Path(file).with_suffix("").parts[1]
-    return [f"tests/test_{test}.py" for test in TESTS.get(name, [name])]
+    return [f"tests/test_{test}.py" for test in (*TESTS.get(name, [name]), *LAST)]
 
 
 def _in_child(copy, tests):

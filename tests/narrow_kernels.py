@@ -32,19 +32,6 @@ def cast_behind(x_ptr, y_ptr, length, stride_t, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def no_cast(x_ptr, y_ptr, length, BLOCK: tl.constexpr):
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(y_ptr + rows * 120, tl.load(x_ptr + rows), mask=rows < length)
-
-
-@triton.jit
-def in_a_loop(x_ptr, y_ptr, length, stride_t, BLOCK: tl.constexpr):
-    for start in range(0, length, BLOCK):
-        rows = start + tl.arange(0, BLOCK)
-        tl.store(y_ptr + rows, tl.load(x_ptr + rows * stride_t), mask=rows < length)
-
-
-@triton.jit
 def loaded_row(x_ptr, y_ptr, rows_ptr, BLOCK: tl.constexpr):
     inner = tl.arange(0, BLOCK)
     rows = tl.load(rows_ptr + inner)
@@ -64,8 +51,6 @@ def main() -> None:
     for kernel, arguments in (
         (cast_before, (x, x, 1000, 24)),
         (cast_behind, (x, x, 1000, 24)),
-        (no_cast, (x, x, 1000)),
-        (in_a_loop, (x, x, 1000, 24)),
         (loaded_row, (x, x, rows)),
         (within_a_tile, (x, x, 24)),
     ):

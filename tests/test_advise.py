@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -226,19 +224,3 @@ def test_picture_shows_the_scores_and_the_cycles(file):
     for axis in (left, middle):
         marks = [line.get_xdata()[0] for line in axis.lines[1:]]
         assert marks == [period.steps for period in advice.periods]
-
-
-def test_picture_says_what_to_install(file, monkeypatch):
-    _, values = file
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install segmoe-kernels\[plots\]"):
-        plot_advice(values, advise(values))
-
-
-def test_advice_as_a_command(file):
-    done = subprocess.run(
-        [sys.executable, "-m", "segmoe_kernels", "advise", str(file[0])],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "segment sizes: " in done.stdout

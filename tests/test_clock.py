@@ -1,22 +1,17 @@
 """The model of the clock: by hand where that can be done, against published times where not."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from benchmark_runs import needs_scattermoe
+from programs import ROOT, run_python
 
 pytest.importorskip("triton")
 
 from benchmarks import report
 from benchmarks.clock import render, sass, sm
 from benchmarks.clock.machine import H200
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # A loop that was unrolled by 4 and what it leaves over, and a guarded division.
 LISTING = """
@@ -106,25 +101,6 @@ def test_a_loop_that_no_source_line_explains_is_refused():
         sass.read_kernel(LISTING.replace(" 12 split", " 12"), {})
 
 
-def test_lines_of_the_disassembler_are_shortened(tmp_path):
-    source = tmp_path / "kernels.py"
-    source.write_text("x = 1\nfor tile in tl.range(3):\n    pass\n")
-    text = f"""	.section	.text.k
-	//## File "{source}", line 2
-        /*0010*/              @!P0 BRA `(.L_x_1) ;
-.L_x_1:
-	//## File "{source}", line 1 inlined at "{source}", line 2
-        /*0020*/                   EXIT ;
-"""
-    assert sass.annotate(text).splitlines() == [
-        "//# kernels.py 2 tile",
-        "/*0010*/ @!P0 BRA `(.L_x_1);",
-        ".L_x_1:",
-        "//# kernels.py 1",
-        "/*0020*/ EXIT;",
-    ]
-
-
 def test_registers_of_instructions():
     for text, writes, reads in (
         ("LDG.E.128 R4, desc[UR6][R2.64]", "R4 R5 R6 R7", "UR6 R2 R3"),
@@ -205,17 +181,7 @@ def test_long_loops_are_continued_at_their_pace(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def facts():
-    done = subprocess.run(
-        [sys.executable, "tests/clock_facts.py"], cwd=ROOT, capture_output=True, text=True,
-        check=False, env=environment(),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
-
-
-def environment():
-    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return {**kept, "PYTHONPATH": str(ROOT)}
+    return json.loads(run_python("tests/clock_facts.py").stdout)
 
 
 def test_launches_are_caught_without_running(facts):
@@ -321,25 +287,21 @@ def test_committed_rows_are_modelled_and_complete():
     assert render.sections(content["rows"])
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.clock", *arguments], cwd=ROOT, capture_output=True,
-        text=True, check=False, env=environment(),
-    )  # fmt: skip
+def command(*words, status=0):
+    return run_python("-m", "benchmarks.clock", *words, status=status)
 
 
 @pytest.mark.slow
 def test_command_line(tmp_path):
     out = tmp_path / "rows.json"
-    done = command(
+    command(
         "table", "--shapes", "64-4-1-5-1e4", "--providers", "auto,scattermoe", "--json", str(out)
     )
-    assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads(out.read_text())["rows"]
     assert {row["provider"] for row in rows} == {"auto", "scattermoe"}
     tried = command("kernel", "sum_splits", "--shape", "64-4-1-5-1e4", "--set", "num_warps=1,4")
     assert tried.stdout.count(" us ") == 3
-    assert command("kernel", "nothing", "--shape", "64-4-1-5-1e4").returncode == 1
+    command("kernel", "nothing", "--shape", "64-4-1-5-1e4", status=1)
 
 
 @pytest.mark.slow

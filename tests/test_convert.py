@@ -235,13 +235,6 @@ def test_load_official_clamps_top_k():
     assert loaded.top_k == 3
 
 
-@pytest.mark.parametrize("activation", ["gelu", "silu"])
-def test_load_official_infers_the_activation(activation):
-    layer = make_layer(activation=activation, gated=activation == "silu")
-    loaded = load_back(layer, to_official(layer))
-    assert (loaded.activation, loaded.gated) == (activation, activation == "silu")
-
-
 def test_load_official_passes_options_on():
     state = to_official(make_layer())
     options = {"top_k": 2, "router_temperature": 1.7, "renormalize": False, "dropout": 0.2}

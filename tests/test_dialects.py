@@ -158,14 +158,7 @@ def test_a_dense_layer_of_the_same_name_is_left_alone():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda d: d.pop("experts.2.w3.weight"), "all experts 0 to 3 of w3"),
         (lambda d: [d.pop(f"experts.{e}.w3.weight") for e in range(E)], "no experts.w3"),
-        (lambda d: d.pop("gate.weight"), "no gate.weight"),
-        (lambda d: d.update({"experts.0.w1.bias": d["gate.weight"]}), "no biases"),
-        (
-            lambda d: d.update({"experts.1.w2.weight": torch.zeros(2, 2)}),
-            "one shape and dtype for w2",
-        ),
         (
             lambda d: d.update({"experts.1.w2.weight": d["experts.1.w2.weight"].half()}),
             "one shape and dtype for w2",
@@ -178,15 +171,13 @@ def test_a_dense_layer_of_the_same_name_is_left_alone():
             lambda d: d.update({"gate.weight": torch.zeros(E, D + 1)}),
             "matrices that fit each other under '', got",
         ),
-        (lambda d: d.clear(), "experts as 'mixtral' names them"),
     ],
-    ids=["expert", "projection", "router", "bias", "shape", "dtype", "down", "width", "nothing"],
+    ids=["projection", "dtype", "down", "width"],
 )
 def test_what_is_missing_is_said(change, words):
+    """More of it: bad_conversions.py."""
     _, theirs = random_mixture("mixtral")
-    before = len(theirs)
     change(theirs)
-    assert len(theirs) != before or "shape" in words or "fit" in words
     with pytest.raises(ValueError, match=re.escape(words)):
         convert_state_dict(theirs, "mixtral")
 
@@ -222,15 +213,6 @@ def test_a_mixture_under_another_name_is_not_left_behind():
     other = {k.replace("0.block_sparse_moe", "1.moe"): v for k, v in theirs.items()}
     with pytest.raises(ValueError, match=r"named 'block_sparse_moe', got \['layers\.1\.moe\.'\]"):
         convert_state_dict(theirs | other, "mixtral")
-
-
-def test_what_the_target_cannot_say_is_refused():
-    ours, _ = random_mixture("qwen2_moe", shared=True)
-    with pytest.raises(ValueError, match="a name for every weight, got none for shared_"):
-        convert_state_dict(ours, "segmoe", "mixtral")
-    plain = SegMoE(D, HIDDEN, E, shared_expert=None).state_dict()
-    with pytest.raises(ValueError, match="be gated"):
-        convert_state_dict(plain, "segmoe", "mixtral_stacked")
 
 
 @pytest.mark.parametrize("dialect", ["segmoe", "time_moe", "qwen2_moe_stacked"])

@@ -6,18 +6,17 @@ import importlib
 import inspect
 import posixpath
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from programs import ROOT, run_python
 from sphinx.util.inventory import InventoryFile
 
 import segmoe_kernels
+from examples.studies.paired import difference
+from examples.studies.report import read_runs
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = {
     **{path.stem: path for path in sorted(DOCS.glob("*.md"))},
@@ -36,9 +35,6 @@ MODULES = [
 ]
 INSIDE = {"layer.called", "layer.dtensor"}
 INSIDE |= {"activations", "autograd", "flops", "options", "pipeline", "segments", "stats.collector"}
-sys.path.insert(0, str(ROOT))
-difference = importlib.import_module("examples.studies.paired").difference
-read_runs = importlib.import_module("examples.studies.report").read_runs
 RUNS = ROOT / "examples" / "results"
 SNIPPETS = {
     f"{name}-{number}": text
@@ -229,18 +225,9 @@ def test_a_snippet_runs(name, tmp_path, monkeypatch):
     exec(compile(SNIPPETS[name], name, "exec"), names)
 
 
-def run_module(name, argument):
-    done = subprocess.run(
-        [sys.executable, "-m", name, argument],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done
-
-
 @pytest.mark.slow
 def test_pictures_are_those_that_the_script_draws(tmp_path):
-    run_module("docs.pictures", str(tmp_path))
+    run_python("-m", "docs.pictures", tmp_path)
     drawn = {path.name for path in tmp_path.iterdir()}
     assert drawn == {path.name for path in (DOCS / "pictures").iterdir()}
     for name in drawn:
@@ -265,21 +252,14 @@ def paths_of(svg):
 def site(tmp_path_factory):
     """Built with warnings as errors: a broken link or reference is one."""
     out = tmp_path_factory.mktemp("site")
-    done = subprocess.run(
-        [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", "docs", ".", str(out)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python("-m", "sphinx", "-q", "-W", "--keep-going", "-c", "docs", ".", out)
     return out
 
 
 def test_a_broken_link_stops_the_build(tmp_path):
     (tmp_path / "index.md").write_text("# Page\n\n[there](nowhere.md)\n", encoding="utf-8")
     words = ["-q", "-W", "-C", "-D", "extensions=myst_parser", str(tmp_path), str(tmp_path / "out")]
-    done = subprocess.run(
-        [sys.executable, "-m", "sphinx", *words],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    done = run_python("-m", "sphinx", *words, status=None)
     assert done.returncode != 0
     assert "nowhere" in done.stderr
 

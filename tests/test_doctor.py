@@ -1,15 +1,12 @@
 """``python -m segmoe_kernels doctor``: its report, its check and its exit codes."""
 
-import os
 import platform
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import GPU
+from programs import run_python
 
 import segmoe_kernels
 from segmoe_kernels import __main__ as command
@@ -92,33 +89,9 @@ def test_doctor_fails_when_nothing_can_run(no_environment, capsys):
 
 
 def test_doctor_as_a_command():
-    result = subprocess.run(
-        [sys.executable, "-m", "segmoe_kernels", "doctor"],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=Path(segmoe_kernels.__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "SEGMOE_BACKEND": "triton"},
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    variables = {"OMP_NUM_THREADS": "1", "SEGMOE_BACKEND": "triton"}
+    result = run_python("-m", "segmoe_kernels", "doctor", without=(), **variables)
     assert result.stdout.count("ok, forward and gradients against float64") == 7 - (not GPU)
     if not GPU:
         # Triton's own interpreter; that of the other tests is corrected.
         assert re.search(r"check, bfloat16 +refused: .* multiplies it wrongly", result.stdout)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["surgeon"], "invalid choice: 'surgeon'"),
-        ([], "the following arguments are required: command"),
-        (["doctor", "now"], "unrecognized arguments: now"),
-    ],
-)
-def test_main_refuses_unknown_commands(arguments, words, capsys):
-    with pytest.raises(SystemExit) as caught:
-        command.main(arguments)
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("usage: python -m segmoe_kernels")
-    assert words in error

@@ -5,13 +5,11 @@ import functools
 import gzip
 import hashlib
 import html
-import importlib
 import io
 import json
 import math
 import os
 import runpy
-import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -21,15 +19,11 @@ import pytest
 import torch
 from conftest import forget_settings
 
+from examples import train_forecaster as script
+from examples.forecaster import data, model, sources, training
+
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
-sys.path.insert(0, str(ROOT))
-data = importlib.import_module("examples.forecaster.data")
-sources = importlib.import_module("examples.forecaster.sources")
-model = importlib.import_module("examples.forecaster.model")
-training = importlib.import_module("examples.forecaster.training")
-report = importlib.import_module("examples.forecaster.report")
-script = importlib.import_module("examples.train_forecaster")
 
 TINY = [
     *("--data", "multiscale", "--look-back", "64", "--horizon", "8", "--d-model", "8"),
@@ -111,16 +105,6 @@ def test_scaler_uses_train_rows_only():
     np.testing.assert_allclose(series.values[:700].std(0), 1, atol=1e-12)
 
 
-def test_score_does_not_depend_on_the_batch_size():
-    series = data.make_series("multiscale", data.multiscale(1500, 2))
-    windows = data.Windows(series, "test", 64, 8, torch.float64)
-    scores = [data.score_repeat(windows, batch_size) for batch_size in (7, 256)]
-    past, truth = windows.batch(slice(None))
-    assert scores[0].count == scores[1].count == truth.numel()
-    assert scores[0].mse == pytest.approx(scores[1].mse, rel=1e-12)
-    assert scores[0].mse == pytest.approx(float((past[..., -1:] - truth).square().mean()))
-
-
 def test_multiscale_has_the_periods_it_names():
     values = data.multiscale(3840, 2, seed=3)
     assert np.array_equal(values, data.multiscale(3840, 2, seed=3))
@@ -173,10 +157,7 @@ def test_digest_of_etth1_is_the_real_one(real_data):
 
 @pytest.mark.parametrize(
     ("name", "file", "rows"),
-    [
-        ("ECL", "electricity_first55rows.csv.gz", 55),
-        ("Traffic", "traffic_first25rows.csv.gz", 25),
-    ],
+    [("ECL", "electricity_first55rows.csv.gz", 55), ("Traffic", "traffic_first25rows.csv.gz", 25)],
 )
 def test_the_heads_of_ecl_and_traffic_are_read_and_known_to_be_no_whole_files(
     no_files, monkeypatch, name, file, rows, real_data
@@ -346,42 +327,6 @@ def make_trainer(checkpoint, *, seed=0):
     return training.Trainer(forecaster, windows["train"], windows["val"], options, checkpoint)
 
 
-class _StopError(Exception):
-    pass
-
-
-def test_resumed_training_equals_uninterrupted(tmp_path):
-    whole = make_trainer(tmp_path / "whole.pt")
-    whole.fit(progress=False)
-
-    cut = make_trainer(tmp_path / "cut.pt")
-    step, taken = cut._step, []
-
-    def interrupted(ids):
-        taken.append(len(ids))
-        if len(taken) == cut.steps_per_epoch + 2:  # in the middle of the second epoch
-            raise _StopError
-        return step(ids)
-
-    cut._step = interrupted
-    with pytest.raises(_StopError):
-        cut.fit(progress=False)
-    torch.manual_seed(1234)
-    resumed = make_trainer(tmp_path / "cut.pt")
-    resumed.restore(tmp_path / "cut.pt")
-    assert len(resumed.history) == 1
-    resumed.fit(progress=False)
-
-    def losses(trainer):
-        return [(epoch["train_loss"], epoch["val_mse"]) for epoch in trainer.history]
-
-    assert losses(resumed) == losses(whole)
-    assert resumed.best_epoch == whole.best_epoch
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[name], value), name
-    assert {path.name for path in tmp_path.iterdir()} == {"whole.pt", "cut.pt"}
-
-
 def test_restore_refuses_the_checkpoint_of_another_run(tmp_path):
     make_trainer(tmp_path / "a.pt").save(tmp_path / "a.pt")
     with pytest.raises(ValueError, match="must come from a run with"):
@@ -402,16 +347,6 @@ def test_resume_from_what_is_no_checkpoint_says_so_in_one_line(tmp_path, capsys,
     said = capsys.readouterr().err
     assert said.startswith(f"error: checkpoint {path} must be a whole one of this program")
     assert said.count("\n") == 1
-
-
-def test_resume_of_a_finished_run_scores_it_again(tmp_path, capsys):
-    results = []
-    for more in ([], ["--resume"]):
-        assert script.main([*TINY, "--no-plots", "--out", str(tmp_path), *more]) == 0
-        (run,) = json.loads((tmp_path / "result.json").read_text())["runs"]
-        results.append((run["history"], run["test"]))
-    assert results[0] == results[1]
-    assert "going on after epoch 2" in capsys.readouterr().out
 
 
 def test_training_that_diverges_says_so():

@@ -1,17 +1,11 @@
 """The forecaster of the examples: its FLOPs, positions, scale, and the loss it is trained with."""
 
 import copy
-import importlib
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-data = importlib.import_module("examples.forecaster.data")
-model = importlib.import_module("examples.forecaster.model")
-training = importlib.import_module("examples.forecaster.training")
+from examples.forecaster import data, model, training
 
 
 def test_the_forecaster_trains_with_the_official_pooled_loss():

@@ -132,15 +132,6 @@ def test_composed_ffn_reads_nothing_behind_a_mask():
     assert not grads[0][~mask].any()
 
 
-@pytest.mark.parametrize("position", range(8))
-def test_composed_ffn_gradient_of_one_tensor(position):
-    tensors, *where = make_inputs("gated")
-    _, expected = differentiate(step_by_step, tensors, *where)
-    frozen = [t.detach().requires_grad_(i == position) for i, t in enumerate(tensors)]
-    _, grads = differentiate(run, frozen, *where)
-    torch.testing.assert_close(grads[0], expected[position], rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
 @pytest.mark.parametrize("name", ["ragged", "top2", "gated"])
 def test_composed_ffn_gradients(check, name):
@@ -195,29 +186,6 @@ def test_operator_refuses_a_second_derivative():
     (drows,) = torch.autograd.grad(out.sum(), rows, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivatives"):
         drows.sum().backward()
-
-
-def test_rows_of_no_expert_are_not_read():
-    x, w = torch.randn(6, 3), torch.randn(2, 4, 3, requires_grad=True)
-    x[4:] = torch.nan
-    x.requires_grad_()
-    out = functional.grouped_gemm(x, w, torch.tensor([0, 2, 4], dtype=torch.int32))
-    out.sum().backward()
-    assert not out[4:].any()
-    assert not x.grad[4:].any()
-    assert w.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_grouped_ffn_takes_strided_operands(dtype):
-    offsets = torch.tensor([0, 2, 6], dtype=torch.int32)
-    a, b = torch.randn(3, 6).to(dtype).t(), torch.randn(2, 3, 8).to(dtype)[..., ::2].transpose(1, 2)
-    # Not bit for bit: some BLAS sum in another order for other strides.
-    found = (
-        grouped_ffn(x, (w, *[None] * 5), None, offsets, None)
-        for x, w in ((a, b), (a.contiguous(), b.contiguous()))
-    )
-    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5])

@@ -1,12 +1,10 @@
 """Host time of our call beside that of the official loop, in a process of its own without a GPU."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-from benchmark_runs import ROOT, rows_of
+from benchmark_runs import rows_of
+from programs import run_python
 
 from benchmarks.host import stub
 
@@ -22,18 +20,8 @@ LIMITS = {
 }
 
 
-def run_python(*words):
-    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, *words]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def run_host(*words):
-    return run_python("-m", "benchmarks.host", *words)
+    return run_python("-m", "benchmarks.host", *words).stdout
 
 
 @pytest.fixture(scope="module")
@@ -68,4 +56,4 @@ def test_a_profile_names_parts_of_a_call():
 
 def test_prepared_launches_are_tritons_own():
     """In `prepared_worker`: the same launches, nothing new for new lengths, seen by who watches."""
-    assert json.loads(run_python("tests/prepared_worker.py"))["launches"] > 100
+    assert json.loads(run_python("tests/prepared_worker.py").stdout)["launches"] > 100

@@ -15,10 +15,7 @@ from segmoe_kernels.models.huggingface import experts_forward, register_experts
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
-BACKENDS = [
-    "reference",
-    pytest.param("triton", marks=pytest.mark.interpreter),
-]
+BACKENDS = ["reference", pytest.param("triton", marks=pytest.mark.interpreter)]
 
 
 def tiny(kind, implementation, **options):
@@ -74,16 +71,6 @@ def test_unmodified_model_has_the_same_logits_and_gradients(kind, monkeypatch):
         grad = theirs[name].grad
         bound = 1e-4 * grad.abs().max().item()
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-3, atol=bound, msg=name)
-
-
-def test_model_generates_the_same_tokens():
-    register_experts()
-    ids = torch.tensor([[3, 1, 4]])
-    outputs = [
-        tiny("mixtral", name).generate(ids, max_new_tokens=5, do_sample=False)
-        for name in ("eager", "segmoe")
-    ]
-    assert torch.equal(*outputs)
 
 
 def test_configuration_chooses_the_implementation():

@@ -1,13 +1,7 @@
 """What importing the package does, in a fresh interpreter: no triton, no CUDA, no surprises."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-ROOT = Path(__file__).parents[1]
+from programs import run_python
 
 BLOCKED = """
 import importlib.abc, sys
@@ -50,34 +44,12 @@ else:
 """
 
 
-def run(code):
-    """Run code in a fresh interpreter that finds the package in this checkout."""
-    hidden = {"TRITON_INTERPRET", "SEGMOE_BACKEND", "PYTHONPATH"}
-    clean = {key: value for key, value in os.environ.items() if key not in hidden}
-    return subprocess.run(
-        [sys.executable, "-W", "error::RuntimeWarning", "-c", code],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**clean, "OMP_NUM_THREADS": "1"},
-    )
-
-
 @pytest.mark.parametrize(
-    "code",
-    [IMPORT + RUN, BLOCKED + IMPORT + RUN + REFUSED],
-    ids=["plain", "triton_blocked"],
+    "code", [IMPORT + RUN, BLOCKED + IMPORT + RUN + REFUSED], ids=["plain", "triton_blocked"]
 )
 def test_import_is_light_and_the_layer_runs(code):
-    result = run(code)
-    assert result.returncode == 0, result.stderr
-
-
-def test_blocking_triton_works():
-    result = run(BLOCKED + "import triton")
-    assert result.returncode == 1
-    assert "triton is blocked" in result.stderr
+    hidden = ("TRITON_INTERPRET", "SEGMOE_BACKEND")
+    run_python("-W", "error::RuntimeWarning", "-c", code, without=hidden, OMP_NUM_THREADS="1")
 
 
 def test_public_names_are_there():

@@ -26,29 +26,6 @@ def row_of(torch, triton, **fields):
     return {**row, "skipped": 0, "failures": {}, **fields}
 
 
-def test_pairs_are_all_combinations_newest_first():
-    found = matrix.pairs(["2.9", "2.10"], ["3.6", "3.5"])
-    assert [matrix.split(pair) for pair in found] == [
-        ("2.10", "3.6"),
-        ("2.10", "3.5"),
-        ("2.9", "3.6"),
-        ("2.9", "3.5"),
-    ]
-
-
-def test_releases_are_all_known_ones_unless_named():
-    assert matrix.releases("", matrix.TORCH) == list(matrix.TORCH)
-    assert matrix.releases("2.10, 2.9,2.10", matrix.TORCH) == ["2.9", "2.10"]
-    with pytest.raises(ValueError, match=r"two numbers such as 2\.9, got '2\.9\.1'"):
-        matrix.releases("2.9.1", matrix.TORCH)
-
-
-def test_a_result_is_kept_unless_asked_again():
-    rows = {"a": row_of("2.13.0", "3.7.1"), "b": {"reason": "does not install"}}
-    assert matrix.wanted(rows, ["a", "b", "c"], again=False) == ["b", "c"]
-    assert matrix.wanted(rows, ["a", "b", "c"], again=True) == ["a", "b", "c"]
-
-
 def test_every_test_function_is_chosen_and_each_nth_of_its_parameters():
     ids = ["m::f[0]", "m::f[1]", "m::g", "m::f[2]", "m::f[3]", "n::f[0]"]
     assert matrix.chosen(ids, 3) == ["m::f[0]", "m::f[3]", "m::g", "n::f[0]"]
@@ -82,16 +59,6 @@ def test_results_are_counted_and_grouped_by_cause():
     }
 
 
-def test_code_is_compiled_beside_the_newest_torch_that_ran():
-    rows = {
-        "torch 2.13, triton 3.5": {"reason": "does not install"},
-        "torch 2.9, triton 3.5": row_of("2.9.1", "3.5.1"),
-        "torch 2.10, triton 3.5": row_of("2.10.0", "3.5.1"),
-    }
-    assert matrix.newest_with("3.5", report(pairs=rows)) == "torch 2.10, triton 3.5"
-    assert matrix.newest_with("3.6", report(pairs=rows)) is None
-
-
 def test_table_joins_what_does_not_install_and_names_causes():
     failures = {"assert 1 | 2": ["m::f", "m::g"]}
     rows = {
@@ -108,18 +75,6 @@ def test_table_joins_what_does_not_install_and_names_causes():
         "| 2.9 | 3.6, 3.7 | | | | | only with CUDA |",
         "",
     ]
-
-
-def test_a_step_that_fails_is_written_down_and_ends_nothing(tmp_path):
-    def step(pair):
-        raise matrix.Fault(f"{pair} is not to be had")
-
-    path = tmp_path / "versions.json"
-    found = matrix.Matrix(report(), path, tmp_path, pip=None, cuda=False)
-    found.attempt("pairs", "torch 2.9, triton 3.5", step, "this")
-    reason = {"torch 2.9, triton 3.5": {"reason": "this is not to be had"}}
-    assert json.loads(path.read_text())["pairs"] == reason
-    assert "| 2.9 | 3.5 | | | | | this is not to be had |" in path.with_suffix(".md").read_text()
 
 
 def test_modules_and_report_are_current():

@@ -4,13 +4,12 @@ import dataclasses
 import functools
 import json
 import os
-import subprocess
-import sys
 from xml.etree import ElementTree
 
 import pytest
 import torch
-from benchmark_runs import CPU, ROOT
+from benchmark_runs import CPU
+from programs import run_python
 
 from benchmarks import gpu, report, stages
 from benchmarks.gate import RefusedError
@@ -23,10 +22,9 @@ pytest.importorskip("pytest_benchmark")
 def test_microbenchmarks_run_and_are_right(tmp_path):
     """Once each, kernels in the interpreter: what fails the gate fails the benchmark."""
     report = tmp_path / "report.xml"
-    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-n", "0", "--shapes", "tiny-k2"]
-    command += ["-k", "not compile", "--benchmark-disable", f"--junitxml={report}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-4000:]
+    words = ["-m", "pytest", "benchmarks", "-q", "-n", "0", "--shapes", "tiny-k2"]
+    words += ["-k", "not compile", "--benchmark-disable", f"--junitxml={report}"]
+    run_python(*words, without=())
     cases = ElementTree.parse(report).iter("testcase")
     ran = [case.attrib["name"] for case in cases if case.find("skipped") is None]
     for stage, providers in stages.STAGES.items():
@@ -87,11 +85,7 @@ def test_gpu_step_of_the_stages_saves_what_the_report_reads(tmp_path):
     (step,) = (step for step in gpu.STEPS if step.name == "stages")
     command = gpu._command(step.quick[0], 100.0, tmp_path, quick=True)
     # The plugin times nothing in a worker of xdist, which this is none of.
-    environ = {name: value for name, value in os.environ.items() if "XDIST" not in name}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-2000:]
+    run_python(*command[1:], without=[name for name in os.environ if "XDIST" in name])
     results = report.Results(tmp_path)
     found = {(row["provider"], row["pass"]) for row in results.timed("stages")}
     assert found >= {("eager", "forward"), ("eager", "forward+backward")}

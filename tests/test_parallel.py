@@ -1,16 +1,12 @@
 """Expert parallelism and training on several ranks: gloo processes against one process."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from parallel_worker import run
+from programs import run_python
 
 from benchmarks.parallel_model import Setting, exchanged_bytes
-
-ROOT = Path(__file__).resolve().parents[1]
 
 pytest.importorskip("triton")
 
@@ -76,14 +72,9 @@ def test_a_rank_that_hangs_fails_the_test_with_its_name():
 
 
 def test_the_example_runs_under_torchrun_and_learns():
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            *("examples/expert_parallel.py", "--steps=10", "--batch-size=16"),
-        ],
-        cwd=ROOT, capture_output=True, text=True, timeout=180, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    words = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    options = ("--steps=10", "--batch-size=16")
+    done = run_python(*words, "examples/expert_parallel.py", *options, without=())
     lines = done.stdout.splitlines()
     losses = [float(line.split()[-1]) for line in lines if line.startswith("step")]
     assert len(losses) == 3
@@ -113,12 +104,7 @@ count()
 def test_the_example_leaves_no_thread_of_its_group():
     # One that outlives the interpreter aborts the process now and then.
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", COUNT_THREADS],
-        cwd=ROOT, env={**os.environ, **place}, capture_output=True, text=True, timeout=180,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run_python("-c", COUNT_THREADS, without=(), **place)
     before, after = [int(s.split()[1]) for s in done.stdout.splitlines() if s.startswith("threads")]
     assert before > 0
     assert after == 0

@@ -5,8 +5,8 @@ import re
 
 import pytest
 import torch
-from conftest import GPU, HAS_TRITON
-from layers import D, make_layer
+from layers import D, make_layer, needs_triton
+from layers import place as place_of
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
@@ -21,21 +21,16 @@ LAYERS = {
     "projected_alone": {"expert_scope": "projected", "shared_expert": None},
     "dense": {"num_experts": 0, "gated": True},
 }
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
-
-
-def place(backend):
-    return "cuda" if GPU and backend == "triton" else "cpu"
 
 
 def make(backend, **options):
-    return make_layer(**options, backend=backend, device=place(backend), dtype=torch.float64)
+    return make_layer(**options, backend=backend, device=place_of(backend), dtype=torch.float64)
 
 
 def inputs(backend, masked=0.0):
     # Small for the interpreter; the last segment is cut.
     batch, length = (2, 12) if backend == "reference" else (1, 7)
-    options = {"masked": masked, "device": place(backend), "dtype": torch.float64}
+    options = {"masked": masked, "device": place_of(backend), "dtype": torch.float64}
     return make_inputs(batch, length, D, **options)
 
 
@@ -123,13 +118,40 @@ def test_called_linear_maps_are_checked_before_they_compute(change, exception, w
                 assert f"SegMoE.forward: expected {place}.{leaf} to" in str(raised.value)
 
 
-@pytest.mark.parametrize("hook", [False, True])
-def test_a_shared_expert_that_sees_later_steps_is_refused_in_a_causal_layer(hook):
+def wide_in_a_causal_layer():
     layer, wide = make_layer(causal=True, shared_expert="token"), make_layer()
     layer.shared_expert, layer.shared_gate = wide.shared_expert, wide.shared_gate
+    return layer
+
+
+def without(part):
+    layer = make_layer()
+    setattr(layer, part, None)
+    return layer
+
+
+def of_other_segments():
+    layer = make_layer(segment_size=3, pooling="mean")
+    layer.segment_size = 2
+    return layer
+
+
+@pytest.mark.parametrize("hook", [False, True])
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (wide_in_a_causal_layer, r"expected shared.* to have width 4 \(token\)"),
+        (lambda: without("shared_expert"), "to come with shared_gate, got only one of them"),
+        (lambda: without("shared_gate"), "to come with shared_gate, got only one of them"),
+        (of_other_segments, r"have a width of 4 \(token\) or 8 \(segment\), got"),
+    ],
+    ids=["later steps", "no expert", "no gate", "other segments"],
+)
+def test_a_shared_path_that_does_not_fit_is_refused(make, words, hook):
+    layer = make()
     if hook:
-        watch(layer.shared_gate)
-    with pytest.raises(ValueError, match=r"expected shared.* to have width 4 \(token\)"):
+        watch(layer.shared_gate or layer.shared_expert.up_proj)
+    with pytest.raises(ValueError, match=words):
         layer(make_inputs(2, 12, D).x)
 
 
@@ -296,27 +318,6 @@ def test_whole_parts_are_trained_beside_adapters():
     assert {n for n, p in inner.named_parameters() if p.grad is not None} == {
         "router.modules_to_save.default.weight"
     }
-
-
-@pytest.mark.parametrize("hook", [False, True])
-def test_half_a_shared_path_is_refused(hook):
-    for gone, other in (("shared_expert", "shared_gate"), ("shared_gate", "shared_expert.up_proj")):
-        layer = make_layer()
-        setattr(layer, gone, None)
-        if hook:
-            watch(layer.get_submodule(other))
-        with pytest.raises(ValueError, match="to come with shared_gate, got only one of them"):
-            layer(make_inputs(2, 12, D).x)
-
-
-@pytest.mark.parametrize("hook", [False, True])
-def test_a_shared_expert_of_other_segments_is_refused(hook):
-    layer = make_layer(segment_size=3, pooling="mean")
-    if hook:
-        watch(layer.shared_gate)
-    layer.segment_size = 2
-    with pytest.raises(ValueError, match=r"have a width of 4 \(token\) or 8 \(segment\), got"):
-        layer(make_inputs(2, 12, D).x)
 
 
 @pytest.mark.parametrize("name", ["segment", "projected"])

@@ -40,6 +40,7 @@ def check(out, ids, num_experts):
     assert {t.dtype for t in vars(out).values()} == {torch.int32}
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(
     top_k=st.integers(1, 4),
@@ -48,12 +49,12 @@ def check(out, ids, num_experts):
     favourite=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_permute_orders_by_expert_then_slot(top_k, num_experts, segments, favourite, seed):
+def test_permute_orders_by_expert_then_slot(backend, top_k, num_experts, segments, favourite, seed):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(-1, num_experts, (segments, top_k), generator=generator).int()
     if favourite:
         ids[torch.rand(ids.shape, generator=generator) < 0.8] = num_experts - 1
-    check(permute(ids, num_experts, backend="triton"), ids, num_experts)
+    check(permute(ids, num_experts, backend=backend), ids, num_experts)
 
 
 @pytest.mark.parametrize("top_k", [1, 3])

@@ -1,33 +1,22 @@
 """Kernels executed as they are compiled, on a CPU; `make ptx` runs all layers, for minutes."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import ptx_faults
 import ptx_layers
 import pytest
+from programs import run_python
 from ptx import numerics
 from ptx.parse import NotEmulated, execution_order, parse
 
 pytest.importorskip("triton")
 
-LAYERS = Path(ptx_layers.__file__)
-
 
 @pytest.mark.parametrize("arch", ptx_layers.ARCHS)
 def test_compiled_layers_are_accurate_without_race_or_stray_access(arch):
     """One test: the parts share a process, in which the interpreter isn't chosen."""
-    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(LAYERS), "--core", arch], cwd=LAYERS.parents[1], env=kept,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    found = json.loads(run_python(ptx_layers.__file__, "--core", arch).stdout)
     # The emulator itself: it has raised where small kernels differ from PyTorch.
     assert len(found["small"][0]) == 6
     assert found["small"][1] == []

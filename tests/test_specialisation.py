@@ -1,19 +1,12 @@
 """What experts take: information measured on made-up choices, and a run from end to end."""
 
-import importlib
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-special = importlib.import_module("examples.studies.specialisation")
-data = importlib.import_module("examples.forecaster.data")
-model = importlib.import_module("examples.forecaster.model")
-training = importlib.import_module("examples.forecaster.training")
-studies = importlib.import_module("examples.studies.runs")
+from examples.forecaster import data, model, training
+from examples.studies import specialisation as special
 
 
 def test_information_of_hand_made_choices():
@@ -24,13 +17,6 @@ def test_information_of_hand_made_choices():
     assert special.information(hour, np.zeros(4000, dtype=int)) == 0.0
     chance = np.random.default_rng(0).integers(0, 4, 4000)
     assert special.information(chance, hour) < 0.01
-
-
-def test_quantiles_fill_bins_equally():
-    values = np.random.default_rng(0).standard_normal(8000)
-    counts = np.bincount(special.quantiles(values), minlength=special.BINS)
-    assert counts.max() - counts.min() <= 1
-    assert (np.diff(special.quantiles(np.sort(values))) >= 0).all()
 
 
 class ByHour:

@@ -105,29 +105,6 @@ def given(layer, ids, probs):
     layer._run = lambda x, *_, **__: (x, Routing(probs, probs, ids, ids, counts))
 
 
-def test_statistics_worked_by_hand():
-    """Two sequences of three segments, the fifth segment without a real step."""
-    layer = make_layer(3, segment_size=2)
-    half, sure = [0.5, 0.5, 0.0], [1.0, 0.0, 0.0]
-    given(layer, [[0], [1], [1], [0], [-1], [0]], [half, half, half, sure, [0.0] * 3, sure])
-    with collect_routing_stats(layer) as stats:
-        layer(torch.zeros(2, 6, 4))
-        found = stats.compute()["global"]
-    assert found["token_counts"].tolist() == [3, 2, 0]
-    assert found["prob_mass"].tolist() == [3.5, 1.5, 0.0]
-    assert found["hard_fraction"].tolist() == [0.6, 0.4, 0.0]
-    assert found["soft_fraction"].tolist() == [0.7, 0.3, 0.0]
-    assert found["num_tokens"] == 5
-    assert found["dead_experts"] == 1
-    assert found["entropy"] == pytest.approx(3 * math.log(2) / 5)
-    assert found["entropy_norm"] == pytest.approx(3 * math.log(2) / math.log(3) / 5)
-    # Of 0-1, 1-1 one; 0 and 0 beside the masked one are no neighbours, nor are the sequences.
-    assert found["switch_rate"] == 0.5
-    assert found["load_max_over_mean"] == pytest.approx(3 / (5 / 3))
-    assert found["cv_hard"] == pytest.approx(math.sqrt((0.6**2 + 0.4**2) / 3 - 1 / 9) * 3)
-    assert found["drop_rate"] == found["aux_loss"] == found["z_loss"] == 0
-
-
 def test_losses_are_those_of_training():
     model = nn.Sequential(
         make_layer(aux_loss_weight=0.1, z_loss_weight=0.2), make_layer(aux_loss_weight=0.3)
@@ -295,14 +272,6 @@ def test_layers_are_found_wherever_they_are():
     names = ["encoder.layers.0.seg_moe", "encoder.layers.1.seg_moe", "moe.layer"]
     assert stats.layer_names == names
     assert [found[i]["num_tokens"] for i in range(3)] == [3, 3, 2 * 3]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_layers_of_any_dtype_are_counted(dtype):
-    layer = make_layer(dtype=dtype, top_k=2)
-    with collect_routing_stats(layer) as stats:
-        routing = layer.forward_with_routing(torch.randn(2, 12, 4, dtype=dtype))[1]
-        assert_stats(stats.compute()["global"], loops([(routing, 3)], 3))
 
 
 def test_a_layer_may_move():

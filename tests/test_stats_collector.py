@@ -8,7 +8,7 @@ import pytest
 import torch
 from layers import make_layer
 from parallel_worker import run
-from test_stats import assert_stats, given, loops, same
+from test_stats import given, same
 from torch import nn
 
 from segmoe_kernels import SegMoE, collect_routing_stats
@@ -62,16 +62,6 @@ def test_histories_of_steps_and_epochs():
     assert [(e["step"], e["epoch"]) for e in stats.epoch_history] == [(5, 0), (10, 1)]
     assert [e["global"]["num_tokens"] for e in stats.epoch_history] == [15, 15]
     assert stats.compute()["global"]["num_tokens"] == 0
-
-
-def test_an_epoch_pools_the_segments_of_its_steps():
-    layer = make_layer(top_k=2, segment_size=2)
-    stats = collect_routing_stats(layer)
-    calls = []
-    for size in (1, 4):
-        calls.append((layer.forward_with_routing(torch.randn(size, 6, 4))[1], 3))
-        stats.end_step()
-    assert_stats(stats.end_epoch()["global"], loops(calls, 3))
 
 
 def test_reset_forgets_the_epoch_and_keeps_histories():

@@ -132,16 +132,6 @@ def test_timeline_shows_who_took_which_segment(sequence, channels):
             assert line.get_ydata().tolist() == pytest.approx(column.tolist(), rel=1e-6)
 
 
-def test_timeline_of_a_layer():
-    layer = make_layer(3, segment_size=5)
-    routing = layer.forward_with_routing(torch.randn(2, 2, 12, 4))[1]
-    for sequence in range(4):
-        figure = plot_segment_timeline(routing, segment_size=5, num_steps=12, sequence=sequence)
-        values = cells(figure.axes[0])[0]
-        ids = routing.topk_ids[3 * sequence : 3 * sequence + 3, 0].tolist()
-        assert (~values.mask).T.nonzero()[1].tolist() == ids
-
-
 def test_figures_need_no_display_and_are_not_kept(history):
     code = "import sys, segmoe_kernels.stats.plots; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

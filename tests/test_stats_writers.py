@@ -4,7 +4,6 @@ import csv
 import os
 import resource
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -78,23 +77,6 @@ def test_csv_goes_on_behind_its_last_whole_row(tmp_path, cut):
     assert read(path) == [expected_row(entry) for entry in kept]
 
 
-def test_csv_of_a_killed_program_has_whole_rows(tmp_path):
-    path = tmp_path / "stats.csv"
-    code = f"""
-import os, signal
-from segmoe_kernels.stats.writers import CSVWriter
-writer = CSVWriter({str(path)!r})
-for step in range(100):
-    writer.write({{"step": step, "epoch": 0, "global": {{"entropy": step / 7}}, "layers": {{}}}})
-    if step == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-"""
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
-    assert done.returncode == -signal.SIGKILL
-    assert [float(row["moe/global/entropy"]) for row in read(path)] == [s / 7 for s in range(6)]
-    assert path.read_bytes().endswith(b"\n")
-
-
 @pytest.mark.parametrize(
     "content", [b'{"results": [1, 2, 3]}', b"a,b\n1,2", b"step,epoch\n0,0\n", b"\n"]
 )
@@ -155,20 +137,6 @@ def test_csv_writes_no_rows_into_a_file_that_is_gone(tmp_path, monkeypatch, repl
     assert read(path) == [expected_row(first), expected_row(second)]
 
 
-def test_writers_share_a_file(tmp_path):
-    """One header, whoever writes first, and whole rows, though another writer was stopped."""
-    history = entries(4)
-    path = tmp_path / "stats.csv"
-    with CSVWriter(path) as one, CSVWriter(path) as other:
-        for writer, entry in zip((one, other, one), history, strict=False):
-            writer.write(entry)
-        with path.open("ab") as stream:
-            stream.write(b"7,0,0.12")
-        with pytest.warns(RuntimeWarning, match="was taken away"):
-            other.write(history[3])
-    assert read(path) == [expected_row(entry) for entry in history]
-
-
 def test_writers_of_many_processes_share_a_file(tmp_path):
     path = tmp_path / "stats.csv"
     children = []
@@ -187,17 +155,6 @@ def test_writers_of_many_processes_share_a_file(tmp_path):
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
     rows = sorted((int(row["epoch"]), int(row["step"])) for row in read(path))
     assert rows == [(name, step) for name in range(4) for step in range(100)]
-
-
-def test_csv_keeps_rows_when_an_entry_is_refused(tmp_path):
-    first, second = entries(2)
-    path = tmp_path / "stats.csv"
-    with CSVWriter(path) as writer:
-        writer.write(first)
-        with pytest.raises(ValueError, match="moe/layer_1/"):
-            writer.write({**second, "layers": {0: second["layers"][0]}})
-        writer.write(second)
-    assert len(read(path)) == 2
 
 
 def test_tensorboard_reads_every_scalar_back(tmp_path):

@@ -2,11 +2,8 @@
 
 import csv
 import dataclasses
-import importlib
 import re
 import statistics
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,17 +12,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-data = importlib.import_module("examples.forecaster.data")
-model = importlib.import_module("examples.forecaster.model")
-training = importlib.import_module("examples.forecaster.training")
-studies = importlib.import_module("examples.studies.runs")
-study = importlib.import_module("examples.studies.__main__")
-report = importlib.import_module("examples.studies.report")
-baseline_report = importlib.import_module("examples.studies.baseline_report")
-paired = importlib.import_module("examples.studies.paired")
-closed_form = importlib.import_module("examples.studies.closed_form")
-stress = importlib.import_module("examples.forecaster.stress_series")
+from examples.forecaster import data, model, training
+from examples.forecaster import stress_series as stress
+from examples.studies import __main__ as study
+from examples.studies import baseline_report, closed_form, paired, report
+from examples.studies import runs as studies
 
 
 class Next(nn.Module):
@@ -175,19 +166,6 @@ def test_an_interrupted_study_goes_on_and_ends_as_one_that_was_not(
         assert len(scores(run)) == 3 * 3 + 2
         assert scores(found[key]) == scores(run)
     assert "going on after epoch 2" in capsys.readouterr().out
-
-
-def test_a_run_without_its_row_is_repeated_by_its_name(small_study, tmp_path):
-    assert study.main(small_study) == 0
-    path = tmp_path / "baselines" / "runs.csv"
-    before = read(path.parent)
-    _, taken = before
-    report.write_csv(path, [run for key, run in before.items() if key != taken])
-    assert study.main([*small_study, "--only", "^multiscale_segment_s0$"]) == 0
-    again = read(path.parent)
-    assert [*again] == [*before]
-    assert scores(again[taken]) == scores(before[taken])
-    assert before[taken]["windows_9"] < before[taken]["windows_4"] + 1
 
 
 def test_a_row_holds_all_settings_as_they_were(small_study, tmp_path):
@@ -441,16 +419,6 @@ def test_advice_is_judged_against_the_best_size(tmp_path, capsys):
     assert "is below every model: white-noise (0.7500 against 1.0000)." in shown
 
 
-def test_commands_that_cannot_work_say_so(small_study, capsys):
-    assert study.main([*small_study, "--only", "nothing"]) == 2
-    assert "matches none of 2 runs" in capsys.readouterr().err
-    assert study.main([*small_study, "--report"]) == 2
-    assert "has no result yet" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        study.main([*small_study, "--only", "("])
-    assert "regular expression" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("name", stress.STRESS)
 def test_stress_series_are_finite_repeat_and_differ_by_seed(name):
     make = stress.STRESS[name]
@@ -460,12 +428,3 @@ def test_stress_series_are_finite_repeat_and_differ_by_seed(name):
     assert np.array_equal(values, make())
     assert not np.array_equal(values, make(seed=1))
     assert data.load_series(name).name == name
-
-
-def test_phase_locked_repeats_after_40_steps_and_drift_does_not():
-    """Zeros of the first half of a cycle: every form of it is positive there, but the sawtooth."""
-    for make, locked in ((stress.phase_locked, True), (stress.phase_drift, False)):
-        values = make()[:4000, 0].reshape(100, 40)
-        # The mean cycle: all forms agree on the sign of its halves only where phases do.
-        swing = values.mean(0).max() - values.mean(0).min()
-        assert (swing > 1.0) == locked

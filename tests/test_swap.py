@@ -1,7 +1,6 @@
 """Dense FFNs of other models become SegMoE: `replace_ffn`, `upcycle` and the adapters."""
 
 import copy
-import io
 
 import pytest
 import torch
@@ -191,22 +190,6 @@ def test_swapped_encoder_learns_and_its_auxiliary_loss_reaches_the_router():
     assert all(layer.aux_loss > 0 for layer in layers_of(model))
 
 
-def test_swapped_encoder_is_copied_pickled_and_saved():
-    model = encoder().eval()
-    replace_ffn(model, segment_sizes=3, num_experts=4)
-    x = torch.randn(2, T, D, dtype=torch.float64)
-    expected = model(x)
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-        assert torch.equal(other(x), expected)
-    fresh = encoder().eval()
-    replace_ffn(fresh, segment_sizes=3, num_experts=4)
-    fresh.load_state_dict(model.state_dict())
-    assert torch.equal(fresh(x), expected)
-
-
 @pytest.mark.parametrize("behind", [False, True])
 def test_sequential_is_replaced_where_it_is(behind):
     model = nn.ModuleDict({"ff": sequential(dropout=0.1, behind=behind), "head": nn.Linear(D, 2)})
@@ -221,17 +204,6 @@ def test_sequential_is_replaced_where_it_is(behind):
     if behind:
         assert model["ff"][1].p == 0.25
     assert model["ff"](torch.randn(2, 3, T, D)).shape == (2, 3, T, D)
-
-
-def test_mlp_of_llama_is_replaced_by_gated_experts():
-    model = nn.ModuleList([GatedMLP(), GatedMLP()]).double()
-    old = copy.deepcopy(model)
-    names = replace_ffn(model, segment_sizes=1, num_experts=2, copy_weights=True, causal=True)
-    assert names == ["0", "1"]
-    x = torch.randn(2, T, D, dtype=torch.float64)
-    torch.testing.assert_close(model[1](x), old[1](x), rtol=1e-12, atol=1e-12)
-    assert model[0].gated
-    assert model[0].causal
 
 
 def test_encoder_layer_of_time_series_library_still_returns_its_attention():
@@ -330,18 +302,6 @@ def test_hugging_face_patchtst_takes_segment_wise_experts(channel_attention, nor
     model.train()(past_values=past, future_values=future).loss.backward()
     experts = [layer.experts.up_proj.grad for layer in layers_of(model)]
     assert all(grad.abs().max() > 0 for grad in experts)
-
-
-def test_every_ffn_of_patchtst_is_found_without_a_pattern():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.PatchTSTConfig(
-        num_input_channels=2, context_length=32, d_model=D, ffn_dim=F_, num_hidden_layers=2,
-        num_attention_heads=2, activation_function="gelu",
-    )  # fmt: skip
-    model = transformers.PatchTSTModel(config)
-    names = replace_ffn(model, segment_sizes=4, num_experts=2)
-    assert names == ["encoder.layers.0.ff", "encoder.layers.1.ff"]
-    assert isinstance(model.encoder.layers[0].ff, SegMoE)
 
 
 def test_encoder_layer_outside_an_encoder_becomes_ours():

@@ -1,16 +1,12 @@
 """The example that swaps FFNs of two models: its table, upcycling, and what does not fit."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
+from examples import swap_into_transformer as script
+from examples.forecaster import data
+
 pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-data = importlib.import_module("examples.forecaster.data")
-script = importlib.import_module("examples.swap_into_transformer")
 
 
 def write_series(folder):

@@ -185,20 +185,3 @@ def test_mask_of_floats_hides_a_step_from_experts_or_is_refused(value, dtype, al
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         assert compiled(x, None, mask)[0].isnan().all()
         assert compiled(x, src_key_padding_mask=mask)[0].isnan().all()
-
-
-@pytest.mark.parametrize("alone", [False, True])
-def test_causal_call_of_an_encoder_that_looks_ahead_is_refused(alone):
-    x = torch.randn(2, T, D, dtype=torch.float64)
-    mask = nn.Transformer.generate_square_subsequent_mask(T, dtype=torch.float64)
-    for causal in (None, False, True):
-        model = encoder(1)
-        model = model.layers[0] if alone else model
-        replace_ffn(model, causal=causal, **SIZES)
-        model(x)
-        model(x[:, :1], mask[:1, :1], is_causal=True)
-        if causal is None:
-            with pytest.raises(ValueError, match="is_causal to be False where experts see later"):
-                model(x, mask, is_causal=True)
-        else:
-            model(x, mask, is_causal=True)

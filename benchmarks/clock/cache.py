@@ -5,8 +5,6 @@ import hashlib
 import os
 from pathlib import Path
 
-__all__ = ["CACHE", "source_digest", "write_whole"]
-
 CACHE = Path(__file__).resolve().parents[2] / "build" / "clock"
 
 

@@ -26,16 +26,6 @@ from benchmarks.shapes import Shape
 from segmoe_kernels import SegMoE
 from segmoe_kernels._triton import tiles as table
 
-__all__ = [
-    "Capture",
-    "KernelLaunch",
-    "OperatorCall",
-    "capture_calls",
-    "capture_layer",
-    "caught",
-    "make_layer",
-]
-
 # Operators on at most so many elements run: others could be asked for what they compute.
 _SMALL = 4096
 _ALIASES = {"_unsafe_view", "alias"}

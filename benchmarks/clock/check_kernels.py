@@ -3,8 +3,6 @@
 import triton
 import triton.language as tl
 
-__all__ = ["attention_kernel", "count_kernel", "matmul_kernel", "place_kernel"]
-
 
 @triton.jit
 def matmul_kernel(

@@ -24,8 +24,6 @@ from benchmarks.clock.chip import time_kernel
 from benchmarks.clock.machine import H200, Machine
 from benchmarks.clock.work import Programs, Work, cdiv
 
-__all__ = ["Check", "checks", "launch"]
-
 
 @dataclass(frozen=True)
 class Check:

@@ -11,8 +11,6 @@ from benchmarks.clock.machine import H200, Machine
 from benchmarks.clock.work import Work, work_of
 from benchmarks.shapes import Shape
 
-__all__ = ["LayerTime", "Time", "resident_programs", "time_call", "time_kernel", "time_layer"]
-
 # Kernels that an operator launches where it isn't one (memory): a radix sort has a histogram and
 # eight passes; a count of few values has a least and a largest, a histogram and a sum.
 _LAUNCHES = {"sort": 9, "bincount": 4, "topk": 1, "cumsum": 1}

@@ -18,8 +18,6 @@ from benchmarks.clock import sass
 from benchmarks.clock.cache import CACHE, write_whole
 from benchmarks.codegen import NVIDIA_BIN, Launch, run_tool
 
-__all__ = ["compiled"]
-
 TARGET = GPUTarget("cuda", 90, 32)
 
 

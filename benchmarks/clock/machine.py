@@ -6,8 +6,6 @@ guessed; `checks` says how far totals move when those are wrong.
 
 from dataclasses import dataclass, replace
 
-__all__ = ["H200", "SENSITIVITY", "Machine"]
-
 
 @dataclass(frozen=True)
 class Machine:

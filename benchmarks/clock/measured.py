@@ -12,8 +12,6 @@ from benchmarks.profiles import kernel_rows
 from benchmarks.shapes import find_workloads
 from benchmarks.store import code_version
 
-__all__ = ["compare", "measure", "why_not"]
-
 
 def why_not() -> str | None:
     """Why nothing can be measured here, or None."""

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["is_modelled", "sections"]
-
 Row = dict[str, Any]
 PEER = "scattermoe"
 LAUNCHES = (1, 2)

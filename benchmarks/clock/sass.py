@@ -12,16 +12,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-__all__ = [
-    "Instruction",
-    "Kernel",
-    "Loop",
-    "annotate",
-    "parameter_offsets",
-    "read_kernel",
-    "registers_of",
-]
-
 # Where the first argument of a kernel lies in constant bank 0 of sm_90.
 _FIRST_ARGUMENT = 0x210
 _SIZES = {"i1": 1, "i8": 1, "i32": 4, "i64": 8, "fp32": 4, "fp64": 8}

@@ -21,8 +21,6 @@ from benchmarks.clock import sass
 from benchmarks.clock.cache import CACHE, source_digest, write_whole
 from benchmarks.clock.machine import Machine
 
-__all__ = ["PIPES", "Run", "decode", "run", "simulate"]
-
 Levels = Mapping[str, Mapping[str, str]]
 PIPES = ("integer", "float", "special", "tensor", "memory", "uniform", "barrier")
 _INTEGER, _FLOAT, _SPECIAL, _TENSOR, _MEMORY, _UNIFORM, _BARRIER = range(7)

@@ -17,17 +17,6 @@ from benchmarks.common import environment
 from benchmarks.peers import SkippedError
 from benchmarks.shapes import Workload, find_workloads
 
-__all__ = [
-    "PROVIDERS",
-    "TARGETS",
-    "capture_provider",
-    "check_rows",
-    "clock_environment",
-    "kernel_row",
-    "layer_rows",
-    "sensitivity_rows",
-]
-
 PROVIDERS = ("segmoe", "scattermoe")
 
 # The committed table.
