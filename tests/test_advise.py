@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -224,3 +225,10 @@ def test_picture_shows_the_scores_and_the_cycles(file):
     for axis in (left, middle):
         marks = [line.get_xdata()[0] for line in axis.lines[1:]]
         assert marks == [period.steps for period in advice.periods]
+
+
+def test_picture_says_what_to_install(file, monkeypatch):
+    _, values = file
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install segmoe-kernels\[plots\]"):
+        plot_advice(values, advise(values))

@@ -95,3 +95,20 @@ def test_doctor_as_a_command():
     if not GPU:
         # Triton's own interpreter; that of the other tests is corrected.
         assert re.search(r"check, bfloat16 +refused: .* multiplies it wrongly", result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["surgeon"], "invalid choice: 'surgeon'"),
+        ([], "the following arguments are required: command"),
+        (["doctor", "now"], "unrecognized arguments: now"),
+    ],
+)
+def test_main_refuses_unknown_commands(arguments, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        command.main(arguments)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("usage: python -m segmoe_kernels")
+    assert words in error

@@ -368,3 +368,13 @@ def test_training_stops_when_validation_does_not_improve():
 def test_quickstart_runs(capsys):
     runpy.run_path(str(EXAMPLES / "quickstart.py"), run_name="__main__")
     assert "(8, 64, 64) -> (8, 64, 64)" in capsys.readouterr().out
+
+
+def test_resume_of_a_finished_run_scores_it_again(tmp_path, capsys):
+    results = []
+    for more in ([], ["--resume"]):
+        assert script.main([*TINY, "--no-plots", "--out", str(tmp_path), *more]) == 0
+        (run,) = json.loads((tmp_path / "result.json").read_text())["runs"]
+        results.append((run["history"], run["test"]))
+    assert results[0] == results[1]
+    assert "going on after epoch 2" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import torch
 from layers import STATES, make_layer
 from torch import nn
 
-from segmoe_kernels import collect_routing_stats, collect_routings
+from segmoe_kernels import collect_routing_stats, collect_routings, functional
 from segmoe_kernels.testing import make_inputs
 
 AUTO = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
@@ -161,3 +161,27 @@ def test_ahead_of_time_compiled_layer_equals_eager_at_any_length(tmp_path):
     for length in range(2, 9):
         inputs = inputs_of(2, length, True, torch.float32)
         torch.testing.assert_close(run(*inputs), layer(*inputs))
+
+
+class Gemm(nn.Module):
+    """`functional.grouped_gemm` with weights of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 6, 4, dtype=torch.float64))
+        self.bias = nn.Parameter(torch.randn(3, 6, dtype=torch.float64))
+
+    def forward(self, x, expert_offsets):
+        """Return the products."""
+        return functional.grouped_gemm(x, self.weight, expert_offsets, self.bias, "gelu")
+
+
+def test_exported_grouped_gemm_equals_eager():
+    gemm, x = Gemm(), torch.randn(9, 4, dtype=torch.float64)
+    offsets = torch.tensor([0, 2, 2, 7], dtype=torch.int32)
+    dims = ({0: torch.export.Dim.AUTO}, None)
+    program = torch.export.export(gemm, (x, offsets), dynamic_shapes=dims)
+    assert namespaces(program) == {"aten"}
+    for found in (offsets, torch.tensor([0, 0, 4, 5], dtype=torch.int32)):
+        for rows in (x, x[:7]):
+            assert_same(program.module()(rows, found), gemm(rows, found))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from programs import run_python
 from torch.utils.flop_counter import FlopCounterMode
 
 from segmoe_kernels import SegMoE, functional
@@ -96,3 +97,16 @@ def test_every_operator_with_products_has_a_formula():
     routing = {"count_routing", "permute"}
     assert without == {*routing, "combine_bwd", "combine_fwd", "loss_scale"}
     assert not FORMULAS.keys() - set(names)
+
+
+def test_first_call_of_a_process_is_counted():
+    program = f"""
+import torch
+from segmoe_kernels import SegMoE
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    SegMoE({D}, {F}, {E}, segment_size={P}, backend="reference")(torch.zeros({B}, {T}, {D}))
+print(counter.get_total_flops())
+"""
+    found = run_python("-c", program)
+    assert int(found.stdout) == forward_flops(top_k=1, steps=SEGMENTS * P)

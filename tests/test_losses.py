@@ -315,3 +315,33 @@ def test_a_loss_scaler_is_no_module_that_the_layer_would_swallow():
     layer.loss_scaler = Engine()  # past the setter
     with pytest.raises(TypeError, match=r"loss_scaler to be no module.*got Engine"):
         layer(torch.randn(1, 2, 4))
+
+
+@pytest.mark.parametrize("loss", [load_balancing_loss, router_z_loss])
+def test_losses_pass_gradcheck(loss):
+    def of_weight(weight, x):
+        layer = SegMoE(2, 2, 3, segment_size=2, top_k=2, dtype=torch.float64, backend="reference")
+        state = {"router.weight": weight}
+
+        class Wrapped(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = layer
+
+            def forward(self, inputs):
+                return loss(self.layer.forward_with_routing(inputs)[1])
+
+        names = {f"layer.{key}": value for key, value in state.items()}
+        return torch.func.functional_call(Wrapped(), names, (x,))
+
+    weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(1, 6, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(of_weight, (weight, x))
+
+
+def test_inject_loss_of_low_precision_output():
+    y = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.ones((), dtype=torch.float32, requires_grad=True)
+    inject_loss(y * 1, weight * 3).sum().backward()
+    assert weight.grad == 3
+    assert weight.grad.dtype == torch.float32

@@ -140,3 +140,17 @@ def test_master_weights_in_float32_follow_a_16_bit_module(dtype):
         losses.append((loss.item(), reference.item()))
     assert losses[-1][0] < 0.9 * losses[0][0]
     assert losses[-1][0] == pytest.approx(losses[-1][1], rel=0.02)
+
+
+def test_overflow_skips_the_step_and_halves_the_scale():
+    layer = make_layer(**AUX)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=1)
+    set_loss_scaler(layer, scaler)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    before = copy.deepcopy(layer.state_dict())
+    x = make_inputs(2, 12, D).x
+    scaler.scale(1e6 * layer(x).square().sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    assert scaler.get_scale() == 2.0**125

@@ -208,3 +208,12 @@ def test_layer_causal_never_looks_ahead(shared, pooling, padded):
             torch.testing.assert_close(
                 layer(other, other_mask)[:, : t + 1], y[:, : t + 1], rtol=1e-12, atol=1e-13
             )
+
+
+def test_expert_ffn_dropout_differs_between_calls_and_repeats_by_seed():
+    layer, x = make_identity_layer(0.5), torch.ones(1, 50, 8).double()
+    torch.manual_seed(3)
+    first, second = layer(x), layer(x)
+    torch.manual_seed(3)
+    assert torch.equal(layer(x), first)
+    assert not torch.equal(second, first)

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from layers import make_layer
+from programs import run_python
 from torch import nn
 
 from segmoe_kernels import collect_routing_stats
@@ -178,3 +179,44 @@ def test_tensorboard_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match=r"pip install segmoe-kernels\[tensorboard\]"):
         TensorBoardWriter(tmp_path)
+
+
+def test_csv_of_a_killed_program_has_whole_rows(tmp_path):
+    path = tmp_path / "stats.csv"
+    code = f"""
+import os, signal
+from segmoe_kernels.stats.writers import CSVWriter
+writer = CSVWriter({str(path)!r})
+for step in range(100):
+    writer.write({{"step": step, "epoch": 0, "global": {{"entropy": step / 7}}, "layers": {{}}}})
+    if step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+    run_python("-c", code, status=-signal.SIGKILL)
+    assert [float(row["moe/global/entropy"]) for row in read(path)] == [s / 7 for s in range(6)]
+    assert path.read_bytes().endswith(b"\n")
+
+
+def test_writers_share_a_file(tmp_path):
+    """One header, whoever writes first, and whole rows, though another writer was stopped."""
+    history = entries(4)
+    path = tmp_path / "stats.csv"
+    with CSVWriter(path) as one, CSVWriter(path) as other:
+        for writer, entry in zip((one, other, one), history, strict=False):
+            writer.write(entry)
+        with path.open("ab") as stream:
+            stream.write(b"7,0,0.12")
+        with pytest.warns(RuntimeWarning, match="was taken away"):
+            other.write(history[3])
+    assert read(path) == [expected_row(entry) for entry in history]
+
+
+def test_csv_keeps_rows_when_an_entry_is_refused(tmp_path):
+    first, second = entries(2)
+    path = tmp_path / "stats.csv"
+    with CSVWriter(path) as writer:
+        writer.write(first)
+        with pytest.raises(ValueError, match="moe/layer_1/"):
+            writer.write({**second, "layers": {0: second["layers"][0]}})
+        writer.write(second)
+    assert len(read(path)) == 2

@@ -428,3 +428,35 @@ def test_stress_series_are_finite_repeat_and_differ_by_seed(name):
     assert np.array_equal(values, make())
     assert not np.array_equal(values, make(seed=1))
     assert data.load_series(name).name == name
+
+
+def test_a_run_without_its_row_is_repeated_by_its_name(small_study, tmp_path):
+    assert study.main(small_study) == 0
+    path = tmp_path / "baselines" / "runs.csv"
+    before = read(path.parent)
+    _, taken = before
+    report.write_csv(path, [run for key, run in before.items() if key != taken])
+    assert study.main([*small_study, "--only", "^multiscale_segment_s0$"]) == 0
+    again = read(path.parent)
+    assert [*again] == [*before]
+    assert scores(again[taken]) == scores(before[taken])
+    assert before[taken]["windows_9"] < before[taken]["windows_4"] + 1
+
+
+def test_commands_that_cannot_work_say_so(small_study, capsys):
+    assert study.main([*small_study, "--only", "nothing"]) == 2
+    assert "matches none of 2 runs" in capsys.readouterr().err
+    assert study.main([*small_study, "--report"]) == 2
+    assert "has no result yet" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        study.main([*small_study, "--only", "("])
+    assert "regular expression" in capsys.readouterr().err
+
+
+def test_phase_locked_repeats_after_40_steps_and_drift_does_not():
+    """Zeros of the first half of a cycle: every form of it is positive there, but the sawtooth."""
+    for make, locked in ((stress.phase_locked, True), (stress.phase_drift, False)):
+        values = make()[:4000, 0].reshape(100, 40)
+        # The mean cycle: all forms agree on the sign of its halves only where phases do.
+        swing = values.mean(0).max() - values.mean(0).min()
+        assert (swing > 1.0) == locked

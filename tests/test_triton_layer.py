@@ -290,3 +290,21 @@ def test_layer_repeats_bitwise_while_the_gpu_does_other_work(routing, dtype):
         del room
         assert all(torch.equal(actual[name], value) for name, value in expected.items()), turn
     torch.cuda.synchronize()
+
+
+def test_dropout_keeps_the_mean_and_the_rate(device):
+    layer = SegMoE(
+        1, 4000, 1, dropout=0.25, shared_expert=None, activation="relu", backend="triton",
+        device=device,
+    )  # fmt: skip
+    with torch.no_grad():
+        layer.experts.up_proj.fill_(1)
+        layer.experts.down_proj.fill_(1 / 4000)
+    y = layer(torch.ones(1, 30, 1, device=device))
+    # Each step is a mean of 4000 independent 0 or 4/3: standard deviation 0.0091.
+    assert (y - 1).abs().max() < 5 * 0.0092
+    assert y.unique().numel() > 15  # steps differ
+    kept = (y * 4000 * 0.75).round()
+    assert torch.allclose(kept, y * 4000 * 0.75, atol=0.05)
+    assert torch.equal(layer.eval()(torch.ones(1, 3, 1, device=device)).round(decimals=4).unique(),
+                       torch.ones(1, device=device))  # fmt: skip
