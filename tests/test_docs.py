@@ -14,6 +14,7 @@ from programs import ROOT, run_python
 from sphinx.util.inventory import InventoryFile
 
 import segmoe_kernels
+from docs import known
 from examples.studies.paired import difference
 from examples.studies.report import read_runs
 
@@ -57,6 +58,7 @@ def test_no_python_of_a_page_is_left_out():
     assert {name for name, _ in fences} >= {"readme", *(p.stem for p in DOCS.glob("*.md"))} - {
         "api",
         "index",
+        "limits",
     }
 
 
@@ -71,7 +73,7 @@ def test_links_and_pictures_of_a_page_are_there(name):
 def test_each_concept_has_a_picture_and_a_snippet_and_the_index_names_it():
     index = (DOCS / "index.md").read_text(encoding="utf-8")
     for path in DOCS.glob("*.md"):
-        if path.name not in {"index.md", "api.md"}:
+        if path.name not in {"index.md", "api.md", "limits.md"}:
             text = path.read_text(encoding="utf-8")
             assert "```python" in text, path
             if path.name != "contributing.md":
@@ -162,6 +164,12 @@ def test_the_table_of_costs_is_what_the_files_hold():
         for cell, kind in zip(cells, kinds, strict=True):
             value = form.format(factor * float(of_file[name][kind][key]))
             assert cell == value or (cell == "" and value == "0 %"), (key, kind)
+
+
+def test_what_the_readme_says_is_known_is_what_the_files_say():
+    text = PAGES["readme"].read_text(encoding="utf-8")
+    assert known.block() in text
+    assert len(text.splitlines()) <= 130
 
 
 def test_the_change_log_begins_with_this_version():
