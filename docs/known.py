@@ -1,4 +1,4 @@
-"""The table of what is known in the README, from committed files: ``python -m docs.known`` writes it."""
+"""The README's table of what is known, from committed files; ``python -m docs.known`` writes it."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ def correctness() -> str:
     """What the emulator ran, and the checks against float64."""
     text = (ROOT / "tests" / "reports" / "ptx.md").read_text(encoding="utf-8")
     found = re.search(r"\*\*(\d+)\*\* runs with (\d+) launches of (\d+) kernels; (\d+) with", text)
-    runs, launches, kernels, faults = found.groups()
+    runs, _, kernels, faults = found.groups()
     return (
         f"Correct: {kernels} kernels, executed as compiled for sm_80 and sm_90, {runs} layers, "
         f"{faults} faults; errors against float64 within rounding of plain PyTorch's | "
@@ -50,8 +50,8 @@ def speed() -> str:
             f"{forward[0] / forward[1]:.1f} and {both[0] / both[1]:.1f}"
         )
     return (
-        "Speed, **modelled** for an H200 in bfloat16, never measured: times as fast as ScatterMoE in "
-        f"the same model, forward and forward + backward. {'; '.join(parts)} | "
+        "Speed, **modelled** for an H200 in bfloat16, never measured: times as fast as ScatterMoE "
+        f"in the same model, forward and forward + backward. {'; '.join(parts)} | "
         "[clock](benchmarks/results/clock/report.md)"
     )
 
@@ -82,8 +82,8 @@ def memory() -> str:
     kinds = ("dense", "segment-wise, shared token-wide", "official loop")
     kept = [f"{float(rows[kind]['ffn_bytes_per_patch_and_layer']):,.0f}" for kind in kinds]
     return (
-        "Bytes kept for backward, a patch and FFN layer of width 128: dense FFN {}, ours {}, official "
-        "loop {} | [cost](docs/choosing.md#what-it-costs)"
+        "Bytes kept for backward, a patch and FFN layer of width 128: dense FFN {}, ours {}, "
+        "official loop {} | [cost](docs/choosing.md#what-it-costs)"
     ).format(*kept)
 
 
