@@ -1,6 +1,5 @@
 """What `codegen` compiles: layers, products and shared experts of the sizes that people build."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,12 +21,11 @@ def run_layer(dtype: torch.dtype, options: dict[str, Any]) -> None:
     masked, segments = settings.pop("masked", False), settings.pop("segments", 3)
     unaligned = settings.pop("unaligned", False)
     layer = SegMoE(**settings, backend="triton", dtype=dtype)
-    shape = (2, segments * layer.segment_size - 1, layer.d_model)
-    x = torch.zeros(math.prod(shape) + 1, dtype=dtype)[int(unaligned) :][: math.prod(shape)]
-    x = x.view(shape)
+    shape = (2, segments * layer.segment_size - 1, layer.d_model + unaligned)
+    x = torch.zeros(shape, dtype=dtype)[..., int(unaligned) :]
     mask = torch.ones(x.shape[:2], dtype=torch.bool) if masked else None
     y = layer(x.requires_grad_(), mask)
-    y.backward(torch.zeros_like(y))
+    y.backward(torch.zeros_like(x))
 
 
 def _layer_case(dtype: torch.dtype, **options: Any) -> Callable[[], None]:

@@ -60,9 +60,12 @@ def route_bwd_tile(d_model: int, num_experts: int, dtype: torch.dtype) -> TileCo
 # A row of at most this many columns stays on chip through the whole FFN.
 MAX_FUSED_WIDTH = 256
 
-# Beyond this many an expert's sums leave a program no tile of hidden columns that is worth
-# computing the hidden layer for: backward writes it once, and weight gradients are products.
-MAX_FUSED_DW_WIDTH = 128
+# Up to here one kernel makes weight gradients, except in float32. Else it would compute the hidden
+# layer for few columns at a time: backward writes it once, and weight gradients are products.
+# Modelled us of a backward, P = 5, F = 2 D, by one kernel and by products, at 1e4, 1e5 and 1e6 rows:
+# D = 64, E = 4 29, 78, 616 and 32, 86, 615; D = 128, E = 8 49, 193, 1,697 and 51, 155, 1,267; of
+# the experts alone in float32, 1e5 rows: D = 64 1,214 and 660, D = 128 5,406 and 2,918.
+MAX_FUSED_DW_WIDTH = 64
 
 # Multiprocessors of the largest GPU at hand (H100, H200); a constant, so that sums don't depend on
 # the device.

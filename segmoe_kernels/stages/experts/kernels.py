@@ -125,6 +125,9 @@ def expert_ffn_dx_kernel(
     routed = mask_m & (expert < num_experts)
     x = load_rows(x_rows, at, routed, offs_d, D, slots, length, LAYOUT)
     x = x.to(experts.up.ptr.dtype.element_ty)
+    if BLOCK_D > 128 or D % 16 != 0:
+        # Rows whose stride 16 doesn't divide come by the element: x leaves its registers first.
+        tl.debug_barrier()
     dy = load_rows(dy_rows, at, routed, offs_d, D, slots, length, LAYOUT)
     weights = tl.load(topk_weights_ptr + at.slot, mask=routed, other=0.0).to(ACC)
     row_ids = at.slot * SEGMENT_SIZE + rows % SEGMENT_SIZE
