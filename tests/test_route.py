@@ -17,7 +17,7 @@ from segmoe_kernels.functional import route
 pytest.importorskip("triton")
 
 POOLINGS = ["concat", "mean", "max", "first", "last"]
-BLOCK = 32  # segments in a program
+BLOCK = 64  # segments in a program
 
 
 def make_stage(outputs=None, **options):
@@ -185,8 +185,8 @@ def test_route_counts_the_slots_of_each_block(segments, case, device):
     assert out.block_counts.dtype == torch.int32
 
 
-def test_route_counts_slots_that_it_takes_in_two_turns(device):
-    """Of more than 256 experts a program holds half of its segments at a time."""
+def test_route_counts_slots_that_it_takes_in_turns(device):
+    """Of more than 256 experts a program holds a quarter of its segments at a time."""
     x = draw(1, 2 * (BLOCK + 20), 3, dtype=torch.float32, device=device)
     weight = draw(260, 6, dtype=torch.float32, device=device)
     out = route(x, weight, segment_size=2, top_k=2, backend="triton")
