@@ -14,7 +14,7 @@ def run_layer(dtype: torch.dtype, options: dict[str, Any]) -> None:
     Args:
         dtype: of the layer.
         options: of the layer, and ``masked``: with a padding mask, ``segments``: their number in
-            each of two sequences, ``unaligned``: x is a view that begins 2 or 4 bytes off.
+            each of two sequences, ``unaligned``: x and dy are views whose rows begin anywhere.
     """
     settings = {"d_model": 64, "num_experts": 4, "segment_size": 5, **options}
     settings.setdefault("d_ff", 2 * settings["d_model"])

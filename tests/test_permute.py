@@ -23,7 +23,7 @@ def _blocks(request, monkeypatch):
     """Blocks of so many steps of the router, as with very many segments."""
     for name in ("permute", "route"):
         module = importlib.import_module(f"segmoe_kernels.stages.{name}")
-        monkeypatch.setattr(module, "segments_per_block", lambda _: request.param * BLOCK)
+        monkeypatch.setattr(module, "segments_per_block", lambda *_: request.param * BLOCK)
 
 
 def ids_of(segments, top_k, num_experts, device="cpu", unrouted=True):
@@ -95,11 +95,12 @@ def test_permute_of_many_experts(num_experts, device):
 
 
 @pytest.mark.parametrize("segments", [1, 65_535, 65_536, 200_000, 2**31 - 1])
-def test_there_are_at_most_1024_blocks(segments):
-    size = tiles.segments_per_block(segments)
-    assert size % BLOCK == 0
+@pytest.mark.parametrize(("experts", "least"), [(64, BLOCK), (65, 32)])
+def test_there_are_at_most_1024_blocks(segments, experts, least):
+    size = tiles.segments_per_block(segments, experts)
+    assert size % least == 0
     assert -(-segments // size) <= 1024
-    assert size == BLOCK or segments > 511 * size
+    assert size == least or segments > 511 * size
 
 
 @pytest.mark.parametrize("shape", [(0, 1), (0, 3)], ids=str)

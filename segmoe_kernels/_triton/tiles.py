@@ -37,16 +37,17 @@ def describe_source() -> str:
     return f"the table's for {arch}, but {count} of its answers from {path}"
 
 
-# The router goes as many at a time, or a part of them.
+# The router goes as many at a time, 32 of more than 64 experts, or a part of them.
 SEGMENTS_AT_ONCE = 64
 
 
-def segments_per_block(num_segments: int) -> int:
+def segments_per_block(num_segments: int, num_experts: int) -> int:
     """Segments whose histogram is one, a program's of the router and of `permute`.
 
     There are at most 1,024 histograms: each program of `permute` sums up all of them.
     """
-    return SEGMENTS_AT_ONCE * (1 + num_segments // (1024 * SEGMENTS_AT_ONCE))
+    at_once = SEGMENTS_AT_ONCE if num_experts <= 64 else 32
+    return at_once * (1 + num_segments // (1024 * at_once))
 
 
 @replaceable(*FUSED[1:])

@@ -116,7 +116,7 @@ def _permute(
     at_once = max(16, 8192 // groups)
     # A chunk holds a (CHUNK, GROUPS) one-hot in registers.
     tiles = {"CHUNK": min(padded(SEGMENTS_AT_ONCE * top_k), at_once), "GROUPS": groups}
-    segments = segments_per_block(topk_ids.shape[0])
+    segments = segments_per_block(topk_ids.shape[0], num_experts)
     num_blocks = cdiv(topk_ids.shape[0], segments)
     if block_counts is None:
         block_counts = topk_ids.new_empty(num_blocks, num_experts + 1)

@@ -56,7 +56,7 @@ def _route_fwd(
     tile = route_fwd_tile(x.shape[2], router_weight.shape[0], x.dtype)
     # Rows that begin anywhere are loaded by the element: few columns at a time fit the registers.
     aligned = not any(offset % 16 for offset in (x.data_ptr(), *x.stride()[:-1]))
-    per_block = segments_per_block(num_segments)
+    per_block = segments_per_block(num_segments, router_weight.shape[0])
     grid = (cdiv(num_segments, per_block),)
     # Kernels count steps in 32 bits, missing ones of the last segments included.
     check.check_programs("route", grid[0] * per_block * segment_size)
@@ -99,7 +99,7 @@ def _route_fwd_fake(
     num_segments = x.shape[0] * ((x.shape[1] + segment_size - 1) // segment_size)
     num_experts = router_weight.shape[0]
     dtype = accumulator_dtype(x.dtype)
-    num_blocks = cdiv(num_segments, segments_per_block(num_segments))
+    num_blocks = cdiv(num_segments, segments_per_block(num_segments, num_experts))
     logits = x.new_empty(num_segments, num_experts, dtype=dtype)
     return (
         logits,
