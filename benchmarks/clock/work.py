@@ -125,9 +125,9 @@ def _router_bytes(shape: Shape) -> int:
 
 @_kernel
 def route_fwd(launch: KernelLaunch, shape: Shape) -> Work:
-    count = cdiv(shape.segments, launch["SEGMENTS"])
+    count = cdiv(shape.segments, launch["segments_per_block"])
     trips = {
-        "start": launch["SEGMENTS"] / launch["BLOCK_S"],
+        "start": launch["segments_per_block"] / launch["BLOCK_S"],
         "d0": cdiv(shape.d_model, launch["BLOCK_D"]),
         "p": shape.segment_size,
         "k": shape.top_k,
@@ -139,27 +139,20 @@ def route_fwd(launch: KernelLaunch, shape: Shape) -> Work:
 
 @_kernel
 def permute_count(launch: KernelLaunch, shape: Shape) -> Work:
-    slots = launch["SLOTS_PER_BLOCK"]
+    slots = launch["slots_per_block"]
     size = 4 * shape.segments * shape.top_k
     count = cdiv(shape.segments * shape.top_k, slots)
     return Work((Programs(count, {"start": cdiv(slots, launch["CHUNK"])}),), size, size)
 
 
 @_kernel
-def permute_scan(launch: KernelLaunch, shape: Shape) -> Work:
-    size = 8 * launch["num_blocks"] * (shape.num_experts + 1)
-    return Work((Programs(cdiv(launch["num_blocks"], launch["BLOCKS"]), {}),), 0, size)
-
-
-@_kernel
 def permute_place(launch: KernelLaunch, shape: Shape) -> Work:
-    slots, runs = shape.segments * shape.top_k, launch["num_runs"]
-    blocks = cdiv(slots, launch["SLOTS_PER_BLOCK"])
+    slots, blocks = shape.segments * shape.top_k, launch["num_blocks"]
     trips = {
-        "start": cdiv(runs, launch["RUNS"]),
-        "start#2": cdiv(launch["SLOTS_PER_BLOCK"], launch["CHUNK"]),
+        "start": cdiv(blocks, launch["BLOCKS"]),
+        "start#2": cdiv(launch["slots_per_block"], launch["CHUNK"]),
     }
-    sums = blocks * runs * 4 * (shape.num_experts + 1)
+    sums = blocks**2 * 4 * (shape.num_experts + 1)
     return Work((Programs(blocks, trips),), 12 * slots, 12 * slots + sums)
 
 

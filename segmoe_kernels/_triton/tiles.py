@@ -37,15 +37,30 @@ def describe_source() -> str:
     return f"the table's for {arch}, but {count} of its answers from {path}"
 
 
+# The router goes as many at a time, 32 of more than 64 experts, or a part of them.
+SEGMENTS_AT_ONCE = 64
+
+
+def segments_per_block(num_segments: int, num_experts: int) -> int:
+    """Segments whose histogram is one, a program's of the router and of `permute`.
+
+    There are at most 1,024 histograms: each program of `permute` sums up all of them.
+    """
+    at_once = SEGMENTS_AT_ONCE if num_experts <= 64 else 32
+    return at_once * (1 + num_segments // (1024 * at_once))
+
+
 @replaceable(*FUSED[1:])
 def route_fwd_tile(d_model: int, num_experts: int, dtype: torch.dtype) -> TileConfig:
-    """block_m segments (they divide `permute`'s blocks) and block_n columns of x at a time."""
+    """block_m segments (they divide SEGMENTS_AT_ONCE) and block_n columns of x at a time."""
     # Every expert's logit, probability and rank stay in registers.
     if num_experts > 256:
         return TileConfig(16, power(d_model, 16, 32), 0, 8, 1)
     if dtype.itemsize > 2:
         return TileConfig(32, power(d_model, 16, 64), 0, 8, 2, 255)
-    return TileConfig(32, power(d_model, 16, 128), 0, 8 if num_experts > 64 else 4, 2)
+    if num_experts > 64:
+        return TileConfig(32, power(d_model, 16, 128), 0, 8, 2)
+    return TileConfig(64, power(d_model, 16, 128), 0, 4, 2)
 
 
 @replaceable(*FUSED[1:])
@@ -60,9 +75,12 @@ def route_bwd_tile(d_model: int, num_experts: int, dtype: torch.dtype) -> TileCo
 # A row of at most this many columns stays on chip through the whole FFN.
 MAX_FUSED_WIDTH = 256
 
-# Beyond this many an expert's sums leave a program no tile of hidden columns that is worth
-# computing the hidden layer for: backward writes it once, and weight gradients are products.
-MAX_FUSED_DW_WIDTH = 128
+# Up to here one kernel makes weight gradients, except in float32. Else it would compute the hidden
+# layer for few columns at a time: backward writes it once, and weight gradients are products.
+# Modelled us of a backward, P = 5, F = 2 D, by one kernel and by products, 1e4, 1e5 and 1e6 rows:
+# D = 64, E = 4 29, 78, 616 and 32, 86, 615; D = 128, E = 8 49, 193, 1,697 and 51, 155, 1,267; of
+# the experts alone in float32, 1e5 rows: D = 64 1,214 and 660, D = 128 5,406 and 2,918.
+MAX_FUSED_DW_WIDTH = 64
 
 # Multiprocessors of the largest GPU at hand (H100, H200); a constant, so that sums don't depend on
 # the device.

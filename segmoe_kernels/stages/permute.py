@@ -1,9 +1,9 @@
 """Stage 2 of 4, permute: group the slots by expert with a stable counting sort.
 
-Data flow: ``topk_ids (S, top_k) -> counts per block (blocks, E + 1) -> [sums of runs of blocks] ->
-sorted_to_slot (R,), slot_to_sorted (R,), expert_offsets (E + 1,)``. Group E collects the slots
-without an expert. Nothing is sorted by comparison, nothing is atomic: a slot's place is the number
-of slots before it in its group, found from the blocks' histograms and a sum inside the block.
+Data flow: ``topk_ids (S, top_k) -> counts per block (blocks, E + 1) -> sorted_to_slot (R,),
+slot_to_sorted (R,), expert_offsets (E + 1,)``. Group E collects the slots without an expert.
+Nothing is sorted by comparison, nothing is atomic: a slot's place is the number of slots before it
+in its group, found from the blocks' histograms and a sum inside the block.
 """
 
 import torch
@@ -13,13 +13,8 @@ from torch import Tensor
 
 from segmoe_kernels._triton.arguments import Places
 from segmoe_kernels._triton.launch import cdiv, define_operator, kernel, padded
+from segmoe_kernels._triton.tiles import SEGMENTS_AT_ONCE, segments_per_block
 from segmoe_kernels.routing import Permutation
-
-# Slots that one program places; `route` counts its blocks in the same number of segments.
-SEGMENTS_PER_BLOCK = 32
-
-# Up to here each program sums up all histograms: quadratic, but a launch less than runs of them.
-MAX_BLOCKS_WITHOUT_SCAN = 1024
 
 
 @triton.jit
@@ -33,22 +28,22 @@ def _permute_count_kernel(
     topk_ids_ptr,  # (R,) int32
     block_counts_ptr,  # (blocks, E + 1) int32, every row is written
     num_slots,
+    slots_per_block,
     num_experts,
-    SLOTS_PER_BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
     GROUPS: tl.constexpr,
 ) -> None:
     """Count the slots of each group in a block.
 
-    Grid: ``(blocks,)``; one program owns SLOTS_PER_BLOCK consecutive slots.
+    Grid: ``(blocks,)``; one program owns slots_per_block consecutive slots.
     """
     pid = tl.program_id(0).to(tl.int64)
     groups = tl.arange(0, GROUPS)
     counts = tl.zeros((GROUPS,), dtype=tl.int32)
-    for start in range(0, SLOTS_PER_BLOCK, CHUNK):
+    for start in range(0, slots_per_block, CHUNK):
         inner = start + tl.arange(0, CHUNK)
-        slots = pid * SLOTS_PER_BLOCK + inner
-        mask = (inner < SLOTS_PER_BLOCK) & (slots < num_slots)
+        slots = pid * slots_per_block + inner
+        mask = (inner < slots_per_block) & (slots < num_slots)
         ids = tl.load(topk_ids_ptr + slots, mask=mask, other=0)
         group = _group_of(ids, num_experts)
         counts += tl.sum(((group[:, None] == groups[None, :]) & mask[:, None]).to(tl.int32), 0)
@@ -57,76 +52,46 @@ def _permute_count_kernel(
 
 
 @kernel
-def _permute_scan_kernel(
-    block_counts_ptr,  # (blocks, E + 1) int32
-    block_starts_ptr,  # (blocks, E + 1) int32, every row is written
-    sums_ptr,  # (cdiv(blocks, BLOCKS), E + 1) int32, every row is written
-    num_blocks,
-    num_experts,
-    BLOCKS: tl.constexpr,
-    GROUPS: tl.constexpr,
-) -> None:
-    """Sum up BLOCKS histograms, and before each of them those that lie before it in the run.
-
-    Grid: ``(cdiv(blocks, BLOCKS),)``.
-    """
-    run = tl.program_id(0).to(tl.int64)
-    groups = tl.arange(0, GROUPS)
-    mask_g = groups <= num_experts
-    blocks = run * BLOCKS + tl.arange(0, BLOCKS)
-    offs = blocks[:, None] * (num_experts + 1) + groups[None, :]
-    mask = (blocks < num_blocks)[:, None] & mask_g[None, :]
-    counts = tl.load(block_counts_ptr + offs, mask=mask, other=0)
-    tl.store(block_starts_ptr + offs, tl.cumsum(counts, 0) - counts, mask=mask)
-    tl.store(sums_ptr + run * (num_experts + 1) + groups, tl.sum(counts, 0), mask=mask_g)
-
-
-@kernel
 def _permute_place_kernel(
     topk_ids_ptr,  # (R,) int32
-    sums_ptr,  # (runs, E + 1) int32, of BLOCKS_IN_RUN histograms each
-    block_starts_ptr,  # (blocks, E + 1) int32, inside a run; None for runs of one
+    block_counts_ptr,  # (blocks, E + 1) int32
     out,  # Places
     num_slots,
+    slots_per_block,
     num_experts,
-    num_runs,
-    SLOTS_PER_BLOCK: tl.constexpr,
+    num_blocks,
     CHUNK: tl.constexpr,
     GROUPS: tl.constexpr,
-    BLOCKS_IN_RUN: tl.constexpr,
-    RUNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ) -> None:
     """Write both maps for the slots of a block.
 
-    Grid: ``(blocks,)``; one program owns SLOTS_PER_BLOCK consecutive slots, CHUNK at a time, and
-    sums up the runs before its own, RUNS at a time.
+    Grid: ``(blocks,)``; one program owns slots_per_block consecutive slots, CHUNK at a time, and
+    sums up all histograms, BLOCKS at a time.
     """
     pid = tl.program_id(0).to(tl.int64)
     groups = tl.arange(0, GROUPS)
     mask_g = groups <= num_experts
     totals = tl.zeros((GROUPS,), dtype=tl.int32)
     before = tl.zeros((GROUPS,), dtype=tl.int32)
-    for start in range(0, num_runs, RUNS):
-        runs = start + tl.arange(0, RUNS)
+    for start in range(0, num_blocks, BLOCKS):
+        blocks = start + tl.arange(0, BLOCKS)
         counts = tl.load(
-            sums_ptr + runs.to(tl.int64)[:, None] * (num_experts + 1) + groups[None, :],
-            mask=(runs < num_runs)[:, None] & mask_g[None, :],
+            block_counts_ptr + blocks[:, None] * (num_experts + 1) + groups[None, :],
+            mask=(blocks < num_blocks)[:, None] & mask_g[None, :],
             other=0,
         )
         totals += tl.sum(counts, 0)
-        before += tl.sum(tl.where((runs < pid // BLOCKS_IN_RUN)[:, None], counts, 0), 0)
+        before += tl.sum(tl.where((blocks < pid)[:, None], counts, 0), 0)
     offsets = tl.cumsum(totals, 0) - totals
     running = offsets + before
-    if block_starts_ptr is not None:
-        starts_ptr = block_starts_ptr + pid * (num_experts + 1) + groups
-        running += tl.load(starts_ptr, mask=mask_g, other=0)
     first = pid == 0
     tl.store(out.expert_offsets_ptr + groups, offsets, mask=mask_g & first)
     tl.store(out.expert_counts_ptr + groups, totals, mask=(groups < num_experts) & first)
-    for start in range(0, SLOTS_PER_BLOCK, CHUNK):
+    for start in range(0, slots_per_block, CHUNK):
         inner = start + tl.arange(0, CHUNK)
-        slots = pid * SLOTS_PER_BLOCK + inner
-        mask = (inner < SLOTS_PER_BLOCK) & (slots < num_slots)
+        slots = pid * slots_per_block + inner
+        mask = (inner < slots_per_block) & (slots < num_slots)
         ids = tl.load(topk_ids_ptr + slots, mask=mask, other=0)
         group = _group_of(ids, num_experts)
         mine = ((group[:, None] == groups[None, :]) & mask[:, None]).to(tl.int32)
@@ -148,43 +113,26 @@ def _permute(
             output.zero_()
         return outputs
     groups = padded(num_experts + 1)
-    slots_per_block = SEGMENTS_PER_BLOCK * top_k
+    at_once = max(16, 8192 // groups)
     # A chunk holds a (CHUNK, GROUPS) one-hot in registers.
-    chunk = max(16, min(padded(slots_per_block), 8192 // groups))
-    num_blocks = cdiv(topk_ids.shape[0], SEGMENTS_PER_BLOCK)
-    tiles = {"SLOTS_PER_BLOCK": slots_per_block, "CHUNK": chunk, "GROUPS": groups}
+    tiles = {"CHUNK": min(padded(SEGMENTS_AT_ONCE * top_k), at_once), "GROUPS": groups}
+    segments = segments_per_block(topk_ids.shape[0], num_experts)
+    num_blocks = cdiv(topk_ids.shape[0], segments)
     if block_counts is None:
         block_counts = topk_ids.new_empty(num_blocks, num_experts + 1)
         _permute_count_kernel[(num_blocks,)](
-            topk_ids, block_counts, num_slots, num_experts, **tiles
-        )
-    at_once = max(16, 8192 // groups)
-    sums, block_starts, num_runs = block_counts, None, num_blocks
-    if num_blocks > MAX_BLOCKS_WITHOUT_SCAN:
-        num_runs = cdiv(num_blocks, at_once)
-        sums = topk_ids.new_empty(num_runs, num_experts + 1)
-        block_starts = torch.empty_like(block_counts)
-        _permute_scan_kernel[(num_runs,)](
-            block_counts,
-            block_starts,
-            sums,
-            num_blocks,
-            num_experts,
-            BLOCKS=at_once,
-            GROUPS=groups,
-            num_warps=8,
+            topk_ids, block_counts, num_slots, segments * top_k, num_experts, **tiles
         )
     _permute_place_kernel[(num_blocks,)](
         topk_ids,
-        sums,
-        block_starts,
+        block_counts,
         Places(*outputs),
         num_slots,
+        segments * top_k,
         num_experts,
-        num_runs,
+        num_blocks,
         **tiles,
-        BLOCKS_IN_RUN=1 if block_starts is None else at_once,
-        RUNS=min(128, at_once) if block_starts is None else 16,
+        BLOCKS=min(128, at_once),
     )
     return outputs
 
@@ -203,7 +151,7 @@ _permute_op = define_operator("permute", _permute, _permute_fake)
 
 
 def permute(topk_ids: Tensor, num_experts: int, block_counts: Tensor | None = None) -> Permutation:
-    """Group the slots by expert: one or two launches behind `route`, one more alone.
+    """Group the slots by expert: a launch behind `route`, two alone.
 
     Args:
         topk_ids: (S, top_k) int32; outside [0, E) for a segment that is not routed.

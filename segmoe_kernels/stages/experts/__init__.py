@@ -5,7 +5,7 @@ gathered through ``sorted_to_slot`` and written where they came from. Two ways:
 
 * fused, for rows of at most `MAX_FUSED_WIDTH` columns: one kernel forward, and backward one for
   x and the routing weights; the hidden layer is recomputed. Weight gradients: one more kernel, or
-  beyond `MAX_FUSED_DW_WIDTH` columns products of what the kernel for x has written;
+  in float32 and beyond `MAX_FUSED_DW_WIDTH` columns products of what the kernel for x has written;
 * two grouped products, for wider rows: the hidden layer before its activation is kept.
 """
 
@@ -28,9 +28,9 @@ from segmoe_kernels.stages.experts.launch import (
     forward_two_products,
     launch_dw,
     launch_dx,
+    launch_products_dw,
     new_kept,
     rows_contiguous,
-    weight_gradients,
 )
 
 
@@ -130,12 +130,12 @@ def _expert_ffn_bwd(
         found = [None if w is None else next(given) for w in weights]
         dweights = FFNWeights(*found)  # type: ignore[arg-type]  # up and down are never None
     if call.fused:
-        products = dweights is not None and call.width > MAX_FUSED_DW_WIDTH
-        kept = new_kept(call) if products else None
+        products = call.width > MAX_FUSED_DW_WIDTH or call.dtype == torch.float32
+        kept = new_kept(call) if need_dw and products else None
         if need_dx or need_drow_weights or kept is not None:
             launch_dx(call, dy, dx if need_dx else None, drow_weights, kept)
         if dweights is not None and kept is not None:
-            weight_gradients(call, dy, dweights, *kept)
+            launch_products_dw(call, dy, dweights, *kept)
         elif dweights is not None:
             launch_dw(call, dy, dweights)
     else:

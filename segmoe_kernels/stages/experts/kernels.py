@@ -125,11 +125,12 @@ def expert_ffn_dx_kernel(
     routed = mask_m & (expert < num_experts)
     x = load_rows(x_rows, at, routed, offs_d, D, slots, length, LAYOUT)
     x = x.to(experts.up.ptr.dtype.element_ty)
+    if BLOCK_D > 128 or D % 16 != 0:  # unaligned x comes by the element and takes registers
+        tl.debug_barrier()
     dy = load_rows(dy_rows, at, routed, offs_d, D, slots, length, LAYOUT)
     weights = tl.load(topk_weights_ptr + at.slot, mask=routed, other=0.0).to(ACC)
     row_ids = at.slot * SEGMENT_SIZE + rows % SEGMENT_SIZE
     place = place_steps(at, mask_m, slots, num_sequences, length)
-
     row_offs = rows.to(tl.int64) * F
     dx = tl.zeros((BLOCK_M, BLOCK_D), dtype=ACC)
     dweight = tl.zeros((BLOCK_M,), dtype=ACC)
@@ -140,8 +141,7 @@ def expert_ffn_dx_kernel(
         bias = tl.load(bias_ptr + offs_d, mask=(offs_d < D) & (f_end > 0), other=0.0)
         dweight += tl.sum(tl.fma(dy.to(ACC), bias.to(ACC)[None, :], 0.0), 1)
         if dy.dtype.primitive_bitwidth > 16:
-            # Without tensor cores the sum and the products below would share dy in registers, whole
-            # rows in each thread. Loaded anew, behind a barrier, it's read from shared memory.
+            # Without tensor cores the sum would keep whole rows of dy in each thread's registers.
             tl.debug_barrier()
             dy = load_rows(dy_rows, at, routed, offs_d, D, slots, length, LAYOUT)
     for f0 in tl.range(0, f_end, BLOCK_F, disable_licm=True):

@@ -41,7 +41,7 @@ from segmoe_kernels.stages.experts.kernels import (
     expert_ffn_dx_kernel,
     expert_ffn_fwd_kernel,
 )
-from segmoe_kernels.stages.grouped_gemm import gemm_grid, product, weight_gradient
+from segmoe_kernels.stages.grouped_gemm import Product, gemm_grid, product, weight_gradients
 from segmoe_kernels.stages.grouped_gemm.kernels import grouped_gemm_dhidden_kernel
 
 
@@ -165,7 +165,7 @@ def launch_dx(
 ) -> None:
     """Gradients of x, for each choice, of the routing weights, one share for each step, and kept.
 
-    kept is from `new_kept`, for `weight_gradients`, or None.
+    kept is from `new_kept`, for `launch_products_dw`, or None.
     """
     tile = expert_ffn_dx_tile(call.width, call.d_ff, call.dtype, **call.fused_in)
     grid = gemm_grid(call.num_rows, call.num_experts, 1, tile)
@@ -290,28 +290,21 @@ def backward_two_products(
             second=None if gate is None else factor_of(gate.transpose(1, 2)),
         )
     if dweights is not None:
-        weight_gradients(call, dy, dweights, *kept)
+        launch_products_dw(call, dy, dweights, *kept)
 
 
-def weight_gradients(
+def launch_products_dw(
     call: Call, dy: Tensor, dweights: FFNWeights, hidden: Tensor, dpre: Tensor, dgate: Tensor | None
 ) -> None:
     """Weight gradients as products: hidden holds the routing weights, as dpre and dgate do."""
-    for d, weight, bias in (
-        (dpre, dweights.up_proj, dweights.up_proj_bias),
-        (dgate, dweights.gate_proj, dweights.gate_proj_bias),
-    ):
-        if d is not None and weight is not None:
-            weight_gradient(d, call.x, weight, bias, call.num_rows, call.sequences)
-    weight_gradient(
-        dy,
-        hidden,
-        dweights.down_proj,
-        dweights.down_proj_bias,
-        call.num_rows,
-        call.sequences,
-        row_weights=call.topk_weights,
-    )
+    up, down, gate, up_bias, gate_bias, down_bias = dweights
+    products = [
+        Product(dpre, call.x, up, up_bias),
+        Product(dy, hidden, down, down_bias, call.topk_weights),
+    ]
+    if dgate is not None and gate is not None:
+        products.append(Product(dgate, call.x, gate, gate_bias))
+    weight_gradients(products, call.num_rows, call.sequences)
 
 
 def _dhidden_tile(call: Call) -> Any:

@@ -5,7 +5,8 @@ Data flow: ``x (M, K), weight (E, N, K) -> y (M, N)``. Backward: ``dx = dy @ wei
 fixed order. The launchers here serve `experts` too.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,67 +46,73 @@ from segmoe_kernels.autograd import apply
 from segmoe_kernels.stages.grouped_gemm.kernels import grouped_gemm_dw_kernel, grouped_gemm_kernel
 
 
-def weight_gradient(
-    a: Tensor,
-    b: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    num_rows: int,
-    sequences: Sequences,
-    *,
-    row_weights: Tensor | None = None,
-) -> None:
-    """Write ``a.T @ b`` of each expert's rows to weight, and the sums of a to bias.
+class Product(NamedTuple):
+    """``a.T @ b`` of each expert's rows, which is the gradient of a weight.
+
+    a and b are sorted, (M, N) and (M, K), or (top_k, B, T, D) gathered.
+    """
+
+    a: Tensor
+    b: Tensor
+    weight: Tensor  # (E, N, K) contiguous, every element is written
+    bias: Tensor | None  # (E, N) contiguous, every element is written: sums of a
+    row_weights: Tensor | None = None  # (R,) by slot: scales the rows of a in bias
+
+
+def weight_gradients(products: Sequence[Product], num_rows: int, sequences: Sequences) -> None:
+    """Write the weight gradients of one call, of matrices (N, K) and (K, N) of one size.
 
     Args:
-        a: (M, N) sorted, or (top_k, B, T, D) gathered.
-        b: (M, K) sorted, or (top_k, B, T, D) gathered.
-        weight: (E, N, K) contiguous, every element is written.
-        bias: (E, N) contiguous or None, every element is written.
+        products: a launch for each; what their splits share is added up in one more.
         num_rows: M.
         sequences: where gathered rows live, and which rows an expert has.
-        row_weights: (R,) by slot, or None; scales the rows of a in bias.
     """
-    num_experts, n, k = weight.shape
-    tile = grouped_gemm_dw_tile(n, k, a.dtype, bias=bias is not None)
+    outputs = [out for product in products for out in (product.weight, product.bias)]
+    dtype = products[0].weight.dtype
+    num_experts, n, k = products[0].weight.shape
+    biased = any(product.bias is not None for product in products)
+    tile = grouped_gemm_dw_tile(n, k, dtype, bias=biased)
     columns = cdiv(n, tile.block_n) * cdiv(k, tile.block_k)
     splits = num_row_splits(num_rows, tile, columns)
     # Many experts fill a GPU alone: one each, and nothing is left to add up.
     whole = splits == 1 or num_experts * columns >= GEMM_DW_WHOLE
     if whole:
         splits = num_experts
-    partials = new_partials(
-        [weight, bias], 1 if whole else splits, num_experts, accumulator_dtype(a.dtype)
-    )
+    partials = new_partials(outputs, 1 if whole else splits, num_experts, accumulator_dtype(dtype))
     check.check_programs("grouped_gemm", splits * columns)
     slots, layout = sequences.slots, sequences.layout
-    grouped_gemm_dw_kernel[(splits * columns,)](
-        rows_of(a),
-        rows_of(b),
-        row_weights,
-        weight,
-        bias,
-        partials,
-        slots,
-        sequences.segments_per_sequence,
-        sequences.length,
-        num_experts,
-        splits,
-        partials.shape[1],
-        N=n,
-        K=k,
-        LAYOUT=layout,
-        WHOLE=whole,
-        **_numerics(a.dtype),
-        GROUPS=padded(num_experts),
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        GROUP_M=GEMM_DW_GROUP_M,
-        **tile.options(),
-    )
+    first = 0
+    for a, b, weight, bias, row_weights in products:
+        blocks = tile.block_n, tile.block_k
+        block_n, block_k = blocks if weight.shape[1:] == (n, k) else blocks[::-1]
+        grouped_gemm_dw_kernel[(splits * columns,)](
+            rows_of(a),
+            rows_of(b),
+            row_weights,
+            weight,
+            bias,
+            partials[:, first:],
+            slots,
+            sequences.segments_per_sequence,
+            sequences.length,
+            num_experts,
+            splits,
+            partials.shape[1],
+            N=weight.shape[1],
+            K=weight.shape[2],
+            LAYOUT=layout,
+            WHOLE=whole,
+            **_numerics(dtype),
+            GROUPS=padded(num_experts),
+            BLOCK_M=tile.block_m,
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            GROUP_M=GEMM_DW_GROUP_M,
+            **tile.options(),
+        )
+        first += n * k if bias is None else n * k + bias.shape[1]
     if not whole:
-        outputs, offsets = [weight, bias], slots.expert_offsets_ptr
+        offsets = slots.expert_offsets_ptr
         reduce_partials(partials, outputs, offsets, splits, layout.rows_per_slot, tile.block_m)
 
 
@@ -215,7 +222,8 @@ def _grouped_gemm_dw(
     weight, bias = _grouped_gemm_dw_fake(dy, x, expert_offsets, has_bias)
     if x.shape[0]:
         out = bias if has_bias else None
-        weight_gradient(dy, x, weight, out, x.shape[0], sorted_rows(expert_offsets))
+        where = sorted_rows(expert_offsets)
+        weight_gradients([Product(dy, x, weight, out)], x.shape[0], where)
     else:
         weight.zero_()
         bias.zero_()

@@ -29,14 +29,11 @@ from segmoe_kernels._triton.launch import (
     step_flags,
     within_reach,
 )
-from segmoe_kernels._triton.tiles import route_fwd_tile
+from segmoe_kernels._triton.tiles import route_fwd_tile, segments_per_block
 from segmoe_kernels.autograd import apply
 from segmoe_kernels.routing import RouterOutput
 from segmoe_kernels.stages.route.backward import input_gradients, logits_gradient
 from segmoe_kernels.stages.route.kernels import route_fwd_kernel
-
-# Segments of a block of the histogram that `permute` reads; equal to its SEGMENTS_PER_BLOCK.
-SEGMENTS_PER_BLOCK = 32
 
 
 def _route_fwd(
@@ -57,9 +54,12 @@ def _route_fwd(
     if num_segments == 0:
         return outputs
     tile = route_fwd_tile(x.shape[2], router_weight.shape[0], x.dtype)
-    grid = (cdiv(num_segments, SEGMENTS_PER_BLOCK),)
+    # Rows that begin anywhere are loaded by the element: few columns at a time fit the registers.
+    aligned = not any(offset % 16 for offset in (x.data_ptr(), *x.stride()[:-1]))
+    per_block = segments_per_block(num_segments, router_weight.shape[0])
+    grid = (cdiv(num_segments, per_block),)
     # Kernels count steps in 32 bits, missing ones of the last segments included.
-    check.check_programs("route", grid[0] * SEGMENTS_PER_BLOCK * segment_size)
+    check.check_programs("route", grid[0] * per_block * segment_size)
     route_fwd_kernel[grid](
         rows_of(x),
         padding_mask,
@@ -67,6 +67,7 @@ def _route_fwd(
         dropout_of(seed, dropout, x.dtype),
         Routed(*outputs),
         num_segments,
+        per_block,
         num_segments // x.shape[0],
         x.shape[1],
         router_weight.shape[0],
@@ -78,9 +79,8 @@ def _route_fwd(
         RENORMALIZE=renormalize,
         ACC=accumulator(x.dtype),
         EXPERTS=padded(router_weight.shape[0]),
-        SEGMENTS=SEGMENTS_PER_BLOCK,
         BLOCK_S=tile.block_m,
-        BLOCK_D=tile.block_n,
+        BLOCK_D=tile.block_n if aligned else min(tile.block_n, 32),
         **tile.options(),
     )
     return outputs
@@ -99,7 +99,7 @@ def _route_fwd_fake(
     num_segments = x.shape[0] * ((x.shape[1] + segment_size - 1) // segment_size)
     num_experts = router_weight.shape[0]
     dtype = accumulator_dtype(x.dtype)
-    num_blocks = (num_segments + SEGMENTS_PER_BLOCK - 1) // SEGMENTS_PER_BLOCK
+    num_blocks = cdiv(num_segments, segments_per_block(num_segments, num_experts))
     logits = x.new_empty(num_segments, num_experts, dtype=dtype)
     return (
         logits,

@@ -27,6 +27,7 @@ def route_fwd_kernel(
     dropout,
     out,  # Routed
     num_segments,
+    segments_per_block,
     segments_per_sequence,
     length,
     num_experts,
@@ -38,26 +39,25 @@ def route_fwd_kernel(
     RENORMALIZE: tl.constexpr,
     ACC: tl.constexpr,
     EXPERTS: tl.constexpr,
-    SEGMENTS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """Route SEGMENTS consecutive segments, BLOCK_S at a time.
+    """Route segments_per_block consecutive segments, BLOCK_S at a time.
 
-    Grid: ``(cdiv(S, SEGMENTS),)``. Products of x and router_weight are summed in ACC; softmax and
-    top-k run in ACC.
+    Grid: ``(cdiv(S, segments_per_block),)``. Products of x and router_weight are summed in ACC;
+    softmax and top-k run in ACC.
     """
     pid = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
     mask_e = experts < num_experts
     counts = tl.zeros((EXPERTS,), dtype=tl.int32)
     unrouted = tl.sum(counts, 0)
-    for start in range(0, SEGMENTS, BLOCK_S):
+    for start in range(0, segments_per_block, BLOCK_S):
         # Segments are counted in 32 bits, whose division is a fifth of that of 64. What needs 64
         # goes into scalar pointers: offsets inside a block fit 32.
         inner = tl.arange(0, BLOCK_S)
-        segment = pid * SEGMENTS + start + inner
-        first = (pid * SEGMENTS + start).to(tl.int64)
+        segment = pid * segments_per_block + start + inner
+        first = (pid * segments_per_block + start).to(tl.int64)
         mask_s = segment < num_segments
         logits, routed = score_segments(
             x_rows, padding_mask_ptr, router, segment, mask_s, segments_per_sequence, length,
