@@ -224,9 +224,11 @@ def cases() -> dict[str, Callable[[], None]]:
     found = {}
     for top_k in (1, TOP_K):
         found[f"top_k={top_k}"] = _layer_case(top_k=top_k, shared_expert=None)
-        found[f"top_k={top_k} gated extras"] = _layer_case(
-            top_k=top_k, shared_expert=None, gated=True, **EXTRAS
-        )
+        # Of narrow rows weight gradients have a kernel of their own.
+        for name, width in (("", D_MODEL), (" narrow", 56)):
+            found[f"top_k={top_k}{name} gated extras"] = _layer_case(
+                d_model=width, top_k=top_k, shared_expert=None, gated=True, **EXTRAS
+            )
     found["wide"] = _layer_case(d_model=600, d_ff=1000, shared_expert=None, gated=True, **EXTRAS)
     found["segment"] = _layer_case(expert_scope="segment", shared_expert=None, gated=True, **EXTRAS)
     for pooling in ("mean", "max", "first", "last"):

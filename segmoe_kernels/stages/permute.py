@@ -77,7 +77,7 @@ def _permute_place_kernel(
     for start in range(0, num_blocks, BLOCKS):
         blocks = start + tl.arange(0, BLOCKS)
         counts = tl.load(
-            block_counts_ptr + blocks[:, None] * (num_experts + 1) + groups[None, :],
+            block_counts_ptr + blocks.to(tl.int64)[:, None] * (num_experts + 1) + groups[None, :],
             mask=(blocks < num_blocks)[:, None] & mask_g[None, :],
             other=0,
         )

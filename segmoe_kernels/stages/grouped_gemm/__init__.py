@@ -74,8 +74,9 @@ def weight_gradients(products: Sequence[Product], num_rows: int, sequences: Sequ
     tile = grouped_gemm_dw_tile(n, k, dtype, bias=biased)
     columns = cdiv(n, tile.block_n) * cdiv(k, tile.block_k)
     splits = num_row_splits(num_rows, tile, columns)
-    # Many experts fill a GPU alone: one each, and nothing is left to add up.
-    whole = splits == 1 or num_experts * columns >= GEMM_DW_WHOLE
+    # Many experts fill a GPU alone: one each, and nothing is left to add up. Whatever the batch is:
+    # else a short last one would be compiled anew.
+    whole = num_experts * columns >= GEMM_DW_WHOLE
     if whole:
         splits = num_experts
     partials = new_partials(outputs, 1 if whole else splits, num_experts, accumulator_dtype(dtype))
