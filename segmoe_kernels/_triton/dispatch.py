@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["undispatched"]
+from segmoe_kernels._triton.prepared import LISTENER
+
+__all__ = ["is_heard", "undispatched"]
 
 _VALUES = {type(None), bool, int, float, str, list, tuple}
 
@@ -23,16 +25,19 @@ def undispatched(operator: Callable[..., Any], body: Callable[..., Any]) -> Call
     """
 
     def call(*args: Any) -> Any:
-        return operator(*args) if _is_heard(args) else body(*args)
+        return operator(*args) if is_heard(args) else body(*args)
 
     return call
 
 
-def _is_heard(args: tuple[Any, ...]) -> bool:
+def is_heard(args: tuple[Any, ...]) -> bool:
     """Whether something between a call and its kernels has a say: compilers, modes, autograd."""
+    if torch.compiler.is_compiling():
+        return True
+    if LISTENER.recorder is not None:  # it wants PyTorch's operators, not ours
+        return False
     if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
+        torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()

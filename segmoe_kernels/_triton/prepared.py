@@ -5,6 +5,7 @@ number is 1 or divided by 16, and a pointer aligned. That takes as long as a sma
 launch that is alike in all of these takes the compiled kernel that `JITFunction.run` gave before.
 """
 
+import threading
 from typing import Any
 
 import torch
@@ -22,6 +23,28 @@ _MOST_PREPARED = 256
 _RUN = JITFunction.run
 
 
+class Listener(threading.local):
+    """Who writes down this thread's launches, a `tape.Recorder`."""
+
+    recorder: Any = None
+
+
+LISTENER = Listener()
+
+
+def is_watched() -> bool:
+    """Whether somebody has to see launches, or to change what is compiled for them."""
+    runtime, compilation = knobs.runtime, knobs.compilation
+    return bool(
+        JITFunction.run is not _RUN
+        or runtime.launch_enter_hook.calls
+        or runtime.launch_exit_hook.calls
+        or runtime.debug
+        or getattr(runtime, "add_stages_inspection_hook", None)  # not in Triton 3.5
+        or getattr(compilation, "instrumentation_mode", None)
+    )
+
+
 class Kernel(JITFunction):  # type: ignore[misc]  # Triton has no types
     """A kernel whose constants are given by name, behind all other arguments."""
 
@@ -35,42 +58,25 @@ class Kernel(JITFunction):  # type: ignore[misc]  # Triton has no types
 
     def run(self, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         """Launch, as `JITFunction.run` does."""
-        hooks = knobs.runtime
-        plain = (
-            JITFunction.run is _RUN
-            and not warmup
-            and len(args) == self.num_arguments
-            and not self.pre_run_hooks
-            and not hooks.launch_enter_hook.calls
-            and not hooks.launch_exit_hook.calls
-            and getattr(hooks, "add_stages_inspection_hook", None) is None  # not in Triton 3.5
-        )
+        plain = not warmup and len(args) == self.num_arguments
+        plain = plain and not self.pre_run_hooks and not is_watched()
         pointers: list[int] = []
         key = self._key(args, kwargs, pointers) if plain else None
         aligned = 0
         for pointer in pointers:
             aligned |= pointer
-        if key is None or aligned & 15:
-            return super().run(*args, grid=grid, warmup=warmup, **kwargs)
-        known = self.prepared.get(key)
-        if known is None:
-            compiled = super().run(*args, grid=grid, warmup=warmup, **kwargs)
-            if len(self.prepared) >= _MOST_PREPARED:
-                self.prepared.clear()
-            self.prepared[key] = compiled
-            return compiled
-        stream = driver.active.get_current_stream(key[0])
-        known.run(
-            *(*grid, 1, 1)[:3],
-            stream,
-            known.function,
-            known.packed_metadata,
-            None,
-            None,
-            None,
-            *args,
-            *self.constants,
-        )
+        known = self.prepared.get(key) if key is not None and not aligned & 15 else None
+        if known is not None:
+            stream = driver.active.get_current_stream(key[0])
+            known.run(*launch_arguments(known, grid, stream), *args, *self.constants)
+        else:
+            known = super().run(*args, grid=grid, warmup=warmup, **kwargs)
+            if key is not None and not aligned & 15:
+                if len(self.prepared) >= _MOST_PREPARED:
+                    self.prepared.clear()
+                self.prepared[key] = known
+        if LISTENER.recorder is not None:
+            LISTENER.recorder.launched(self, known, grid, args)
         return known
 
     def _key(
@@ -78,13 +84,18 @@ class Kernel(JITFunction):  # type: ignore[misc]  # Triton has no types
     ) -> tuple[Any, ...]:
         """All that a compiled kernel depends on, if pointers, which are added, are aligned."""
         key = [driver.active.get_current_device(), *kwargs, *kwargs.values()]
-        key += (knobs.runtime.debug, getattr(knobs.compilation, "instrumentation_mode", None))
         for value, of_the_batch in zip(args, self.of_the_batch, strict=False):
             if of_the_batch:
                 key.append(value <= _MAX_INT32)
             else:
                 _describe(value, key, pointers)
         return tuple(key)
+
+
+def launch_arguments(compiled: Any, grid: tuple[int, ...], stream: int) -> tuple[Any, ...]:
+    """What Triton's launchers take before a kernel's own arguments; the last are hooks."""
+    blocks = (*grid, 1, 1)[:3]
+    return (*blocks, stream, compiled.function, compiled.packed_metadata, None, None, None)
 
 
 def _describe(value: Any, key: list[Any], pointers: list[int]) -> None:
