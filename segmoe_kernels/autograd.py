@@ -3,9 +3,11 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import forward_ad
 
-__all__ = ["apply"]
+__all__ = ["apply", "is_followed"]
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -13,7 +15,19 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
     PyTorch's own binds args to the signature in every call, as long as a small kernel runs; that
     serves defaults, which are not used here. Transforms of torch.func and compilers get PyTorch's.
+    Where nobody asks for a gradient ``forward`` alone runs.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+    args = unwrap_dead_wrappers(args)
+    if is_followed(*args):
+        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+    return function.forward(*args)
+
+
+def is_followed(*args: Any) -> bool:
+    """Whether autograd follows what is made of tensors, backward or forward."""
+    if forward_ad._current_level >= 0:
+        return True
+    given = torch.is_grad_enabled() and [a for a in args if isinstance(a, Tensor)]
+    return bool(given) and any(tensor.requires_grad for tensor in given)

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from segmoe_kernels._triton.prepared import LISTENER
 
-__all__ = ["is_heard", "undispatched"]
+__all__ = ["VALUES", "is_heard", "is_plain", "undispatched"]
 
-_VALUES = {type(None), bool, int, float, str, list, tuple}
+VALUES = {type(None), bool, int, float, str, list, tuple}
 
 
 def undispatched(operator: Callable[..., Any], body: Callable[..., Any]) -> Callable[..., Any]:
@@ -25,32 +25,39 @@ def undispatched(operator: Callable[..., Any], body: Callable[..., Any]) -> Call
     """
 
     def call(*args: Any) -> Any:
-        return operator(*args) if is_heard(args) else body(*args)
+        return operator(*args) if is_heard(args[0]) or _has_a_say(args) else body(*args)
 
     return call
 
 
-def is_heard(args: tuple[Any, ...]) -> bool:
-    """Whether something between a call and its kernels has a say: compilers, modes, autograd."""
+def is_heard(x: Tensor) -> bool:
+    """Whether something between a call and its kernels has a say: compilers, modes, transforms."""
     if torch.compiler.is_compiling():
         return True
     if LISTENER.recorder is not None:  # it wants PyTorch's operators, not ours
         return False
-    if (
+    return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
-    ):
-        return True
-    if not (args[0].is_cuda or args[0].is_cpu):
-        return True
+        or not (x.is_cuda or x.is_cpu)
+    )
+
+
+def is_plain(arg: Any) -> bool:
+    """Whether it is a tensor of PyTorch's own class."""
+    kind = type(arg)
+    return kind is Tensor or kind is nn.Parameter
+
+
+def _has_a_say(args: tuple[Any, ...]) -> bool:
+    """Whether an argument does: another class of tensors, or one that autograd follows."""
     recorded = torch.is_grad_enabled()
     for arg in args:
-        kind = type(arg)
-        if kind is Tensor or kind is nn.Parameter:
+        if is_plain(arg):
             if recorded and arg.requires_grad:
                 return True
-        elif kind not in _VALUES:  # another class of tensors
+        elif type(arg) not in VALUES:
             return True
     return False

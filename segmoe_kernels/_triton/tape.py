@@ -13,37 +13,34 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.runtime.driver import driver
 
-from segmoe_kernels._triton.dispatch import is_heard
+from segmoe_kernels._triton.dispatch import VALUES, is_heard, is_plain
+from segmoe_kernels._triton.launch import device_guard, input_precision
 from segmoe_kernels._triton.prepared import LISTENER, is_watched, launch_arguments
-from segmoe_kernels.pipeline import no_autocast
 
 __all__ = ["taped"]
 
 # Of each function. Lengths that change with every batch make no more.
 _MOST_TAPES = 256
-# Where tensors begin that share an allocation, in bytes.
-_BETWEEN = 256
+# Multiples of this many bytes lie between tensors that share an allocation.
+_ALIGNMENT = 256
 
 _aten = torch.ops.aten
-_ALLOCATIONS = {
-    _aten.empty.memory_format,
-    _aten.empty_like.default,
-    _aten.new_empty.default,
-}
+_EMPTY = {_aten.empty.memory_format, _aten.empty_like.default, _aten.new_empty.default}
 
 
 class Recorder(TorchDispatchMode):
-    """Numbers all tensors, inputs first, and keeps what happened to them.
+    """Numbers all tensors, inputs first, and keeps what happened to them, in order.
 
     Attributes:
-        steps: ``(operator, its arguments, numbers of its results)``, or
-            ``(None, (kernel, compiled, grid, arguments), ())``.
+        steps: ``(operator, its arguments, its named arguments, numbers of its results)``, or
+            ``(None, arguments of the kernel, (kernel, compiled, grid), ())``.
         places: of each tensor: the number of the one that it is a view of, its bytes behind that.
+        refused: something can't be played back.
     """
 
     def __init__(self, inputs: list[Tensor]) -> None:
@@ -51,47 +48,45 @@ class Recorder(TorchDispatchMode):
         self.tensors: list[Tensor] = []  # kept, for an id may come back
         self.numbers: dict[int, int] = {}
         self.places: list[tuple[int, int]] = []
-        self.steps: list[tuple[Any, Any, tuple[int, ...]]] = []
+        self.steps: list[tuple[Any, ...]] = []
         for tensor in inputs:
-            self._number(tensor, None)
+            self._add(tensor, None)
         # One that is given twice may be two the next time.
         self.refused = len(self.tensors) < len(inputs)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
+        named = kwargs or {}
+        found = func(*args, **named)
         results = found if isinstance(found, tuple | list) else (found,)
-        if not all(isinstance(result, Tensor) for result in results):
-            self.refused = True  # something read from a tensor
-            return found
-        self._expect((args, kwargs))
-        base = args[0] if _is_view(func) else None
-        numbers = tuple(self._number(result, base) for result in results)
-        self.steps.append((func, (args, kwargs or {}), numbers))
+        self._know(args, *named.values())
+        if any(isinstance(arg, tuple | list) and _tensors_of(arg) for arg in args):
+            self.refused = True
+        if all(isinstance(result, Tensor) for result in results):
+            numbers = tuple(self._add(t, args[0] if _is_view(func) else None) for t in results)
+            self.steps.append((func, args, named, numbers))
+        else:  # read from a tensor
+            self.refused = True
         return found
 
     def launched(self, kernel: Any, compiled: Any, grid: Any, args: tuple[Any, ...]) -> None:
         """Keep a launch."""
-        self._expect(args)
-        self.steps.append((None, (kernel, compiled, grid, args), ()))
+        self._know(args)
+        self.steps.append((None, args, (kernel, compiled, grid), ()))
 
-    def _expect(self, given: Any) -> None:
-        if any(id(tensor) not in self.numbers for tensor in _tensors_of(given)):
-            self.refused = True  # one from elsewhere
-            for tensor in _tensors_of(given):
-                self._number(tensor, None)
+    def _know(self, *given: Any) -> None:
+        for tensor in _tensors_of(given):
+            if id(tensor) not in self.numbers:
+                self.refused = True  # it came from elsewhere
+                self._add(tensor, None)
 
-    def number(self, tensor: Tensor) -> int:
-        """A tensor's number."""
-        return self.numbers[id(tensor)]
-
-    def _number(self, tensor: Tensor, base: Tensor | None) -> int:
+    def _add(self, tensor: Tensor, base: Tensor | None) -> int:
         number = self.numbers.get(id(tensor))
         if number is None:
             number = self.numbers[id(tensor)] = len(self.tensors)
             self.tensors.append(tensor)
             place = (number, 0)
             if base is not None:
-                owner, offset = self.places[self.number(base)]
+                owner, offset = self.places[self.numbers[id(base)]]
                 place = (owner, offset + tensor.data_ptr() - base.data_ptr())
             self.places.append(place)
         return number
@@ -102,132 +97,138 @@ def _is_view(func: Any) -> bool:
     return bool(aliases) and all(a is not None and not a.is_write for a in aliases)
 
 
-def _allocates(func: Any, result: Tensor) -> bool:
-    return func in _ALLOCATIONS and result.is_contiguous()
-
-
 class Tape:
-    """A recorded function, as lists of what to do with ``held``, its tensors by their numbers.
+    """A recorded call, as what to do with lists.
 
-    Launches take their arguments from ``values``: constants, pointers, and tuples of these.
+    ``held`` has the tensors by their numbers; ``values`` has numbers, pointers, and tuples of
+    these, which launches take their arguments from.
     """
 
-    def __init__(self, recorder: Recorder, inputs: list[Tensor], result: Any) -> None:
+    def __init__(self, recorder: Recorder, num_inputs: int, result: Any) -> None:
+        self.recorder: Any = recorder
+        self.single = isinstance(result, Tensor)
         self.kind = type(result)
-        self.outputs = [None if t is None else recorder.number(t) for t in _listed(result)]
-        self.device = inputs[0].device
+        results = (result,) if self.single else result
+        numbers = [None if t is None else recorder.numbers[id(t)] for t in results]
+        self.held = [None] * (len(recorder.tensors) - num_inputs + 1)
+        self.outputs = [-1 if number is None else number for number in numbers]  # the last is None
         self.values: list[Any] = []
         self.slots: dict[Any, int] = {}
-        self.steps: list[tuple[Any, ...]] = []
-        self.kernels = []
-        kept, pointed, needed = self._needed(recorder)
-        self.room = 0
-        self.pointers: list[tuple[int, int]] = []  # of inputs: slot, number
-        self.new: list[tuple[int, int | None, Any, torch.dtype]] = []
+        self.steps: list[Callable[[list[Any], list[Any], int], None]] = []
+        self.kernels: list[Any] = []
+        self.room = 0  # bytes of those that share an allocation
+        self.new: list[tuple[Any, ...]] = []  # number, slot of its pointer or None, shape, dtype
         self.shared: list[tuple[int, int]] = []  # slot, bytes behind the first
-        for number in range(len(inputs)):
-            if number in pointed:
-                self.pointers.append((self._slot(("pointer", number)), number))
-        for func, given, numbers in kept:
+        kept, self.pointed, self.needed = self._used(recorder.steps)
+        inputs = sorted(number for number in self.pointed if number < num_inputs)
+        self.pointers = [(self._pointer(number), number) for number in inputs]
+        for func, given, named, made in kept:
             if func is None:
-                self._add_launch(recorder, *given)
-            elif _allocates(func, recorder.tensors[numbers[0]]):
-                self._add_allocation(recorder.tensors[numbers[0]], numbers[0], pointed, needed)
+                self._add_launch(given, *named)
+            elif self._is_empty(func, made[0]):
+                self._add_allocation(recorder.tensors[made[0]], made[0])
             else:
-                self._add_call(recorder, func, *given, numbers, pointed)
-        self.held = [None] * (len(recorder.tensors) - len(inputs))
+                self._add_call(func, given, named, made)
+        del self.recorder, self.slots, self.pointed, self.needed
 
-    def _needed(self, recorder: Recorder) -> tuple[list[Any], set[int], set[int]]:
-        """Steps that have an effect, tensors that kernels point at, tensors that have to be some."""
-        kept, pointed = [], set()
-        needed = {number for number in self.outputs if number is not None}
-        for step in reversed(recorder.steps):
-            func, given, numbers = step
+    def _is_empty(self, func: Any, number: int) -> bool:
+        return func in _EMPTY and bool(self.recorder.tensors[number].is_contiguous())
+
+    def _used(self, steps: list[Any]) -> tuple[list[Any], set[int], set[int]]:
+        """Steps with an effect; tensors that kernels point at; those that have to be tensors."""
+        numbers, places = self.recorder.numbers, self.recorder.places
+        kept, pointed, needed = [], set(), set(self.outputs)
+        for step in reversed(steps):
+            func, given, named, made = step
+            tensors = {numbers[id(tensor)] for tensor in _tensors_of((given, *_listed(named)))}
             if func is None:
-                pointed |= {recorder.places[recorder.number(t)][0] for t in _tensors_of(given[-1])}
-            elif not _allocates(func, recorder.tensors[numbers[0]]):
-                used = not needed.isdisjoint(numbers) or not pointed.isdisjoint(numbers)
-                if not used and not func._schema.is_mutable:
+                pointed |= {places[number][0] for number in tensors}
+            elif not self._is_empty(func, made[0]):
+                if not func._schema.is_mutable and (needed | pointed).isdisjoint(made):
                     continue
-                needed |= {*numbers, *(recorder.number(t) for t in _tensors_of(given))}
+                needed |= tensors.union(made)
             kept.append(step)
         return kept[::-1], pointed, needed
 
     def _slot(self, key: Any, value: Any = None) -> int:
-        slot = self.slots.get(key)
-        if slot is None:
-            slot = self.slots[key] = len(self.values)
+        slot: int = self.slots.setdefault(key, len(self.values))
+        if slot == len(self.values):
             self.values.append(value)
         return slot
 
-    def _add_allocation(
-        self, tensor: Tensor, number: int, pointed: set[int], needed: set[int]
-    ) -> None:
-        slot = self._slot(("pointer", number)) if number in pointed else None
-        if number in needed:
+    def _pointer(self, number: int) -> int | None:
+        return self._slot(("pointer", number)) if number in self.pointed else None
+
+    def _add_allocation(self, tensor: Tensor, number: int) -> None:
+        slot = self._pointer(number)
+        if number in self.needed:
             self.new.append((number, slot, tensor.shape, tensor.dtype))
         elif slot is not None:
             self.shared.append((slot, self.room))
-            self.room += -(-tensor.nbytes // _BETWEEN) * _BETWEEN
+            self.room += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
 
-    def _add_call(
-        self,
-        recorder: Recorder,
-        func: Any,
-        args: Any,
-        kwargs: Any,
-        numbers: tuple[int, ...],
-        pointed: set[int],
-    ) -> None:
-        def held(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return _Number(recorder.number(value))
-            return type(value)(map(held, value)) if isinstance(value, tuple | list) else value
+    def _add_call(self, func: Any, args: Any, named: dict[str, Any], made: tuple[int, ...]) -> None:
+        given = [*args, *named.values()]
+        numbers = self.recorder.numbers
+        tensors = [(i, numbers[id(t)]) for i, t in enumerate(given) if isinstance(t, Tensor)]
+        names, unnamed = tuple(named), len(args)
+        template = [None if isinstance(value, Tensor) else value for value in given]
+        results = [(number, self._pointer(number)) for number in made]
 
-        made = [(n, self._slot(("pointer", n)) if n in pointed else None) for n in numbers]
-        named = {name: held(value) for name, value in kwargs.items()}
-        self.steps.append((None, func, held(args), named, made))
+        def call(held: list[Any], values: list[Any], _: int) -> None:
+            filled = template.copy()
+            for place, number in tensors:
+                filled[place] = held[number]
+            found = func(*filled[:unnamed], **dict(zip(names, filled[unnamed:], strict=True)))
+            listed = found if isinstance(found, tuple | list) else (found,)
+            for (number, slot), result in zip(results, listed, strict=True):
+                held[number] = result
+                if slot is not None:
+                    values[slot] = result.data_ptr()
 
-    def _add_launch(
-        self, recorder: Recorder, kernel: Any, compiled: Any, grid: Any, args: tuple[Any, ...]
-    ) -> None:
+        self.steps.append(call)
+
+    def _add_launch(self, args: tuple[Any, ...], kernel: Any, compiled: Any, grid: Any) -> None:
         before: list[tuple[int, Callable[[Any], Any]]] = []
 
-        def place(value: Any) -> int:
-            if isinstance(value, Tensor):
-                number, offset = recorder.places[recorder.number(value)]
-                slot = self._slot(("pointer", number))
-                if offset == 0:
-                    return slot
-                return made((slot, "+", offset), lambda values: values[slot] + offset)
-            if isinstance(value, tuple):
-                slots = tuple(map(place, value))
-                return made(slots, _getter(slots))
-            return self._slot((type(value), value), value)
-
-        def made(key: Any, get: Callable[[Any], Any]) -> int:
+        def derived(key: Any, get: Callable[[Any], Any]) -> int:
             known = key in self.slots
             slot = self._slot(key)
             if not known:
                 before.append((slot, get))
             return slot
 
+        def place(value: Any) -> int:
+            if isinstance(value, Tensor):
+                number, offset = self.recorder.places[self.recorder.numbers[id(value)]]
+                slot = self._slot(("pointer", number))
+                return derived((slot, offset), lambda v: v[slot] + offset) if offset else slot
+            if isinstance(value, tuple):
+                slots = tuple(map(place, value))
+                return derived((tuple, slots), _getter(slots))
+            return self._slot((type(value), value), value)
+
         get = _getter(tuple(map(place, args)))
-        front = launch_arguments(compiled, grid, 0)
-        tail = (*front[4:],)
-        self.steps.append((compiled.run, front[:3], tail, before, get, kernel.constants))
+        *blocks, _, function, metadata, _, _, _ = launch_arguments(compiled, grid, 0)
+        run, constants, hooks = compiled.run, kernel.constants, (None, None, None)
+
+        def launch(_: list[Any], values: list[Any], stream: int) -> None:
+            for slot, make in before:
+                values[slot] = make(values)
+            run(*blocks, stream, function, metadata, *hooks, *get(values), *constants)
+
+        self.steps.append(launch)
         self.kernels.append((kernel, compiled))
 
     def play(self, inputs: list[Tensor]) -> Any:
-        """Do what was recorded; None where a pointer is less aligned than it was then."""
-        values, held = self.values.copy(), inputs + self.held
-        aligned = 0
+        """Do it with other tensors; None where a pointer is less aligned, or a kernel watched."""
+        values, aligned = self.values.copy(), 0
         for slot, number in self.pointers:
             values[slot] = pointer = inputs[number].data_ptr()
             aligned |= pointer
-        if aligned & 15:
+        if aligned & 15 or any(kernel.pre_run_hooks for kernel, _ in self.kernels):
             return None
-        empty, device = torch.empty, self.device
+        held, device, empty = inputs + self.held, inputs[0].device, torch.empty
         for number, slot, shape, dtype in self.new:
             held[number] = tensor = empty(shape, dtype=dtype, device=device)
             if slot is not None:
@@ -238,36 +239,27 @@ class Tape:
             for slot, offset in self.shared:
                 values[slot] = start + offset
         stream = driver.active.get_current_stream(driver.active.get_current_device())
-        for run, front, tail, before, get, *rest in self.steps:
-            if run is None:
-                self._call(front, tail, before, get, held, values)
-                continue
-            for slot, make in before:
-                values[slot] = make(values)
-            run(*front, stream, *tail, *get(values), *rest[0])
-        outputs = [None if number is None else held[number] for number in self.outputs]
-        return outputs[0] if self.kind is Tensor else self.kind(outputs)
+        for step in self.steps:
+            step(held, values, stream)
+        outputs = [held[number] for number in self.outputs]
+        return outputs[0] if self.single else self.kind(outputs)
 
-    def _call(
-        self,
-        func: Any,
-        args: Any,
-        kwargs: Any,
-        made: list[tuple[int, int | None]],
-        held: list[Any],
-        values: list[Any],
-    ) -> None:
-        def given(value: Any) -> Any:
-            if type(value) is _Number:
-                return held[value]
-            return type(value)(map(given, value)) if isinstance(value, tuple | list) else value
 
-        found = func(*map(given, args), **{name: given(value) for name, value in kwargs.items()})
-        results = found if isinstance(found, tuple | list) else (found,)
-        for (number, slot), result in zip(made, results, strict=True):
-            held[number] = result
-            if slot is not None:
-                values[slot] = result.data_ptr()
+def _getter(slots: tuple[int, ...]) -> Callable[[Any], Any]:
+    """The function that returns a tuple of some values."""
+    if len(slots) > 1:
+        return itemgetter(*slots)
+    return lambda values: tuple(values[slot] for slot in slots)
+
+
+def _listed(named: Any) -> Any:
+    return named.values() if isinstance(named, dict) else ()
+
+
+def _tensors_of(value: Any) -> list[Tensor]:
+    if isinstance(value, tuple | list):
+        return [tensor for part in value for tensor in _tensors_of(part)]
+    return [value] if isinstance(value, Tensor) else []
 
 
 def taped(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -286,55 +278,59 @@ def taped(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def call(*args: Any) -> Any:
-        if is_heard(args) or LISTENER.recorder is not None or is_watched():
+        if is_heard(args[0]) or LISTENER.recorder is not None or is_watched():
             return function(*args)
-        key = _key(args)
-        tape = tapes.get(key, _UNSEEN)
+        inputs: list[Tensor] = []
+        key = _key(args, inputs)
+        tape = tapes.get(key, _UNSEEN) if key is not None else False
+        if tape is False:
+            return function(*args)
         if tape is _UNSEEN:
             if len(tapes) >= _MOST_TAPES:
                 tapes.clear()
             tapes[key] = None
-        elif tape is None:
-            found, tapes[key] = _record(function, args)
+            return function(*args)
+        if tape is None:
+            found, tapes[key] = _record(function, args, inputs)
             return found
-        elif tape is not False:
-            inputs = [arg for arg in args if isinstance(arg, Tensor)]
-            device = inputs[0].get_device()
-            if device < 0 or device == driver.active.get_current_device():
+        device = inputs[0].get_device()
+        if device < 0 or device == driver.active.get_current_device():
+            found = tape.play(inputs)
+        else:
+            with device_guard(inputs[0]):
                 found = tape.play(inputs)
-            else:
-                with torch.cuda.device(device):
-                    found = tape.play(inputs)
-            if found is not None:
-                return found
-        return function(*args)
+        return function(*args) if found is None else found
 
-    call.tapes = tapes
+    call.tapes = tapes  # type: ignore[attr-defined]  # for tests
     return call
 
 
 _UNSEEN: Any = object()
 
 
-def _key(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """All that a function decides from."""
-    key: list[Any] = [args[0].get_device()]
+def _key(args: tuple[Any, ...], inputs: list[Tensor]) -> tuple[Any, ...] | None:
+    """All that a function decides from, or None; adds the tensors to inputs."""
+    x, recorded = args[0], torch.is_grad_enabled()
+    key: list[Any] = [x.get_device(), input_precision(x.dtype)]
     for arg in args:
-        if isinstance(arg, Tensor):
+        if is_plain(arg):
+            if recorded and arg.requires_grad:
+                return None
+            inputs.append(arg)
             key += (arg.shape, arg.stride(), arg.dtype)
-        else:
+        elif type(arg) in VALUES:
             key.append(tuple(arg) if type(arg) is list else arg)
+        else:
+            return None
     return tuple(key)
 
 
-def _record(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Tape | bool | None]:
+def _record(
+    function: Callable[..., Any], args: tuple[Any, ...], inputs: list[Tensor]
+) -> tuple[Any, Tape | bool | None]:
     """What the function returns, and its tape."""
-    inputs = [arg for arg in args if isinstance(arg, Tensor)]
-    aligned = 0
-    for tensor in inputs:
-        aligned |= tensor.data_ptr()
     recorder = Recorder(inputs)
-    if recorder.refused or aligned & 15:
+    if recorder.refused or any(tensor.data_ptr() & 15 for tensor in inputs):
         return function(*args), None
     LISTENER.recorder = recorder
     try:
@@ -342,29 +338,4 @@ def _record(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, T
             found = function(*args)
     finally:
         LISTENER.recorder = None
-    return found, False if recorder.refused else Tape(recorder, inputs, found)
-
-
-class _Number(int):
-    """A tensor's number among a call's arguments."""
-
-
-def _getter(slots: tuple[int, ...]) -> Callable[[Any], Any]:
-    """The function of ``values`` that returns a tuple of some."""
-    if len(slots) > 1:
-        return itemgetter(*slots)
-    return lambda values: tuple(values[slot] for slot in slots)
-
-
-def _listed(result: Any) -> Any:
-    return (result,) if isinstance(result, Tensor) else result
-
-
-def _tensors_of(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, tuple | list):
-        return []
-    return [tensor for part in value for tensor in _tensors_of(part)]
+    return found, False if recorder.refused else Tape(recorder, len(inputs), found)

@@ -22,6 +22,7 @@ from segmoe_kernels._triton.launch import (
     step_flags,
 )
 from segmoe_kernels._triton.partials import store_sum
+from segmoe_kernels._triton.tape import taped
 from segmoe_kernels.autograd import apply
 
 
@@ -205,8 +206,10 @@ def _combine_bwd_fake(
     return dshared, shared_gate_logits.new_empty(shared_gate_logits.shape)
 
 
-_combine_fwd_op = define_operator("combine_fwd", launch_combine, _combine_fwd_fake)
-_combine_bwd_op = define_operator("combine_bwd", _combine_bwd, _combine_bwd_fake, gradient=True)
+_combine_fwd_op = taped(define_operator("combine_fwd", launch_combine, _combine_fwd_fake))
+_combine_bwd_op = taped(
+    define_operator("combine_bwd", _combine_bwd, _combine_bwd_fake, gradient=True)
+)
 
 
 class _Combine(torch.autograd.Function):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from segmoe_kernels._triton.tape import taped
-from segmoe_kernels.autograd import apply
+from segmoe_kernels.autograd import apply, is_followed
 from segmoe_kernels.options import Options
 from segmoe_kernels.routing import FFNWeights, RouterOutput
 from segmoe_kernels.stages.experts import expert_ffn_bwd, expert_ffn_fwd
@@ -37,7 +37,7 @@ def _routed_fwd(*given: Any) -> tuple[Tensor, ...]:
     )
     order = permute(topk_ids, router_weight.shape[0], counts)
     sorted_to_slot, offsets = order.sorted_to_slot, order.expert_offsets
-    out, pre, gate_pre = expert_ffn_fwd(
+    out, *hidden = expert_ffn_fwd(
         _tokens(x, weights[0], router[1]),
         topk_weights,
         sorted_to_slot,
@@ -47,17 +47,20 @@ def _routed_fwd(*given: Any) -> tuple[Tensor, ...]:
         seed,
         *experts,
     )
-    differentiable = (out, logits, probs, topk_weights)
-    return (*differentiable, order.expert_counts, topk_ids, sorted_to_slot, offsets, pre, gate_pre)
+    shown = (out, logits, probs, topk_weights, topk_ids, order.expert_counts)
+    if not experts[-1]:
+        return shown
+    # One dimension is for what is not kept.
+    return *shown, sorted_to_slot, offsets, *(t for t in hidden if t.ndim == 2)
 
 
 @taped
 def _routed_bwd(*given: Any) -> tuple[Tensor | None, ...]:
     """Gradients of x, the router's weight and start, and the experts' weights."""
     x, router_weight, router_start, mask, router_seed, seed, *weights = given[:_NUM_TENSORS]
-    logits, topk_weights, topk_ids, *kept = given[_NUM_TENSORS : _NUM_TENSORS + 7]
-    *order, pre, gate_pre = kept
-    dout, dlogits, dprobs, dtopk_weights, router, experts, need = given[_NUM_TENSORS + 7 :]
+    dout, dlogits, dprobs, dtopk_weights, router, experts, need, *kept = given[_NUM_TENSORS:]
+    logits, topk_weights, topk_ids, sorted_to_slot, offsets, *hidden = kept
+    hidden += [x.new_empty(0)] * (2 - len(hidden))
     need_dx, need_drouter, need_dw = need
     dslots = drows = None
     dweights: list[Tensor | None] = [None] * 6
@@ -65,8 +68,8 @@ def _routed_bwd(*given: Any) -> tuple[Tensor | None, ...]:
         tokens = _tokens(x, weights[0], router[1])
         needs = (need_dx, need_dx or need_drouter, need_dw)
         dslots, drows, *found = expert_ffn_bwd(
-            *(tokens, topk_weights, *order, *weights, mask, seed),
-            *(dout, pre, gate_pre, *experts[:-1], *needs),
+            *(tokens, topk_weights, sorted_to_slot, offsets, *weights, mask, seed),
+            *(dout, *hidden, *experts[:-1], *needs),
         )
         dslots = dslots.to(x.dtype) if need_dx else None
         if need_dw:
@@ -116,11 +119,11 @@ class _Routed(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, router, experts = inputs
         ctx.options = router, experts
-        _, logits, _, topk_weights, _, *kept = output
+        _, logits, _, topk_weights, topk_ids, _, *kept = output
         ctx.mark_non_differentiable(*output[_NUM_DIFFERENTIABLE:])
         # As zeros those of the kept layers would be as large as they are.
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, logits, topk_weights, *kept)
+        ctx.save_for_backward(*tensors, logits, topk_weights, topk_ids, *kept)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -129,9 +132,10 @@ class _Routed(torch.autograd.Function):
             return (None,) * (_NUM_TENSORS + 2)
         need = ctx.needs_input_grad
         needs = (need[0], need[1] or need[2], any(need[6:_NUM_TENSORS]))
-        dx, drouter, dstart, *dweights = _routed_bwd(
-            *ctx.saved_tensors, *given, *ctx.options, needs
-        )
+        saved = ctx.saved_tensors
+        tensors, kept = saved[:_NUM_TENSORS], saved[_NUM_TENSORS:]
+        found = _routed_bwd(*tensors, *given, *ctx.options, needs, *kept)
+        dx, drouter, dstart, *dweights = found
         dtensors = (dx, drouter, dstart, None, None, None, *dweights)
         wanted = (d if n else None for d, n in zip(dtensors, need, strict=False))
         return *wanted, None, None
@@ -158,10 +162,7 @@ def routed_experts(
     if options.dropout > 0:
         seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
     weights = rows_contiguous(experts)
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (*tensors, *weights)
-    )
-    out, logits, probs, topk_weights, counts, topk_ids, *_ = apply(
+    out, logits, probs, topk_weights, topk_ids, counts, *_ = apply(
         _Routed,
         *(*tensors, seed, *weights),
         router,
@@ -170,7 +171,7 @@ def routed_experts(
             options.expert_scope == "segment",
             options.activation,
             float(options.dropout),
-            needs_grad,
+            is_followed(*tensors, *weights),
         ),
     )
     return out, RouterOutput(logits, probs, topk_weights, topk_ids), counts

@@ -18,7 +18,7 @@ from torch import Tensor
 from segmoe_kernels._triton.arguments import Slots
 from segmoe_kernels._triton.launch import define_operator, step_flags
 from segmoe_kernels._triton.tiles import MAX_FUSED_DW_WIDTH
-from segmoe_kernels.autograd import apply
+from segmoe_kernels.autograd import apply, is_followed
 from segmoe_kernels.routing import FFNWeights, Permutation
 from segmoe_kernels.stages.experts.launch import (
     Call,
@@ -278,10 +278,8 @@ def expert_ffn(
     if dropout > 0:
         seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
     weights = rows_contiguous(experts)
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, topk_weights, *weights)
-    )
-    options = (segment_size, concat, activation, float(dropout), needs_grad)
+    keep = is_followed(x, topk_weights, *weights)
+    options = (segment_size, concat, activation, float(dropout), keep)
     out, _, _ = apply(
         _ExpertFFN,
         x,

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from segmoe_kernels._triton.launch import define_operator, step_flags, within_reach
-from segmoe_kernels.autograd import apply
+from segmoe_kernels._triton.tape import taped
+from segmoe_kernels.autograd import apply, is_followed
 from segmoe_kernels.routing import FFNWeights
 from segmoe_kernels.stages.shared.launch import SharedCall, backward, forward
 
@@ -119,8 +120,10 @@ def _shared_bwd(
     return found
 
 
-_shared_fwd_op = define_operator("shared_combine_fwd", _shared_fwd, _shared_fwd_fake)
-_shared_bwd_op = define_operator("shared_combine_bwd", _shared_bwd, _shared_bwd_fake, gradient=True)
+_shared_fwd_op = taped(define_operator("shared_combine_fwd", _shared_fwd, _shared_fwd_fake))
+_shared_bwd_op = taped(
+    define_operator("shared_combine_bwd", _shared_bwd, _shared_bwd_fake, gradient=True)
+)
 
 
 class _SharedCombine(torch.autograd.Function):
@@ -207,17 +210,13 @@ def shared_combine(
         seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
     tensors = (expert_out, x, *matrices, *biases, shared_gate.reshape(-1).contiguous())
     # An exported program has no backward; what backward keeps has another shape at some lengths.
-    needs_grad = (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_exporting()
-        and any(t is not None and t.requires_grad for t in tensors[1:])
-    )
+    keep = not torch.compiler.is_exporting() and is_followed(*tensors[1:])
     y, *_ = apply(
         _SharedCombine,
         *tensors,
         step_flags(padding_mask, x.dtype),
         seed,
-        (segment_size, activation, float(dropout), needs_grad),
+        (segment_size, activation, float(dropout), keep),
     )
     result: Tensor = y
     return result
