@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from segmoe_kernels._triton.prepared import LISTENER
 
-__all__ = ["VALUES", "is_heard", "is_plain", "undispatched"]
+__all__ = ["VALUES", "is_heard", "undispatched"]
 
 VALUES = {type(None), bool, int, float, str, list, tuple}
 
@@ -45,19 +45,14 @@ def is_heard(x: Tensor) -> bool:
     )
 
 
-def is_plain(arg: Any) -> bool:
-    """Whether it is a tensor of PyTorch's own class."""
-    kind = type(arg)
-    return kind is Tensor or kind is nn.Parameter
-
-
 def _has_a_say(args: tuple[Any, ...]) -> bool:
     """Whether an argument does: another class of tensors, or one that autograd follows."""
     recorded = torch.is_grad_enabled()
     for arg in args:
-        if is_plain(arg):
+        kind = type(arg)
+        if kind is Tensor or kind is nn.Parameter:
             if recorded and arg.requires_grad:
                 return True
-        elif type(arg) not in VALUES:
+        elif kind not in VALUES:
             return True
     return False

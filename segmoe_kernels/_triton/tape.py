@@ -13,14 +13,15 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.runtime.driver import driver
 
-from segmoe_kernels._triton.dispatch import VALUES, is_heard, is_plain
+from segmoe_kernels._triton.dispatch import VALUES, is_heard
 from segmoe_kernels._triton.launch import device_guard, input_precision
 from segmoe_kernels._triton.prepared import LISTENER, is_watched, launch_arguments
+from segmoe_kernels.settings import settings
 
 __all__ = ["taped"]
 
@@ -310,16 +311,19 @@ _UNSEEN: Any = object()
 
 def _key(args: tuple[Any, ...], inputs: list[Tensor]) -> tuple[Any, ...] | None:
     """All that a function decides from, or None; adds the tensors to inputs."""
-    x, recorded = args[0], torch.is_grad_enabled()
-    key: list[Any] = [x.get_device(), input_precision(x.dtype)]
+    x, now, recorded = args[0], settings(), torch.is_grad_enabled()
+    if not now.replay:
+        return None
+    key: list[Any] = [now, x.get_device(), input_precision(x.dtype)]
     for arg in args:
-        if is_plain(arg):
+        kind = type(arg)
+        if kind is Tensor or kind is nn.Parameter:
             if recorded and arg.requires_grad:
                 return None
             inputs.append(arg)
             key += (arg.shape, arg.stride(), arg.dtype)
-        elif type(arg) in VALUES:
-            key.append(tuple(arg) if type(arg) is list else arg)
+        elif kind in VALUES:
+            key.append(tuple(arg) if kind is list else arg)
         else:
             return None
     return tuple(key)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from segmoe_kernels._triton.launch import step_flags, within_reach
 from segmoe_kernels._triton.tape import taped
 from segmoe_kernels.autograd import apply, is_followed
 from segmoe_kernels.options import Options
@@ -27,10 +28,19 @@ def _tokens(x: Tensor, up_proj: Tensor, top_k: int) -> Tensor:
     return x.to(up_proj.dtype).expand(top_k, *x.shape)
 
 
+def _laid_out(given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The tensors as kernels read them; what has other strides is copied in both passes."""
+    x, router_weight, router_start, mask, *seeds = given[:6]
+    start = None if router_start is None else router_start.contiguous()
+    weights = rows_contiguous(FFNWeights(*given[6:_NUM_TENSORS]))
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x, within_reach(router_weight), start, step_flags(mask, x.dtype), *seeds, *weights
+
+
 @taped
 def _routed_fwd(*given: Any) -> tuple[Tensor, ...]:
     """Outputs of `_Routed`, of its arguments."""
-    x, router_weight, router_start, mask, router_seed, seed, *weights = given[:_NUM_TENSORS]
+    x, router_weight, router_start, mask, router_seed, seed, *weights = _laid_out(given)
     router, experts = given[_NUM_TENSORS:]
     logits, probs, topk_weights, topk_ids, counts = route_fwd(
         x, router_weight, router_start, mask, router_seed, *router
@@ -57,7 +67,7 @@ def _routed_fwd(*given: Any) -> tuple[Tensor, ...]:
 @taped
 def _routed_bwd(*given: Any) -> tuple[Tensor | None, ...]:
     """Gradients of x, the router's weight and start, and the experts' weights."""
-    x, router_weight, router_start, mask, router_seed, seed, *weights = given[:_NUM_TENSORS]
+    x, router_weight, router_start, mask, router_seed, seed, *weights = _laid_out(given)
     dout, dlogits, dprobs, dtopk_weights, router, experts, need, *kept = given[_NUM_TENSORS:]
     logits, topk_weights, topk_ids, sorted_to_slot, offsets, *hidden = kept
     hidden += [x.new_empty(0)] * (2 - len(hidden))
@@ -154,24 +164,22 @@ def routed_experts(
     *tensors, router = route_arguments(
         x,
         router_weight,
-        **options.of_router(),
-        router_start=router_start,
-        padding_mask=padding_mask,
+        options.segment_size,
+        options.top_k,
+        options.pooling,
+        options.router_dropout,
+        options.router_temperature,
+        options.renormalize,
+        router_start,
+        padding_mask,
     )
     seed = None
     if options.dropout > 0:
         seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
-    weights = rows_contiguous(experts)
+    keep = is_followed(*tensors, *experts)
+    concat = options.expert_scope == "segment"
+    scope = (options.segment_size, concat, options.activation, float(options.dropout), keep)
     out, logits, probs, topk_weights, topk_ids, counts, *_ = apply(
-        _Routed,
-        *(*tensors, seed, *weights),
-        router,
-        (
-            options.segment_size,
-            options.expert_scope == "segment",
-            options.activation,
-            float(options.dropout),
-            is_followed(*tensors, *weights),
-        ),
+        _Routed, *tensors, seed, *experts, router, scope
     )
     return out, RouterOutput(logits, probs, topk_weights, topk_ids), counts

@@ -227,12 +227,11 @@ class _Route(torch.autograd.Function):
 def route_arguments(
     x: Tensor,
     router_weight: Tensor,
-    *,
     segment_size: int,
     top_k: int,
     pooling: str = "concat",
-    router_temperature: float = 1.0,
     router_dropout: float = 0.0,
+    router_temperature: float = 1.0,
     renormalize: bool | None = None,
     router_start: Tensor | None = None,
     padding_mask: Tensor | None = None,
@@ -241,24 +240,16 @@ def route_arguments(
     seed = None
     if router_dropout > 0:
         seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
-    options = (
-        segment_size,
-        top_k,
-        pooling,
-        float(router_temperature),
-        float(router_dropout),
-        top_k > 1 if renormalize is None else renormalize,
-    )
-    return (
-        x if x.stride(-1) == 1 else x.contiguous(),
-        within_reach(router_weight),
-        None if router_start is None else router_start.contiguous(),
-        step_flags(padding_mask, x.dtype),
-        seed,
-        options,
-    )
+    renormalized = top_k > 1 if renormalize is None else renormalize
+    numbers = float(router_temperature), float(router_dropout)
+    options = (segment_size, top_k, pooling, *numbers, renormalized)
+    return x, router_weight, router_start, padding_mask, seed, options
 
 
 def route(x: Tensor, router_weight: Tensor, **options: Any) -> RouterOutput:
     """Pool each segment and choose its experts; see `functional.route`."""
-    return RouterOutput(*apply(_Route, *route_arguments(x, router_weight, **options)))
+    x, router_weight, start, mask, *rest = route_arguments(x, router_weight, **options)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    start = None if start is None else start.contiguous()
+    flags = step_flags(mask, x.dtype)
+    return RouterOutput(*apply(_Route, x, within_reach(router_weight), start, flags, *rest))
