@@ -156,13 +156,7 @@ def run_stages(
         y = crop(rearrange(y, "b j (p d) -> b (j p) d", p=size), 1, length)
         if mask is not None:
             y = y.masked_fill(~mask[..., None], 0)
-    routing = Routing(
-        routed.router_logits,
-        routed.router_probs,
-        routed.topk_weights,
-        routed.topk_ids,
-        expert_counts,
-    )
+    routing = Routing(*routed[:4], expert_counts)
     # Some ways to crop leave a view.
     y = (y if y.dtype == x.dtype else y.to(x.dtype)).contiguous()
     return y if len(batch_shape) == 1 else y.reshape(x.shape), routing

@@ -111,7 +111,7 @@ def layer_with(**parts):
 
 
 def permutation(**changes):
-    return dataclasses.replace(PERMUTATION, **changes)
+    return PERMUTATION._replace(**changes)
 
 
 def refuse_dropout():

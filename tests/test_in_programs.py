@@ -298,7 +298,7 @@ def test_inputs_are_never_written(name, masked, backend):
     watched = {key: t for key, t in watched.items() if t is not None}
     before = {key: (t._version, t.detach().clone()) for key, t in watched.items()}
     y, routing = layer.forward_with_routing(x, mask)
-    outputs = {"y": y, **vars(routing)}
+    outputs = {"y": y, **routing._asdict()}
     found = {key: (t._version, t.detach().clone()) for key, t in outputs.items()}
     y.backward(dy)
     for tensors, states in ((watched, before), (outputs, found)):

@@ -118,7 +118,7 @@ class Tape:
         self.steps: list[Callable[[list[Any], list[Any], int], None]] = []
         self.kernels: list[Any] = []
         self.room = 0  # bytes of those that share an allocation
-        self.new: list[tuple[Any, ...]] = []  # number, slot of its pointer or None, shape, dtype
+        self.new: list[tuple[Any, ...]] = []  # number, slot of its pointer, shape, strides, dtype
         self.shared: list[tuple[int, int]] = []  # slot, bytes behind the first
         kept, self.pointed, self.needed = self._used(recorder.steps)
         inputs = sorted(number for number in self.pointed if number < num_inputs)
@@ -163,7 +163,7 @@ class Tape:
     def _add_allocation(self, tensor: Tensor, number: int) -> None:
         slot = self._pointer(number)
         if number in self.needed:
-            self.new.append((number, slot, tensor.shape, tensor.dtype))
+            self.new.append((number, slot, tensor.shape, tensor.stride(), tensor.dtype))
         elif slot is not None:
             self.shared.append((slot, self.room))
             self.room += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
@@ -204,7 +204,7 @@ class Tape:
                 number, offset = self.recorder.places[self.recorder.numbers[id(value)]]
                 slot = self._slot(("pointer", number))
                 return derived((slot, offset), lambda v: v[slot] + offset) if offset else slot
-            if isinstance(value, tuple):
+            if isinstance(value, tuple) and _tensors_of(value):
                 slots = tuple(map(place, value))
                 return derived((tuple, slots), _getter(slots))
             return self._slot((type(value), value), value)
@@ -229,13 +229,13 @@ class Tape:
             aligned |= pointer
         if aligned & 15 or any(kernel.pre_run_hooks for kernel, _ in self.kernels):
             return None
-        held, device, empty = inputs + self.held, inputs[0].device, torch.empty
-        for number, slot, shape, dtype in self.new:
-            held[number] = tensor = empty(shape, dtype=dtype, device=device)
+        held, device, empty = inputs + self.held, inputs[0].device, torch.empty_strided
+        for number, slot, shape, strides, dtype in self.new:
+            held[number] = tensor = empty(shape, strides, dtype=dtype, device=device)
             if slot is not None:
                 values[slot] = tensor.data_ptr()
         if self.room:
-            room = empty(self.room, dtype=torch.uint8, device=device)
+            room = empty((self.room,), (1,), dtype=torch.uint8, device=device)
             start = room.data_ptr()
             for slot, offset in self.shared:
                 values[slot] = start + offset

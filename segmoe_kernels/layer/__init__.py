@@ -1,6 +1,7 @@
 """`SegMoE`, the drop-in layer."""
 
 import math
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,9 @@ class OfficialNames(NamedTuple):
 
 # What is called around the computation, in this order.
 _PARTS = {"router": SegmentRouter, "experts": Experts, "shared_expert": FeedForward}
+
+
+_read_options = operator.attrgetter(*Options._fields)
 
 
 class SegMoE(nn.Module):
@@ -203,7 +207,7 @@ class SegMoE(nn.Module):
 
     def _options(self) -> Options:
         """What the stages do, as the attributes say now."""
-        return Options(*(getattr(self, name) for name in Options._fields))
+        return Options(*_read_options(self))
 
     def _check_options(self) -> None:
         name = "SegMoE"
@@ -325,9 +329,7 @@ class SegMoE(nn.Module):
 
         def run_inside(x: Tensor, *weights: Any) -> tuple[Tensor, ...]:
             y, found = run(x, padding_mask, *weights)
-            # Tensors side by side, where hooks on the parts find them.
-            probs, chosen = (found.router_logits, found.router_probs), found.topk_weights
-            return y, *probs, chosen, found.topk_ids, found.expert_counts
+            return y, *found  # tensors side by side, where hooks on the parts find them
 
         y, *fields = call_around(parts, x, run_inside)
         routing = Routing(*fields)
@@ -351,7 +353,7 @@ class SegMoE(nn.Module):
             rule = "be as the layer was made: its router has a start vector only then"
             check.fail_value("SegMoE.forward", "causal", rule, self.causal)
         options = self._options()
-        if not self.training:
+        if not self.training and (options.dropout or options.router_dropout):
             options = options._replace(dropout=0.0, router_dropout=0.0)
         weights = LayerWeights(router[0], experts, router_start=router[1])
         plain = (shared is None or shared.is_plain()) and all(

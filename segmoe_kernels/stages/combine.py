@@ -23,7 +23,7 @@ from segmoe_kernels._triton.launch import (
 )
 from segmoe_kernels._triton.partials import store_sum
 from segmoe_kernels._triton.tape import taped
-from segmoe_kernels.autograd import apply
+from segmoe_kernels.autograd import apply, is_followed
 
 
 @kernel
@@ -254,5 +254,6 @@ def combine(
     if shared_out is not None and shared_gate_logits is not None:
         shared_out, shared_gate_logits = shared_out.contiguous(), shared_gate_logits.contiguous()
     flags = step_flags(padding_mask, expert_out.dtype)
-    y: Tensor = apply(_Combine, expert_out, shared_out, shared_gate_logits, flags)
+    tensors = (expert_out, shared_out, shared_gate_logits)
+    y: Tensor = apply(_Combine, *tensors, flags, followed=is_followed(*tensors))
     return y

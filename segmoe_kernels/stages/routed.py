@@ -91,7 +91,7 @@ def _routed_bwd(*given: Any) -> tuple[Tensor | None, ...]:
         *(dtopk_weights, drows, dprobs, dlogits, dslots),
         *(router[0], *router[2:], need_dx, need_drouter),
     )
-    return dx, drouter, dstart, *dweights
+    return dx, drouter, None if router_start is None else dstart, *dweights
 
 
 class _Routed(torch.autograd.Function):
@@ -180,6 +180,6 @@ def routed_experts(
     concat = options.expert_scope == "segment"
     scope = (options.segment_size, concat, options.activation, float(options.dropout), keep)
     out, logits, probs, topk_weights, topk_ids, counts, *_ = apply(
-        _Routed, *tensors, seed, *experts, router, scope
+        _Routed, *tensors, seed, *experts, router, scope, followed=keep
     )
     return out, RouterOutput(logits, probs, topk_weights, topk_ids), counts

@@ -210,13 +210,15 @@ def shared_combine(
         seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
     tensors = (expert_out, x, *matrices, *biases, shared_gate.reshape(-1).contiguous())
     # An exported program has no backward; what backward keeps has another shape at some lengths.
-    keep = not torch.compiler.is_exporting() and is_followed(*tensors[1:])
+    followed = is_followed(*tensors)
+    keep = not torch.compiler.is_exporting() and followed
     y, *_ = apply(
         _SharedCombine,
         *tensors,
         step_flags(padding_mask, x.dtype),
         seed,
         (segment_size, activation, float(dropout), keep),
+        followed=followed,
     )
     result: Tensor = y
     return result
