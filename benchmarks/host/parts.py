@@ -136,7 +136,7 @@ def _install(timers: Timers) -> None:
     _everywhere(timers, "cdiv, padded, dtypes", numbers)
     _method(timers, "cdiv, padded, dtypes", triton, "cdiv", "next_power_of_2")
     _method(timers, "allocations", torch.Tensor, "new_empty")
-    _method(timers, "allocations", torch, "empty", "empty_like")
+    _method(timers, "allocations", torch, "empty", "empty_like", "empty_strided")
     for function in torch.autograd.Function.__subclasses__():
         if function.__module__.startswith("segmoe_kernels.stages"):
             _function(timers, function)

@@ -110,9 +110,9 @@ class Tape:
         self.single = isinstance(result, Tensor)
         self.kind = type(result)
         results = (result,) if self.single else result
-        numbers = [None if t is None else recorder.numbers[id(t)] for t in results]
-        self.held = [None] * (len(recorder.tensors) - num_inputs + 1)
-        self.outputs = [-1 if number is None else number for number in numbers]  # the last is None
+        self.held: list[Any] = [None] * (len(recorder.tensors) - num_inputs)  # and constants
+        self.num_inputs = num_inputs
+        self.outputs = [self._number(tensor) for tensor in results]
         self.values: list[Any] = []
         self.slots: dict[Any, int] = {}
         self.steps: list[Callable[[list[Any], list[Any], int], None]] = []
@@ -151,6 +151,13 @@ class Tape:
             kept.append(step)
         return kept[::-1], pointed, needed
 
+    def _number(self, value: Any) -> int:
+        """Where a tensor or a constant is among those held."""
+        if isinstance(value, Tensor):
+            return int(self.recorder.numbers[id(value)])
+        self.held.append(value)
+        return self.num_inputs + len(self.held) - 1
+
     def _slot(self, key: Any, value: Any = None) -> int:
         slot: int = self.slots.setdefault(key, len(self.values))
         if slot == len(self.values):
@@ -169,18 +176,15 @@ class Tape:
             self.room += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
 
     def _add_call(self, func: Any, args: Any, named: dict[str, Any], made: tuple[int, ...]) -> None:
-        given = [*args, *named.values()]
-        numbers = self.recorder.numbers
-        tensors = [(i, numbers[id(t)]) for i, t in enumerate(given) if isinstance(t, Tensor)]
-        names, unnamed = tuple(named), len(args)
-        template = [None if isinstance(value, Tensor) else value for value in given]
+        get, names = _getter(tuple(map(self._number, args))), tuple(named)
+        get_named = _getter(tuple(map(self._number, named.values())))
         results = [(number, self._pointer(number)) for number in made]
 
         def call(held: list[Any], values: list[Any], _: int) -> None:
-            filled = template.copy()
-            for place, number in tensors:
-                filled[place] = held[number]
-            found = func(*filled[:unnamed], **dict(zip(names, filled[unnamed:], strict=True)))
+            if names:
+                found = func(*get(held), **dict(zip(names, get_named(held), strict=True)))
+            else:
+                found = func(*get(held))
             listed = found if isinstance(found, tuple | list) else (found,)
             for (number, slot), result in zip(results, listed, strict=True):
                 held[number] = result
