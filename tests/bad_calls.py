@@ -4,7 +4,6 @@ One row is ``(name, call, exception, words)``; the message must contain all the 
 """
 
 import copy
-import dataclasses
 
 import torch
 

@@ -5,6 +5,7 @@ Run by test_host.py in a process of its own; it prints one line of JSON.
 
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 from unittest import mock
@@ -13,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.host import stub
 
 stub.install()
+os.environ["SEGMOE_REPLAY"] = "0"
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402

@@ -63,7 +63,7 @@ def test_compiled_layer_with_padding_and_routing_equals_eager(scope):
     y, routing = compiled(x, mask)
     expected, expected_routing = layer.forward_with_routing(x, mask)
     assert torch.equal(y, expected)
-    for field, value in vars(expected_routing).items():
+    for field, value in expected_routing._asdict().items():
         assert torch.equal(getattr(routing, field), value), field
 
 

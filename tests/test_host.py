@@ -66,6 +66,7 @@ def test_a_profile_names_parts_of_a_call():
     assert all(us > 0 for us in parts.values())
 
 
-def test_prepared_launches_are_tritons_own():
-    """In `prepared_worker`: the same launches, nothing new for new lengths, seen by who watches."""
-    assert json.loads(run_python("tests/prepared_worker.py"))["launches"] > 100
+@pytest.mark.parametrize("way", ["prepared", "replay"])
+def test_fast_launches_are_tritons_own(way):
+    """In the workers: the same launches, nothing new for new lengths, seen by who watches."""
+    assert json.loads(run_python(f"tests/{way}_worker.py").splitlines()[-1])["launches"] > 100

@@ -345,7 +345,7 @@ def test_stages_never_write_their_inputs(backend):
         "grouped_gemm": (rows, experts.up_proj),
         "combine": (out, shared, gate_logits),
     }
-    indices = {"mask": mask, "ids": routed.topk_ids, **vars(permutation)}
+    indices = {"mask": mask, "ids": routed.topk_ids, **permutation._asdict()}
     for name, call in calls.items():
         leaves = [t.detach().clone().requires_grad_() for t in arguments[name]]
         watched = [*leaves, *indices.values(), *(w for w in experts if w is not None)]

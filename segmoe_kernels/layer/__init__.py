@@ -1,7 +1,6 @@
 """`SegMoE`, the drop-in layer."""
 
 import math
-import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -41,9 +40,6 @@ class OfficialNames(NamedTuple):
 
 # What is called around the computation, in this order.
 _PARTS = {"router": SegmentRouter, "experts": Experts, "shared_expert": FeedForward}
-
-
-_read_options = operator.attrgetter(*Options._fields)
 
 
 class SegMoE(nn.Module):
@@ -207,7 +203,9 @@ class SegMoE(nn.Module):
 
     def _options(self) -> Options:
         """What the stages do, as the attributes say now."""
-        return Options(*_read_options(self))
+        kind = self.pooling, self.expert_scope, self.activation
+        router = self.router_dropout, self.router_temperature, self.renormalize
+        return Options(self.segment_size, self.top_k, *kind, self.dropout, *router)
 
     def _check_options(self) -> None:
         name = "SegMoE"
