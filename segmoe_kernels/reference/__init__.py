@@ -47,7 +47,7 @@ def pool(x: Tensor, valid: Tensor | None, pooling: str) -> Tensor:
         (B, J, P * D) for "concat", else (B, J, D); a mean is float32 at least, the others x's.
     """
     if pooling == "concat":
-        return rearrange(x, "b j p d -> b j (p d)")
+        return x.flatten(2)
     assert valid is not None, pooling
     if pooling == "mean":
         dtype = accumulator_dtype(x.dtype)
@@ -94,7 +94,7 @@ def route(
     if padding_mask is not None and valid is not None:
         routed = rearrange(valid.any(-1), "b j -> (b j) 1")
     with no_autocast(x.device.type):
-        pooled = rearrange(pooled, "b j w -> (b j) w").to(accumulate)
+        pooled = pooled.flatten(0, 1).to(accumulate)
         router_logits = pooled @ router_weight.to(accumulate).t()
         if routed is not None:
             router_logits = torch.where(routed, router_logits, 0)
@@ -102,7 +102,8 @@ def route(
         if router_temperature != 1:
             scaled = scaled / router_temperature
         router_probs = torch.softmax(scaled, dim=-1)
-    router_probs = F.dropout(router_probs, router_dropout)
+    if router_dropout:
+        router_probs = F.dropout(router_probs, router_dropout)
     if routed is not None:
         router_probs = torch.where(routed, router_probs, 0)
     # The lower index comes first among equals: a promise of max and of a stable sort, not of topk.
