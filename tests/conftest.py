@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def monkeypatch(monkeypatch):
-    """pytest's own, whose changes of the environment the package sees at once."""
+    """Pytest's own, whose changes of the environment the package sees at once."""
 
     def and_reload(function):
         def call(*args, **kwargs):

@@ -16,6 +16,7 @@ from benchmarks.host import stub
 
 stub.install()
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
@@ -23,7 +24,7 @@ from triton import knobs  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from segmoe_kernels import SegMoE, settings, stages  # noqa: E402
+from segmoe_kernels import SegMoE, functional, settings  # noqa: E402
 from segmoe_kernels._triton import prepared, tape  # noqa: E402
 
 SIZES = {"d_model": 16, "d_ff": 32, "num_experts": 4, "segment_size": 5}
@@ -76,15 +77,14 @@ class Nothing(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def taped_functions():
-    names = [name for name in sys.modules if name.startswith(stages.__name__)]
-    values = [value for name in names for value in vars(sys.modules[name]).values()]
-    return [value for value in {id(v): v for v in values}.values() if hasattr(value, "tapes")]
-
-
 def tapes():
-    found = [t for function in taped_functions() for t in function.tapes.values()]
+    found = [t for known in tape.TAPES for t in known.values()]
     return [t for t in found if isinstance(t, tape.Tape)]
+
+
+def forget():
+    for known in tape.TAPES:
+        known.clear()
 
 
 def make(options, calls, dtype, length):
@@ -149,6 +149,7 @@ def described(results):
 
 def keep(played):
     """Let nothing that a tape allocates be freed, so that each address has one owner."""
+
     def keeping(step):
         def run_step(held, values, stream):
             step(held, values, stream)
@@ -178,8 +179,7 @@ def compare():
         options, calls = CASES[name]
         made = make(options, calls, dtype, length)
         run(*made, **calls)  # in which kernels are compiled
-        for function in taped_functions():
-            function.tapes.clear()
+        forget()
         ordinary, results, given = run(*made, **calls)
         recorded, *_ = run(*made, **calls)
         assert [launch[:-1] for launch in ordinary] == [launch[:-1] for launch in recorded]
@@ -193,9 +193,8 @@ def compare():
         assert_alike(ordinary, played, given)
         assert described(results) == described(others)
         KEPT.clear()
-        for function in taped_functions():
-            assert False not in function.tapes.values(), name
-            function.tapes.clear()
+        assert all(False not in known.values() for known in tape.TAPES), name
+        forget()
         count += len(played)
     return count
 
@@ -231,17 +230,17 @@ def lengths():
     for length in range(1, 2001):
         step(length)
     assert compiled_kernels() == compiled
-    sizes = [len(function.tapes) for function in taped_functions()]
+    sizes = [len(known) for known in tape.TAPES]
     assert max(sizes) > 100, sizes
     assert max(sizes) <= tape._MOST_TAPES, sizes
     with mock.patch.object(tape, "_MOST_TAPES", 4):
         for length in [*range(1, 20)] * 2:
             step(length)
-        assert all(len(function.tapes) <= 4 for function in taped_functions())
+        assert all(len(known) <= 4 for known in tape.TAPES)
 
 
 def fallbacks():
-    """Whoever listens or watches has the ordinary way, and so has a pointer that is less aligned."""
+    """Whoever listens or watches has the ordinary way, and so have pointers less aligned."""
     made = layer, x, mask, dy = make({}, {}, torch.float32, 10)
     assert is_played(made)
     number = len(run(*made)[0])
@@ -265,19 +264,31 @@ def fallbacks():
     # Two gradients that are one tensor aren't taken for one later.
     assert is_played(made)
     gradient = torch.autograd.grad(layer(x), x, dy, create_graph=True)
-    try:
+    with pytest.raises(RuntimeError, match="no second derivatives"):
         torch.autograd.grad(gradient[0].sum(), x)
-    except RuntimeError as error:
-        assert "no second derivatives" in str(error)
-    else:
-        raise AssertionError
+
+
+def operators():
+    """Those that compiled code calls, and the stages alone, are played back as well."""
+    x, weight = torch.randn(2, 10, 16), torch.randn(4, 80)
+    options = {"segment_size": 5, "top_k": 1, "backend": "triton"}
+    arguments = (x, weight, None, None, None, 5, 1, "concat", 1.0, 0.0, False)
+    for call in (
+        lambda: functional.route(x, weight, **options),
+        lambda: torch.ops.segmoe_kernels.route_fwd(*arguments),
+    ):
+        forget()
+        for _ in range(2):
+            call()
+        with mock.patch.object(prepared.Kernel, "run", side_effect=AssertionError):
+            call()
 
 
 def streams_and_threads():
     """All launches go to the current stream, as under a CUDA graph's capture, in any thread."""
     made = make({}, {}, torch.float32, 10)
     assert is_played(made)
-    with mock.patch.object(driver.active, "get_current_stream", lambda _: 77):
+    with mock.patch.object(driver.active, "get_current_stream", return_value=77):
         launches, *_ = run(*made)
     assert {launch[1] for launch in launches} == {77}
     expected, found = described(run(*made)[1]), []
@@ -300,5 +311,6 @@ if __name__ == "__main__":
     gc.collect()
     lengths()
     fallbacks()
+    operators()
     streams_and_threads()
     sys.stdout.write(json.dumps({"launches": COUNT}))

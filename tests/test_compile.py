@@ -163,7 +163,7 @@ def test_layer_on_meta_gives_shapes(name, shape):
         assert y.device.type == routing.topk_ids.device.type == "meta"
         assert y.shape == shape
         real = make_layer(**CASES[name]).forward_with_routing(torch.zeros(shape))[1]
-        for field, value in vars(real).items():
+        for field, value in real._asdict().items():
             assert getattr(routing, field).shape == value.shape, field
             assert getattr(routing, field).dtype == value.dtype, field
         y.sum().backward()

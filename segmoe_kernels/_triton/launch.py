@@ -13,6 +13,7 @@ from torch import Tensor
 
 from segmoe_kernels._triton.dispatch import undispatched
 from segmoe_kernels._triton.prepared import prepared_jit
+from segmoe_kernels._triton.tape import taped
 from segmoe_kernels.flops import register_flops
 
 # What 32 bits hold.
@@ -66,6 +67,7 @@ def define_operator(
     schema = torch.library.infer_schema(implementation, mutates_args=())
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
 
+    @taped
     def guarded(*args: Any) -> Any:
         if args[0].is_cpu and triton.knobs.runtime.interpret:
             _refuse_wrong_bfloat16(args)

@@ -67,7 +67,7 @@ class Kernel(JITFunction):  # type: ignore[misc]  # Triton has no types
             aligned |= pointer
         known = self.prepared.get(key) if key is not None and not aligned & 15 else None
         if known is not None:
-            stream = driver.active.get_current_stream(key[0])
+            stream = driver.active.get_current_stream(driver.active.get_current_device())
             known.run(*launch_arguments(known, grid, stream), *args, *self.constants)
         else:
             known = super().run(*args, grid=grid, warmup=warmup, **kwargs)

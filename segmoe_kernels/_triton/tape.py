@@ -19,12 +19,13 @@ from triton import knobs
 from triton.runtime.driver import driver
 
 from segmoe_kernels._triton.dispatch import VALUES, is_heard
-from segmoe_kernels._triton.launch import device_guard, input_precision
 from segmoe_kernels._triton.prepared import LISTENER, is_watched, launch_arguments
 from segmoe_kernels.settings import settings
 
 __all__ = ["taped"]
 
+# What is known of each function: None was seen once, False can't be played back.
+TAPES: list[dict[Any, Any]] = []
 # Of each function. Lengths that change with every batch make no more.
 _MOST_TAPES = 256
 # Multiples of this many bytes lie between tensors that share an allocation.
@@ -116,13 +117,14 @@ class Tape:
         self.values: list[Any] = []
         self.slots: dict[Any, int] = {}
         self.steps: list[Callable[[list[Any], list[Any], int], None]] = []
-        self.kernels: list[Any] = []
+        self.hooks: list[list[Any]] = []  # of the kernels
+        self.compiled: list[Any] = []  # kept, as launches know their functions' handles alone
         self.room = 0  # bytes of those that share an allocation
         self.new: list[tuple[Any, ...]] = []  # number, slot of its pointer, shape, strides, dtype
         self.shared: list[tuple[int, int]] = []  # slot, bytes behind the first
         kept, self.pointed, self.needed = self._used(recorder.steps)
         inputs = sorted(number for number in self.pointed if number < num_inputs)
-        self.pointers = [(self._pointer(number), number) for number in inputs]
+        self.pointers = [(self._slot(("pointer", number)), number) for number in inputs]
         for func, given, named, made in kept:
             if func is None:
                 self._add_launch(given, *named)
@@ -223,7 +225,8 @@ class Tape:
             run(*blocks, stream, function, metadata, *hooks, *get(values), *constants)
 
         self.steps.append(launch)
-        self.kernels.append((kernel, compiled))
+        self.hooks.append(kernel.pre_run_hooks)
+        self.compiled.append(compiled)
 
     def play(self, inputs: list[Tensor]) -> Any:
         """Do it with other tensors; None where a pointer is less aligned, or a kernel watched."""
@@ -231,7 +234,7 @@ class Tape:
         for slot, number in self.pointers:
             values[slot] = pointer = inputs[number].data_ptr()
             aligned |= pointer
-        if aligned & 15 or any(kernel.pre_run_hooks for kernel, _ in self.kernels):
+        if aligned & 15 or any(self.hooks):
             return None
         held, device, empty = inputs + self.held, inputs[0].device, torch.empty_strided
         for number, slot, shape, strides, dtype in self.new:
@@ -278,8 +281,7 @@ def taped(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     if knobs.runtime.interpret or torch.version.hip is not None:
         return function
-    # None is for what was seen once, False for what can't be played.
-    tapes: dict[Any, Tape | bool | None] = {}
+    tapes: dict[Any, Any] = {}
 
     @wraps(function)
     def call(*args: Any) -> Any:
@@ -302,11 +304,11 @@ def taped(function: Callable[..., Any]) -> Callable[..., Any]:
         if device < 0 or device == driver.active.get_current_device():
             found = tape.play(inputs)
         else:
-            with device_guard(inputs[0]):
+            with torch.cuda.device(device):
                 found = tape.play(inputs)
         return function(*args) if found is None else found
 
-    call.tapes = tapes  # type: ignore[attr-defined]  # for tests
+    TAPES.append(tapes)
     return call
 
 
@@ -318,7 +320,8 @@ def _key(args: tuple[Any, ...], inputs: list[Tensor]) -> tuple[Any, ...] | None:
     x, now, recorded = args[0], settings(), torch.is_grad_enabled()
     if not now.replay:
         return None
-    key: list[Any] = [now, x.get_device(), input_precision(x.dtype)]
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    key: list[Any] = [now, x.get_device(), tf32]
     for arg in args:
         kind = type(arg)
         if kind is Tensor or kind is nn.Parameter:
@@ -335,7 +338,7 @@ def _key(args: tuple[Any, ...], inputs: list[Tensor]) -> tuple[Any, ...] | None:
 
 def _record(
     function: Callable[..., Any], args: tuple[Any, ...], inputs: list[Tensor]
-) -> tuple[Any, Tape | bool | None]:
+) -> tuple[Any, Any]:
     """What the function returns, and its tape."""
     recorder = Recorder(inputs)
     if recorder.refused or any(tensor.data_ptr() & 15 for tensor in inputs):

@@ -102,8 +102,7 @@ def route(
         if router_temperature != 1:
             scaled = scaled / router_temperature
         router_probs = torch.softmax(scaled, dim=-1)
-    if router_dropout:
-        router_probs = F.dropout(router_probs, router_dropout)
+    router_probs = F.dropout(router_probs, router_dropout) if router_dropout else router_probs
     if routed is not None:
         router_probs = torch.where(routed, router_probs, 0)
     # The lower index comes first among equals: a promise of max and of a stable sort, not of topk.

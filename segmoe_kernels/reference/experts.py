@@ -5,12 +5,12 @@ can't be asked how many rows an expert has: for them the loop is an operator, as
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import repeat
 from torch import _C, Tensor
 from torch._subclasses.fake_tensor import is_fake
 

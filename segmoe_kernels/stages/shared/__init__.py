@@ -125,7 +125,7 @@ _shared_bwd_op = define_operator("shared_combine_bwd", _shared_bwd, _shared_bwd_
 
 
 def _laid_out(x: Tensor, *given: Any) -> tuple[Any, ...]:
-    """x and the next ten tensors as kernels read them."""
+    """X and the next ten tensors as kernels read them."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     matrices = [w if w is None else within_reach(w) for w in given[:3]]
     biases = [None if b is None else b.contiguous() for b in given[3:6]]
