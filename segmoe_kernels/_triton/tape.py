@@ -289,7 +289,7 @@ def taped(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args)
         inputs: list[Tensor] = []
         key = _key(args, inputs)
-        tape = tapes.get(key, _UNSEEN) if key is not None else False
+        tape: Any = tapes.get(key, _UNSEEN) if key is not None else False
         if tape is False:
             return function(*args)
         if tape is _UNSEEN:
