@@ -16,7 +16,7 @@ from triton.backends.nvidia import driver
 from benchmarks.host.calls import Case, calls_of
 from segmoe_kernels import SegMoE, autograd, functional, options, pipeline, validation
 from segmoe_kernels._triton import launch, tape, tiles
-from segmoe_kernels._triton.prepared import Kernel
+from segmoe_kernels._triton.kernels import Kernel
 
 __all__ = ["profile"]
 
@@ -155,7 +155,6 @@ def _function(timers: Timers, function: Any) -> None:
 def _triton(timers: Timers) -> None:
     _method(timers, "tapes: keys", tape, "_key")
     _method(timers, "tapes: played", tape.Tape, "play")
-    _method(timers, "launches: key", Kernel, "_key")
     _method(timers, "launches: Python", Kernel, "run")
     _method(timers, "Triton: launcher, Python", driver.CudaLauncher, "__call__")
     utils = triton.runtime.driver.active.utils

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segmoe_kernels._triton.prepared import LISTENER
+from segmoe_kernels._triton.kernels import LISTENER
 
 __all__ = ["VALUES", "is_heard", "undispatched"]
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from segmoe_kernels._triton.dispatch import undispatched
-from segmoe_kernels._triton.prepared import prepared_jit
+from segmoe_kernels._triton.kernels import recorded_jit
 from segmoe_kernels._triton.tape import taped
 from segmoe_kernels.flops import register_flops
 
@@ -37,7 +37,7 @@ OF_THE_BATCH = (
     "segments_per_sequence",
     "shared_rows",
 )
-kernel = prepared_jit(do_not_specialize=OF_THE_BATCH)
+kernel = recorded_jit(do_not_specialize=OF_THE_BATCH)
 
 _LIBRARY = torch.library.Library("segmoe_kernels", "FRAGMENT")
 

@@ -19,7 +19,7 @@ from triton import knobs
 from triton.runtime.driver import driver
 
 from segmoe_kernels._triton.dispatch import VALUES, is_heard
-from segmoe_kernels._triton.prepared import LISTENER, is_watched, launch_arguments
+from segmoe_kernels._triton.kernels import LISTENER, is_watched
 from segmoe_kernels.settings import settings
 
 __all__ = ["taped"]
@@ -216,8 +216,9 @@ class Tape:
             return self._slot((type(value), value), value)
 
         get = _getter(tuple(map(place, args)))
-        *blocks, _, function, metadata, _, _, _ = launch_arguments(compiled, grid, 0)
-        run, constants, hooks = compiled.run, kernel.constants, (None, None, None)
+        blocks, run = (*grid, 1, 1)[:3], compiled.run
+        function, metadata = compiled.function, compiled.packed_metadata
+        constants, hooks = kernel.constants, (None, None, None)
 
         def launch(_: list[Any], values: list[Any], stream: int) -> None:
             for slot, make in before:
