@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from segmoe_kernels._triton.dispatch import undispatched
-from segmoe_kernels._triton.kernels import recorded_jit
+from segmoe_kernels._triton.kernels import LISTENER, recorded_jit
 from segmoe_kernels._triton.tape import taped
 from segmoe_kernels.flops import register_flops
 
@@ -62,7 +61,7 @@ def define_operator(
         gradient: part of a backward, whose own derivative is refused.
 
     Returns:
-        The operator, as `undispatched` calls it.
+        A function of its arguments, in order.
     """
     schema = torch.library.infer_schema(implementation, mutates_args=())
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -82,15 +81,17 @@ def define_operator(
         torch.library.register_autograd(qualified, _refuse_second_derivative, lib=_LIBRARY)
     packet = getattr(torch.ops.segmoe_kernels, name)
     register_flops(packet, name)
-    operator = packet.default
-    if gradient:
 
-        def operator(*args: Any) -> Any:
-            # PyTorch's transforms take no formula of an operator, but functions.
-            transformed = torch._C._are_functorch_transforms_active()
-            return _Gradient.apply(packet, *args) if transformed else packet.default(*args)
+    def operator(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return packet.default(*args)
+        if LISTENER.recorder is not None:  # it wants PyTorch's operators, not ours
+            return guarded(*args)
+        # PyTorch's transforms take no formula of an operator, but functions.
+        transformed = gradient and torch._C._are_functorch_transforms_active()
+        return _Gradient.apply(packet, *args) if transformed else packet.default(*args)
 
-    return undispatched(operator, guarded)
+    return operator
 
 
 class _Gradient(torch.autograd.Function):

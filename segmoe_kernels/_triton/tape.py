@@ -18,12 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.runtime.driver import driver
 
-from segmoe_kernels._triton.dispatch import VALUES, is_heard
 from segmoe_kernels._triton.kernels import LISTENER, is_watched
 from segmoe_kernels.settings import settings
 
 __all__ = ["taped"]
 
+# Classes of arguments that say all of themselves.
+_VALUES = {type(None), bool, int, float, str, list, tuple}
 # What is known of each function: None was seen once, False can't be played back.
 TAPES: list[dict[Any, Any]] = []
 # Of each function. Lengths that change with every batch make no more.
@@ -286,7 +287,7 @@ def taped(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def call(*args: Any) -> Any:
-        if is_heard(args[0]) or LISTENER.recorder is not None or is_watched():
+        if _is_heard(args[0]) or is_watched():
             return function(*args)
         inputs: list[Tensor] = []
         key = _key(args, inputs)
@@ -316,6 +317,19 @@ def taped(function: Callable[..., Any]) -> Callable[..., Any]:
 _UNSEEN: Any = object()
 
 
+def _is_heard(x: Tensor) -> bool:
+    """Whether something between a call and its kernels has a say: compilers, modes, transforms."""
+    return bool(
+        torch.compiler.is_compiling()
+        or LISTENER.recorder is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+        or not (x.is_cuda or x.is_cpu)
+    )
+
+
 def _key(args: tuple[Any, ...], inputs: list[Tensor]) -> tuple[Any, ...] | None:
     """All that a function decides from, or None; adds the tensors to inputs."""
     x, now, recorded = args[0], settings(), torch.is_grad_enabled()
@@ -330,7 +344,7 @@ def _key(args: tuple[Any, ...], inputs: list[Tensor]) -> tuple[Any, ...] | None:
                 return None
             inputs.append(arg)
             key += (arg.shape, arg.stride(), arg.dtype)
-        elif kind in VALUES:
+        elif kind in _VALUES:
             key.append(tuple(arg) if kind is list else arg)
         else:
             return None
