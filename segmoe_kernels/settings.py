@@ -23,7 +23,11 @@ class Settings(NamedTuple):
 
 
 def settings() -> Settings:
-    """What holds now."""
+    """What holds now.
+
+    Returns:
+        Settings.
+    """
     return _NOW
 
 

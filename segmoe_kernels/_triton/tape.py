@@ -48,7 +48,9 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, inputs: list[Tensor]) -> None:
         super().__init__()
-        self.tensors: list[Tensor] = []  # kept, for an id may come back
+        # Kept, for an id may come back.
+        self.tensors: list[Tensor] = []
+        self.detached: list[Tensor] = []
         self.numbers: dict[int, int] = {}
         self.places: list[tuple[int, int]] = []
         self.steps: list[tuple[Any, ...]] = []
@@ -64,7 +66,10 @@ class Recorder(TorchDispatchMode):
         self._know(args, *named.values())
         if any(isinstance(arg, tuple | list) and _tensors_of(arg) for arg in args):
             self.refused = True
-        if all(isinstance(result, Tensor) for result in results):
+        if func is _aten.detach.default:  # `empty_like` ends in one
+            self.numbers[id(found)] = self.numbers[id(args[0])]
+            self.detached.append(found)
+        elif all(isinstance(result, Tensor) for result in results):
             numbers = tuple(self._add(t, args[0] if _is_view(func) else None) for t in results)
             self.steps.append((func, args, named, numbers))
         else:  # read from a tensor
@@ -248,7 +253,7 @@ class Tape:
             start = room.data_ptr()
             for slot, offset in self.shared:
                 values[slot] = start + offset
-        stream = driver.active.get_current_stream(driver.active.get_current_device())
+        stream = driver.active.get_current_stream(max(0, inputs[0].get_device()))
         for step in self.steps:
             step(held, values, stream)
         outputs = [held[number] for number in self.outputs]
