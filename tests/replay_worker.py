@@ -8,6 +8,7 @@ import itertools
 import json
 import sys
 import threading
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -272,6 +273,18 @@ def fallbacks():
         torch.autograd.grad(gradient[0].sum(), x)
 
 
+def nothing_is_kept():
+    """Tapes hold on to no tensor of the calls that they were recorded from."""
+    made = layer, x, mask, dy = make({}, {}, torch.float32, 10)
+    assert is_played(made)
+    kept = [weakref.ref(tensor) for tensor in (x, dy, *layer.parameters())]
+    LAUNCHES.clear()
+    del made, layer, x, mask, dy
+    gc.collect()
+    assert tapes()
+    assert not any(reference() is not None for reference in kept)
+
+
 def operators():
     """Those that compiled code calls, and the stages alone, are played back as well."""
     x, weight = torch.randn(2, 10, 16), torch.randn(4, 80)
@@ -316,5 +329,6 @@ if __name__ == "__main__":
     lengths()
     fallbacks()
     operators()
+    nothing_is_kept()
     streams_and_threads()
     sys.stdout.write(json.dumps({"launches": COUNT}))

@@ -141,7 +141,8 @@ class Tape:
         del self.recorder, self.slots, self.pointed, self.needed
 
     def _is_empty(self, func: Any, number: int) -> bool:
-        return func in _EMPTY and bool(self.recorder.tensors[number].is_contiguous())
+        x, made = self.recorder.tensors[0], self.recorder.tensors[number]
+        return func in _EMPTY and made.is_contiguous() and made.device == x.device
 
     def _used(self, steps: list[Any]) -> tuple[list[Any], set[int], set[int]]:
         """Steps with an effect; tensors that kernels point at; those that have to be tensors."""
