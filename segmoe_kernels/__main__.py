@@ -22,6 +22,7 @@ from segmoe_kernels.testing import assert_as_accurate, make_inputs, oracle, rout
 
 VARIABLES = (
     "SEGMOE_BACKEND",
+    "SEGMOE_REPLAY",
     "SEGMOE_ARCH",
     "SEGMOE_TILES",
     "TRITON_INTERPRET",

@@ -36,7 +36,8 @@ def resolve_backend(backend: str, x: Tensor) -> str:
 
     Args:
         backend: "auto" takes Triton for GPU tensors where it is installed, else the reference;
-            the environment variable SEGMOE_BACKEND overrides "auto". "triton" never falls back.
+            the environment variable SEGMOE_BACKEND overrides "auto" (`reload_settings` reads it
+            again). "triton" never falls back.
         x: the input; only its device is looked at. Triton's interpreter, which runs CPU tensors,
             multiplies bfloat16 wrongly: there the kernels themselves refuse it.
 
