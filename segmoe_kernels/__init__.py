@@ -17,6 +17,7 @@ from segmoe_kernels.models.official import (
 from segmoe_kernels.models.swap import replace_ffn, upcycle
 from segmoe_kernels.parallel import shard_experts
 from segmoe_kernels.routing import FFNWeights, Permutation, RouterOutput, Routing
+from segmoe_kernels.settings import reload_settings
 from segmoe_kernels.stats.collector import collect_routing_stats, collect_routings
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "load_balancing_loss",
     "load_official",
     "load_official_layers",
+    "reload_settings",
     "replace_ffn",
     "router_z_loss",
     "segment_schedule",

@@ -17,10 +17,12 @@ import torch
 import segmoe_kernels
 from segmoe_kernels.functional import resolve_backend
 from segmoe_kernels.layer import SegMoE
+from segmoe_kernels.settings import settings
 from segmoe_kernels.testing import assert_as_accurate, make_inputs, oracle, route_ids, run_layer
 
 VARIABLES = (
     "SEGMOE_BACKEND",
+    "SEGMOE_REPLAY",
     "SEGMOE_ARCH",
     "SEGMOE_TILES",
     "TRITON_INTERPRET",
@@ -78,7 +80,7 @@ def _explain_backend(device: torch.device) -> str:
     """The backend for ``backend="auto"`` on device, and the reason, as one line."""
     x = torch.empty(0, device=device)
     backend = resolve_backend("auto", x)
-    if os.environ.get("SEGMOE_BACKEND", "auto") != "auto":
+    if settings().backend != "auto":
         return f"{backend} on {device}: SEGMOE_BACKEND says so"
     if backend == "triton":
         return f"triton on {device}: a GPU, and triton is installed"

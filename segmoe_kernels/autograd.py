@@ -4,16 +4,32 @@ from typing import Any
 
 import torch
 from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import forward_ad
 
-__all__ = ["apply"]
+__all__ = ["apply", "is_followed"]
 
 
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+def apply(function: type[torch.autograd.Function], *args: Any, followed: bool = True) -> Any:
     """``function.apply(*args)``, every parameter of ``forward`` given.
 
     PyTorch's own binds args to the signature in every call, as long as a small kernel runs; that
     serves defaults, which are not used here. Transforms of torch.func and compilers get PyTorch's.
+    What is not ``followed``, as `is_followed` says, runs ``forward`` alone.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+    args = unwrap_dead_wrappers(args)
+    if followed:
+        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+    return function.forward(*args)
+
+
+def is_followed(*args: Any) -> bool:
+    """Whether autograd follows what is made of tensors, backward or forward."""
+    if forward_ad._current_level >= 0:
+        return True
+    if torch.is_grad_enabled():
+        for arg in args:
+            if arg is not None and arg.requires_grad:
+                return True
+    return False

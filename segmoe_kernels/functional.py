@@ -21,6 +21,7 @@ from segmoe_kernels.activations import ACTIVATIONS
 from segmoe_kernels.flops import install_flops
 from segmoe_kernels.options import Options, call_key, check_layer
 from segmoe_kernels.routing import FFNWeights, LayerWeights, Permutation, RouterOutput, Routing
+from segmoe_kernels.settings import settings
 
 __all__ = [
     "combine",
@@ -38,7 +39,8 @@ def resolve_backend(backend: str, x: Tensor) -> str:
 
     Args:
         backend: "auto" takes Triton for GPU tensors where it is installed, else the reference;
-            the environment variable SEGMOE_BACKEND overrides "auto". "triton" never falls back.
+            the environment variable SEGMOE_BACKEND overrides "auto" (`reload_settings` reads it
+            again). "triton" never falls back.
         x: the input; only its device is looked at. Triton's interpreter, which runs CPU tensors,
             multiplies bfloat16 wrongly: there the kernels themselves refuse it.
 
@@ -52,7 +54,7 @@ def resolve_backend(backend: str, x: Tensor) -> str:
     """
     check.check_choice("resolve_backend", "backend", backend, check.BACKENDS)
     if backend == "auto":
-        backend = os.environ.get("SEGMOE_BACKEND", "auto")
+        backend = settings().backend
         check.check_choice("resolve_backend", "SEGMOE_BACKEND", backend, check.BACKENDS)
     if not isinstance(getattr(x, "device", None), torch.device):
         check.fail_type("resolve_backend", "x", "be a torch.Tensor", type(x).__name__)
@@ -394,8 +396,8 @@ def seg_moe(
     return run_layer(x, weights, options, padding_mask, backend)
 
 
-# Calls that passed the checks, with their options.
-_CHECKED: dict[tuple[Any, ...], Options] = {}
+# Calls that passed the checks, with their options and the stages that they run.
+_CHECKED: dict[tuple[Any, ...], tuple[Options, ModuleType]] = {}
 _MOST_CHECKED = 1024
 
 
@@ -411,20 +413,23 @@ def run_layer(
 
     ``around`` makes of the backend's stages those to run.
     """
-    key = call_key(x, weights, options)
+    key = call_key(x, weights, options, backend)
     known = None if key is None else _CHECKED.get(key)
     if known is None:
         check.check_x("seg_moe", x)
         check.check_weights("seg_moe", x, weights)
     check.check_mask("seg_moe", padding_mask, x)  # in traced code, too: see SegMoE
     weights, dtype = pipeline.autocast_weights(x, weights)
-    options = known or check_layer("seg_moe", x, weights, dtype, options)
-    if known is not None:
+    if known is None:
+        options = check_layer("seg_moe", x, weights, dtype, options)
+        stages = backend_stages(backend, x)
+        if key is not None:
+            if len(_CHECKED) >= _MOST_CHECKED:
+                _CHECKED.clear()
+            _CHECKED[key] = options, stages
+    else:
+        options, stages = known
+        install_flops()
         check.check_steps("seg_moe", x, options.segment_size, options.top_k)
-    elif key is not None:
-        if len(_CHECKED) >= _MOST_CHECKED:
-            _CHECKED.clear()
-        _CHECKED[key] = options
-    stages: Any = backend_stages(backend, x)
     stages = stages if around is None else around(stages)
     return pipeline.run_stages(stages, x, weights, dtype, options, padding_mask)

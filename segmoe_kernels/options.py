@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from segmoe_kernels import validation as check
 from segmoe_kernels.activations import ACTIVATIONS
 from segmoe_kernels.routing import LayerWeights
+from segmoe_kernels.settings import settings
 
 __all__ = ["Options", "call_key", "check_layer"]
 
@@ -91,32 +92,36 @@ def check_layer(
     return options
 
 
-def call_key(x: Any, weights: LayerWeights, options: Options) -> tuple[Any, ...] | None:
+def call_key(
+    x: Any, weights: LayerWeights, options: Options, backend: str
+) -> tuple[Any, ...] | None:
     """All that the checks of a call look at, but batch and length, to compare it with another.
 
     None in traced code, and where something of another class has a say.
     """
-    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    if traced or type(x) not in _PLAIN_TENSORS:
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return None
     kinds = tuple(map(type, options))  # True is no 1 here
-    if not _PLAIN_VALUES.issuperset(kinds):
+    if type(x) not in _PLAIN_TENSORS or x.is_nested or not _PLAIN_VALUES.issuperset(kinds):
         return None
     kind = x.device.type
     cast = kind != "meta" and torch.is_autocast_enabled(kind)
-    key: list[Any] = [options, kinds, torch.get_autocast_dtype(kind) if cast else None]
-    if x.is_nested:
-        return None
-    key += (x.ndim, x.shape[-1:], x.dtype, x.device, x.layout)
+    key: list[Any] = [options, kinds, backend, settings(), x.ndim, x.shape[-1]]
+    key += (torch.get_autocast_dtype(kind) if cast else None, x.dtype, x.device, x.layout)
+    given: list[Any] = []
     for field in weights:
-        key.append(type(field))
-        for tensor in field if isinstance(field, tuple) else (field,):
-            if tensor is None:
-                key.append(None)
-            elif type(tensor) not in _PLAIN_TENSORS or tensor.is_nested:
-                return None
-            else:
-                key += (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
+        if isinstance(field, tuple):
+            key.append(type(field))
+            given += field
+        else:
+            given.append(field)
+    for tensor in given:
+        if tensor is None:
+            key.append(None)
+        elif type(tensor) not in _PLAIN_TENSORS or tensor.is_nested:
+            return None
+        else:
+            key += (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
     return tuple(key)
 
 

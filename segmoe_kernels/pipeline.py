@@ -115,10 +115,12 @@ def run_stages(
     Returns:
         ``(y, routing)``.
     """
-    batch_shape, (length, d_model) = x.shape[:-2], x.shape[-2:]
-    batch = math.prod(batch_shape)  # not numel(), which export would make a constant
-    sequences = x.reshape(batch, length, d_model)
-    mask = None if padding_mask is None else padding_mask.reshape(batch, length)
+    *batch_shape, length, d_model = x.shape
+    sequences, mask = x, padding_mask
+    if len(batch_shape) != 1:
+        batch = math.prod(batch_shape)  # not numel(), which export would make a constant
+        sequences = x.reshape(batch, length, d_model)
+        mask = None if padding_mask is None else padding_mask.reshape(batch, length)
     tokens, real, size = sequences, mask, options.segment_size
     in_proj, out_proj, shared = weights.in_proj, weights.out_proj, weights.shared
     if in_proj is not None:
@@ -139,7 +141,7 @@ def run_stages(
     if shared is not None and weights.shared_gate is not None:
         y = stages.shared_combine(
             expert_out,
-            tokens.to(compute_dtype),
+            tokens if tokens.dtype == compute_dtype else tokens.to(compute_dtype),
             shared,
             weights.shared_gate,
             segment_size=shared.up_proj.shape[-1] // d_model,
@@ -154,12 +156,7 @@ def run_stages(
         y = crop(rearrange(y, "b j (p d) -> b (j p) d", p=size), 1, length)
         if mask is not None:
             y = y.masked_fill(~mask[..., None], 0)
-    routing = Routing(
-        routed.router_logits,
-        routed.router_probs,
-        routed.topk_weights,
-        routed.topk_ids,
-        expert_counts,
-    )
+    routing = Routing(*routed[:4], expert_counts)
     # Some ways to crop leave a view.
-    return y.to(x.dtype).contiguous().reshape(x.shape), routing
+    y = (y if y.dtype == x.dtype else y.to(x.dtype)).contiguous()
+    return y if len(batch_shape) == 1 else y.reshape(x.shape), routing

@@ -5,7 +5,6 @@ sequence (``ceil(T / P)``), S segments in the batch (``B * J``), D d_model, F d_
 R routed rows (``S * top_k``).
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -64,8 +63,7 @@ class LayerWeights(NamedTuple):
     router_start: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class RouterOutput:
+class RouterOutput(NamedTuple):
     """What the router says about each segment.
 
     Worked example, two segments, ``E = 3``, ``top_k = 2``, the second segment fully masked::
@@ -90,8 +88,7 @@ class RouterOutput:
     block_counts: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Permutation:
+class Permutation(NamedTuple):
     """Slots (``segment * top_k + choice``) grouped by expert, stable inside a group.
 
     Worked example, ``top_k = 1``, ``E = 3``, ``topk_ids = [2, 0, -1, 2]``::
@@ -116,8 +113,7 @@ class Permutation:
     expert_counts: Tensor
 
 
-@dataclass(frozen=True)
-class Routing:
+class Routing(NamedTuple):
     """The routing of one call of the layer, as ``forward_with_routing`` returns it.
 
     Attributes:

@@ -108,7 +108,7 @@ def forced_routing(topk_ids: Tensor | None) -> Iterator[None]:
         renormalize = options.get("renormalize")
         if options["top_k"] > 1 if renormalize is None else renormalize:
             weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-6)
-        return dataclasses.replace(free, topk_weights=weights, topk_ids=ids)
+        return free._replace(topk_weights=weights, topk_ids=ids)
 
     with mock.patch.object(reference, "route", forced):
         yield

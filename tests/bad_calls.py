@@ -5,7 +5,6 @@ name of an argument that `caller` was given; it names another one's where `parti
 """
 
 import copy
-import dataclasses
 from functools import partial
 
 import torch
@@ -117,7 +116,7 @@ def layer_with(**parts):
 
 
 def permutation(**changes):
-    return dataclasses.replace(PERMUTATION, **changes)
+    return PERMUTATION._replace(**changes)
 
 
 def refuse_dropout():

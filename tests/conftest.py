@@ -37,6 +37,8 @@ torch.set_num_threads(1)
 
 import pytest  # noqa: E402  after the environment is set
 
+import segmoe_kernels  # noqa: E402
+
 if INTERPRETER:
     import interp_bf16
     import interp_releases
@@ -58,6 +60,23 @@ def pytest_collection_modifyitems(items):
         for marker, absent in missing.items():
             if absent and item.get_closest_marker(marker) is not None:
                 item.add_marker(pytest.mark.skip(reason=reasons[marker]))
+
+
+@pytest.fixture
+def monkeypatch(monkeypatch):
+    """Pytest's own, whose changes of the environment the package sees at once."""
+
+    def and_reload(function):
+        def call(*args, **kwargs):
+            function(*args, **kwargs)
+            segmoe_kernels.reload_settings()
+
+        return call
+
+    for name in ("setenv", "delenv", "undo"):
+        setattr(monkeypatch, name, and_reload(getattr(monkeypatch, name)))
+    yield monkeypatch
+    monkeypatch.undo()
 
 
 @pytest.fixture

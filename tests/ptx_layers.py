@@ -267,7 +267,7 @@ def run_stages():
         y = functional.combine(*given, padding_mask=mask, backend=backend)
         y.backward(dy.to(y.dtype))
         results.append({"y": y.detach()} | {str(k): t.grad for k, t in enumerate(given)})
-    same = all(torch.equal(value, getattr(found, name)) for name, value in vars(exact).items())
+    same = all(torch.equal(value, getattr(found, name)) for name, value in exact._asdict().items())
     return results, same
 
 

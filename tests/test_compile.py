@@ -87,7 +87,7 @@ def test_compiled_layer_with_padding_and_routing_equals_eager(scope, backend):
             return y
 
         results = train(layer, x, dy, mask, run=run)
-        found.append({**results, **vars(routings[0])})
+        found.append({**results, **routings[0]._asdict()})
     assert_same_bits(*found)
 
 
@@ -179,7 +179,7 @@ def test_layer_on_meta_gives_shapes(name, shape):
         y, routing = layer.forward_with_routing(x, mask)
         assert y.is_meta
         assert y.shape == shape
-        for field, value in vars(real).items():
+        for field, value in real._asdict().items():
             found = getattr(routing, field)
             assert (found.shape, found.dtype, found.is_meta) == (value.shape, value.dtype, True)
         y.sum().backward()

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import importlib
 import inspect
+import json
 import posixpath
 import re
 
@@ -170,6 +171,20 @@ def test_what_the_readme_says_is_known_is_what_the_files_say():
     text = PAGES["readme"].read_text(encoding="utf-8")
     assert known.block() in text
     assert len(text.splitlines()) <= 130
+
+
+def test_the_table_of_host_times_is_what_the_file_holds():
+    path = ROOT / "benchmarks" / "results" / "host" / "sm_90.json"
+    ratios = {
+        (row["case"], row["provider"], row["pass"]): f"{row['over_official']:.2f}"
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]
+    }
+    passes = ("infer", "forward + backward")
+    shown = list(table_rows("plans.md", "| over the official loop |"))
+    for case, *cells in shown:
+        of_case = [ratios[case, name, p] for name in ("segmoe", "grouped_mm") for p in passes]
+        assert cells == of_case, case
+    assert len(shown) == len({case for case, *_ in ratios})
 
 
 def test_the_change_log_begins_with_this_version():

@@ -44,7 +44,7 @@ class WithRouting(nn.Module):
     def forward(self, x, padding_mask=None):
         """Return y and the fields of its routing."""
         y, routing = self.layer.forward_with_routing(x, padding_mask)
-        return y, *vars(routing).values()
+        return y, *routing
 
 
 def inputs_of(batch, length, masked, dtype=torch.float64):

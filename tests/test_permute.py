@@ -40,7 +40,7 @@ def check(out, ids, num_experts):
     assert [order[row] for row in out.slot_to_sorted.tolist()] == list(range(len(order)))
     assert out.expert_counts.tolist() == counts.tolist()
     assert out.expert_offsets.tolist() == [0, *counts.cumsum(0).tolist()]
-    assert {t.dtype for t in vars(out).values()} == {torch.int32}
+    assert {t.dtype for t in out} == {torch.int32}
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

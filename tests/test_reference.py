@@ -90,7 +90,7 @@ def assert_equals_brute_force(layer, x, mask=None):
         layer.zero_grad()
         leaf = x.detach().clone().requires_grad_()
         y, routing = run(leaf)
-        fields = routing if isinstance(routing, dict) else vars(routing)
+        fields = routing if isinstance(routing, dict) else routing._asdict()
         values = {"y": y, **fields}
         generator = torch.Generator().manual_seed(1)
         total = leaf.sum() * 0

@@ -15,8 +15,8 @@ from triton.backends.nvidia import driver
 
 from benchmarks.host.calls import Case, calls_of
 from segmoe_kernels import SegMoE, autograd, functional, options, pipeline, validation
-from segmoe_kernels._triton import launch, tiles
-from segmoe_kernels._triton.prepared import Kernel
+from segmoe_kernels._triton import launch, tape, tiles
+from segmoe_kernels._triton.kernels import Kernel
 
 __all__ = ["profile"]
 
@@ -136,13 +136,14 @@ def _install(timers: Timers) -> None:
     _everywhere(timers, "cdiv, padded, dtypes", numbers)
     _method(timers, "cdiv, padded, dtypes", triton, "cdiv", "next_power_of_2")
     _method(timers, "allocations", torch.Tensor, "new_empty")
-    _method(timers, "allocations", torch, "empty", "empty_like")
+    _method(timers, "allocations", torch, "empty", "empty_like", "empty_strided")
     for function in torch.autograd.Function.__subclasses__():
         if function.__module__.startswith("segmoe_kernels.stages"):
             _function(timers, function)
     _everywhere(timers, "autograd.Function.apply", (autograd.apply,))
     _method(timers, "autograd's engine", torch.autograd, "grad")
     _method(timers, "layer, pipeline", SegMoE, "__call__")
+    _everywhere(timers, "key of the call", (options.call_key,))
 
 
 def _function(timers: Timers, function: Any) -> None:
@@ -152,7 +153,8 @@ def _function(timers: Timers, function: Any) -> None:
 
 
 def _triton(timers: Timers) -> None:
-    _method(timers, "launches: key", Kernel, "_key")
+    _method(timers, "tapes: keys", tape, "_key")
+    _method(timers, "tapes: played", tape.Tape, "play")
     _method(timers, "launches: Python", Kernel, "run")
     _method(timers, "Triton: launcher, Python", driver.CudaLauncher, "__call__")
     utils = triton.runtime.driver.active.utils

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from segmoe_kernels._triton.dispatch import undispatched
-from segmoe_kernels._triton.prepared import prepared_jit
+from segmoe_kernels._triton.kernels import LISTENER, recorded_jit
+from segmoe_kernels._triton.tape import taped
 from segmoe_kernels.flops import register_flops
 
 # What 32 bits hold.
@@ -37,7 +37,7 @@ OF_THE_BATCH = (
     "segments_per_sequence",
     "shared_rows",
 )
-kernel = prepared_jit(do_not_specialize=OF_THE_BATCH)
+kernel = recorded_jit(do_not_specialize=OF_THE_BATCH)
 
 _LIBRARY = torch.library.Library("segmoe_kernels", "FRAGMENT")
 
@@ -62,11 +62,12 @@ def define_operator(
         gradient: part of a backward, whose own derivative is refused.
 
     Returns:
-        The operator, as `undispatched` calls it.
+        A function of its arguments, in order.
     """
     schema = torch.library.infer_schema(implementation, mutates_args=())
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
 
+    @taped
     def guarded(*args: Any) -> Any:
         if args[0].is_cpu and triton.knobs.runtime.interpret:
             _refuse_wrong_bfloat16(args)
@@ -81,15 +82,17 @@ def define_operator(
         torch.library.register_autograd(qualified, _refuse_second_derivative, lib=_LIBRARY)
     packet = getattr(torch.ops.segmoe_kernels, name)
     register_flops(packet, name)
-    operator = packet.default
-    if gradient:
 
-        def operator(*args: Any) -> Any:
-            # PyTorch's transforms take no formula of an operator, but functions.
-            transformed = torch._C._are_functorch_transforms_active()
-            return _Gradient.apply(packet, *args) if transformed else packet.default(*args)
+    def operator(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return packet.default(*args)
+        if LISTENER.recorder is not None:  # it wants PyTorch's operators, not ours
+            return guarded(*args)
+        # PyTorch's transforms take no formula of an operator, but functions.
+        transformed = gradient and torch._C._are_functorch_transforms_active()
+        return _Gradient.apply(packet, *args) if transformed else packet.default(*args)
 
-    return undispatched(operator, guarded)
+    return operator
 
 
 class _Gradient(torch.autograd.Function):

@@ -4,13 +4,13 @@
 """
 
 import functools
-import os
 from typing import NamedTuple
 
 import torch
 import triton
 
 from segmoe_kernels import validation as check
+from segmoe_kernels.settings import settings
 
 
 class TileConfig(NamedTuple):
@@ -82,7 +82,7 @@ def architecture() -> str:
 
     The environment variable SEGMOE_ARCH overrides.
     """
-    wanted = os.environ.get("SEGMOE_ARCH")
+    wanted = settings().arch
     if wanted is not None:
         check.check_choice("architecture", "SEGMOE_ARCH", wanted, tuple(TILES_OF))
         return wanted

@@ -6,8 +6,6 @@ result depends on tiles by rounding alone. Whoever wants other tiles on his GPU 
 file: `tuned`.
 """
 
-import os
-
 import torch
 
 from segmoe_kernels._triton.tile_table import (
@@ -22,6 +20,7 @@ from segmoe_kernels._triton.tile_table import (
     power,
 )
 from segmoe_kernels._triton.tuned import FUSED, PRODUCT, read_tiles, replaceable
+from segmoe_kernels.settings import settings
 
 
 def describe_source() -> str:
@@ -30,7 +29,7 @@ def describe_source() -> str:
     Raises:
         ValueError: if SEGMOE_ARCH or SEGMOE_TILES is wrong.
     """
-    path, arch = os.environ.get("SEGMOE_TILES"), architecture()
+    path, arch = settings().tiles, architecture()
     if not path:
         return f"the table's for {arch}"
     count = len(read_tiles(path).get(arch, {}))

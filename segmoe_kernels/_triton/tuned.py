@@ -12,12 +12,12 @@ file gives the same tiles in every process.
 import functools
 import inspect
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from segmoe_kernels._triton.tile_table import TILES_OF, architecture, power
+from segmoe_kernels.settings import settings
 
 __all__ = ["FUSED", "PRODUCT", "question", "read_tiles", "replaceable", "replaceable_fields"]
 
@@ -56,7 +56,7 @@ def replaceable(*fields: str) -> Callable[[Callable[..., _Answer]], Callable[...
 
         @functools.wraps(function)
         def answer(*args: Any, **kwargs: Any) -> _Answer:
-            return find(os.environ.get(VARIABLE), architecture(), *args, **kwargs)
+            return find(settings().tiles, architecture(), *args, **kwargs)
 
         _FIELDS[function.__name__] = fields
         return answer

@@ -186,7 +186,9 @@ class SegMoE(Stepwise):
 
     def _options(self) -> Options:
         """What the stages do, as the attributes say now."""
-        return Options(*(getattr(self, name) for name in Options._fields))
+        kind = self.pooling, self.expert_scope, self.activation
+        router = self.router_dropout, self.router_temperature, self.renormalize
+        return Options(self.segment_size, self.top_k, *kind, self.dropout, *router)
 
     def _check_options(self) -> None:
         name = "SegMoE"
@@ -290,9 +292,7 @@ class SegMoE(Stepwise):
 
         def run_inside(x: Tensor, *weights: Any) -> tuple[Tensor, ...]:
             y, found = run(x, padding_mask, *weights)
-            # Tensors side by side, where hooks on the parts find them.
-            probs, chosen = (found.router_logits, found.router_probs), found.topk_weights
-            return y, *probs, chosen, found.topk_ids, found.expert_counts
+            return y, *found  # tensors side by side, where hooks on the parts find them
 
         y, *fields = self._call_parts(x, run_inside)
         routing = Routing(*fields)
@@ -332,7 +332,7 @@ class SegMoE(Stepwise):
             rule = "be as the layer was made: its router has a start vector only then"
             check.fail_value("SegMoE.forward", "causal", rule, self.causal)
         options = self._options()
-        if not self.training:
+        if not self.training and (options.dropout or options.router_dropout):
             options = options._replace(dropout=0.0, router_dropout=0.0)
         weights = LayerWeights(router[0], experts, router_start=router[1])
         plain = (shared is None or shared.is_plain()) and all(

@@ -31,7 +31,7 @@ def pool(x: Tensor, valid: Tensor | None, pooling: str) -> Tensor:
     without. The others give (B, J, D), the mean in float32 at least.
     """
     if pooling == "concat":
-        return rearrange(x, "b j p d -> b j (p d)")
+        return x.flatten(2)
     assert valid is not None, pooling
     if pooling == "mean":
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -77,13 +77,13 @@ def route(
     if padding_mask is not None and valid is not None:
         routed = rearrange(valid.any(-1), "b j -> (b j) 1")
     with no_autocast(x.device.type):
-        pooled = rearrange(pooled, "b j w -> (b j) w").to(accumulate)
+        pooled = pooled.flatten(0, 1).to(accumulate)
         router_logits = pooled @ router_weight.to(accumulate).t()
         if routed is not None:
             router_logits = torch.where(routed, router_logits, 0)
         scaled = router_logits if router_temperature == 1 else router_logits / router_temperature
         router_probs = torch.softmax(scaled, dim=-1)
-    router_probs = F.dropout(router_probs, router_dropout)
+    router_probs = F.dropout(router_probs, router_dropout) if router_dropout else router_probs
     if routed is not None:
         router_probs = torch.where(routed, router_probs, 0)
     # The lower index comes first among equals: a promise of max and of a stable sort, not of topk.

@@ -5,18 +5,18 @@ can't be asked how many rows an expert has: for them the loop is an operator, as
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import repeat
 from torch import _C, Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from segmoe_kernels import validation as check
 from segmoe_kernels.activations import ACTIVATIONS
-from segmoe_kernels.autograd import apply
+from segmoe_kernels.autograd import apply, is_followed
 from segmoe_kernels.flops import register_flops
 from segmoe_kernels.pipeline import no_autocast
 from segmoe_kernels.routing import FFNWeights, Permutation
@@ -33,8 +33,10 @@ def dense_ffn(
         hidden = function(hidden)
     else:
         hidden = function(F.linear(x, weights.gate_proj, weights.gate_proj_bias)) * hidden
-    drop: Callable[..., Tensor] = torch.mul if isinstance(dropout, Tensor) else F.dropout
-    hidden = drop(hidden, dropout)
+    if isinstance(dropout, Tensor):
+        hidden = hidden * dropout
+    elif dropout:
+        hidden = F.dropout(hidden, dropout)
     return F.linear(hidden, weights.down_proj, weights.down_proj_bias)
 
 
@@ -179,7 +181,7 @@ def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     The gradient of ``index_select`` is a scatter-add, which is slower and, on a GPU, not
     deterministic.
     """
-    out: Tensor = apply(_GatherRows, x, index, inverse)
+    out: Tensor = apply(_GatherRows, x, index, inverse, followed=is_followed(x))
     return out
 
 
@@ -196,7 +198,8 @@ def composed_ffn(
     """`functional.expert_ffn` in token scope; 0 where masked and for the slots of no expert."""
     batch, length, d_model = x.shape
     top_k = topk_weights.shape[-1]
-    slots = rearrange(segments(x, segment_size, padding_mask), "b j p d -> (b j) (p d)")
+    # PyTorch's own methods here: those of einops take as long as a small product.
+    slots = segments(x, segment_size, padding_mask).flatten(2).flatten(0, 1)
     if top_k > 1:
         slots = repeat(slots, "s w -> (s k) w", k=top_k)
     order = permutation.sorted_to_slot, permutation.slot_to_sorted
@@ -208,7 +211,7 @@ def composed_ffn(
     rows = grouped_ffn(rows, experts, scale, offsets, activation)
     slots = gather_rows(rows.reshape(slots.shape), *reversed(order))
     shape = (batch, -(-length // segment_size), top_k, segment_size, d_model)
-    slots = rearrange(slots.reshape(shape), "b j k p d -> k b (j p) d")
+    slots = slots.reshape(shape).permute(2, 0, 1, 3, 4).flatten(2, 3)
     weights = topk_weights.to(slots.dtype).reshape(shape[:3])
     weights = repeat(weights, "b j k -> k b (j p) 1", p=segment_size)
     # Cropped before the product, so that its result is the only copy.

@@ -22,7 +22,8 @@ from segmoe_kernels._triton.launch import (
     step_flags,
 )
 from segmoe_kernels._triton.partials import store_sum
-from segmoe_kernels.autograd import apply
+from segmoe_kernels._triton.tape import taped
+from segmoe_kernels.autograd import apply, is_followed
 
 
 @kernel
@@ -205,8 +206,10 @@ def _combine_bwd_fake(
     return dshared, shared_gate_logits.new_empty(shared_gate_logits.shape)
 
 
-_combine_fwd_op = define_operator("combine_fwd", launch_combine, _combine_fwd_fake)
-_combine_bwd_op = define_operator("combine_bwd", _combine_bwd, _combine_bwd_fake, gradient=True)
+_combine_fwd_op = taped(define_operator("combine_fwd", launch_combine, _combine_fwd_fake))
+_combine_bwd_op = taped(
+    define_operator("combine_bwd", _combine_bwd, _combine_bwd_fake, gradient=True)
+)
 
 
 class _Combine(torch.autograd.Function):
@@ -251,5 +254,6 @@ def combine(
     if shared_out is not None and shared_gate_logits is not None:
         shared_out, shared_gate_logits = shared_out.contiguous(), shared_gate_logits.contiguous()
     flags = step_flags(padding_mask, expert_out.dtype)
-    y: Tensor = apply(_Combine, expert_out, shared_out, shared_gate_logits, flags)
+    tensors = (expert_out, shared_out, shared_gate_logits)
+    y: Tensor = apply(_Combine, *tensors, flags, followed=is_followed(*tensors))
     return y

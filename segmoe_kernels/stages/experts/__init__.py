@@ -18,7 +18,7 @@ from torch import Tensor
 from segmoe_kernels._triton.arguments import Slots
 from segmoe_kernels._triton.launch import define_operator, step_flags
 from segmoe_kernels._triton.tiles import MAX_FUSED_DW_WIDTH
-from segmoe_kernels.autograd import apply
+from segmoe_kernels.autograd import apply, is_followed
 from segmoe_kernels.routing import FFNWeights, Permutation
 from segmoe_kernels.stages.experts.launch import (
     Call,
@@ -90,7 +90,7 @@ def _expert_ffn_fwd_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _outputs(call, keep_hidden)
 
 
-_expert_ffn_fwd_op = define_operator("expert_ffn_fwd", _expert_ffn_fwd, _expert_ffn_fwd_fake)
+expert_ffn_fwd = define_operator("expert_ffn_fwd", _expert_ffn_fwd, _expert_ffn_fwd_fake)
 
 
 def _expert_ffn_bwd(
@@ -161,7 +161,7 @@ def _expert_ffn_bwd_fake(*args: Any) -> list[Tensor]:
     return _gradients(call, need_dx, need_dw)
 
 
-_expert_ffn_bwd_op = define_operator(
+expert_ffn_bwd = define_operator(
     "expert_ffn_bwd", _expert_ffn_bwd, _expert_ffn_bwd_fake, gradient=True
 )
 
@@ -186,7 +186,7 @@ class _ExpertFFN(torch.autograd.Function):
         options: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
         # The parameters are written out: torch.compile counts them.
-        out: tuple[Tensor, Tensor, Tensor] = _expert_ffn_fwd_op(
+        out: tuple[Tensor, Tensor, Tensor] = expert_ffn_fwd(
             x,
             # One column of the view is the contiguous (S, top_k) that it was made of.
             row_weights[..., 0].contiguous(),
@@ -221,7 +221,7 @@ class _ExpertFFN(torch.autograd.Function):
         topk_weights = row_weights[..., 0].contiguous()
         need = ctx.needs_input_grad
         options = (*ctx.options[:-1], *need[:2], any(need[4:10]))
-        dx, drow_weights, *dw = _expert_ffn_bwd_op(
+        dx, drow_weights, *dw = expert_ffn_bwd(
             x, topk_weights, *tensors, dy, pre, gate_pre, *options
         )
         given = iter(dw)
@@ -278,10 +278,8 @@ def expert_ffn(
     if dropout > 0:
         seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
     weights = rows_contiguous(experts)
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, topk_weights, *weights)
-    )
-    options = (segment_size, concat, activation, float(dropout), needs_grad)
+    keep = is_followed(x, topk_weights, *weights)
+    options = (segment_size, concat, activation, float(dropout), keep)
     out, _, _ = apply(
         _ExpertFFN,
         x,

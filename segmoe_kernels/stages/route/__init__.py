@@ -111,7 +111,7 @@ def _route_fwd_fake(
     )
 
 
-_route_fwd_op = define_operator("route_fwd", _route_fwd, _route_fwd_fake)
+route_fwd = define_operator("route_fwd", _route_fwd, _route_fwd_fake)
 
 
 def _route_bwd(
@@ -176,16 +176,11 @@ def _route_bwd_fake(
     return dx, dweight, router_weight.new_empty(router_weight.shape[1:] if has_start else (0,))
 
 
-_route_bwd_op = define_operator("route_bwd", _route_bwd, _route_bwd_fake, gradient=True)
+route_bwd = define_operator("route_bwd", _route_bwd, _route_bwd_fake, gradient=True)
 
 
 class _Route(torch.autograd.Function):
-    """Keeps x, the weight, the mask, logits and ids (``4 * (E + top_k)`` bytes a segment).
-
-    The last two outputs are views for the next stage: the weights once for each step, and x once
-    for each choice. Their gradients come back here unsummed, and are summed in passes that are made
-    anyway.
-    """
+    """Keeps x, the weight, the mask, logits and ids (``4 * (E + top_k)`` bytes a segment)."""
 
     @staticmethod
     def forward(
@@ -196,9 +191,10 @@ class _Route(torch.autograd.Function):
         seed: Tensor | None,
         options: tuple[Any, ...],
     ) -> tuple[Tensor, ...]:
-        outputs = _route_fwd_op(x, router_weight, router_start, padding_mask, seed, *options)
-        row_weights = outputs[2][..., None].expand(*outputs[2].shape, options[0])
-        return (*outputs, row_weights, x.expand(options[1], *x.shape))
+        out: tuple[Tensor, ...] = route_fwd(
+            x, router_weight, router_start, padding_mask, seed, *options
+        )
+        return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -210,16 +206,14 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        dlogits, dprobs, dtopk_weights, _, _, drow_weights, dslots = grads
+        dlogits, dprobs, dtopk_weights, *_ = grads
+        if dlogits is None and dprobs is None and dtopk_weights is None:
+            return (None,) * 6
         need_dx = ctx.needs_input_grad[0]
         need_dweight = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        if all(d is None for d in (dlogits, dprobs, dtopk_weights, drow_weights)):
-            # The router got no gradient: only what the next stages say about x is left.
-            dx = dslots.sum(0) if need_dx and dslots is not None else None
-            return dx, None, None, None, None, None
-        given = (dtopk_weights, drow_weights, dprobs, dlogits, dslots)
+        given = (dtopk_weights, None, dprobs, dlogits, None)
         options = (ctx.options[0], *ctx.options[2:], need_dx, need_dweight)
-        dx, dweight, dstart = _route_bwd_op(*ctx.saved_tensors, *given, *options)
+        dx, dweight, dstart = route_bwd(*ctx.saved_tensors, *given, *options)
         return (
             dx if need_dx else None,
             dweight if ctx.needs_input_grad[1] else None,
@@ -230,47 +224,32 @@ class _Route(torch.autograd.Function):
         )
 
 
-def route_and_pass(
+def route_arguments(
     x: Tensor,
     router_weight: Tensor,
-    *,
     segment_size: int,
     top_k: int,
     pooling: str = "concat",
-    router_temperature: float = 1.0,
     router_dropout: float = 0.0,
+    router_temperature: float = 1.0,
     renormalize: bool | None = None,
     router_start: Tensor | None = None,
     padding_mask: Tensor | None = None,
-) -> tuple[RouterOutput, Tensor, Tensor]:
-    """`route`, and two views for `expert_ffn`, whose gradients the kernels of this stage sum.
-
-    Returns:
-        ``(routed, row_weights, tokens)``: topk_weights once for each step, (S, top_k, P), and x
-        once for each choice, (top_k, B, T, D).
-    """
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    router_weight = within_reach(router_weight)
+) -> tuple[Any, ...]:
+    """Arguments of `route_fwd`, its options as one, of those of `functional.route`."""
     seed = None
     if router_dropout > 0:
         seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
-    options = (
-        segment_size,
-        top_k,
-        pooling,
-        float(router_temperature),
-        float(router_dropout),
-        top_k > 1 if renormalize is None else renormalize,
-    )
-    if router_start is not None:
-        router_start = router_start.contiguous()
-    *outputs, row_weights, tokens = apply(
-        _Route, x, router_weight, router_start, step_flags(padding_mask, x.dtype), seed, options
-    )
-    return RouterOutput(*outputs), row_weights, tokens
+    renormalized = top_k > 1 if renormalize is None else renormalize
+    numbers = float(router_temperature), float(router_dropout)
+    options = (segment_size, top_k, pooling, *numbers, renormalized)
+    return x, router_weight, router_start, padding_mask, seed, options
 
 
 def route(x: Tensor, router_weight: Tensor, **options: Any) -> RouterOutput:
     """Pool each segment and choose its experts; see `functional.route`."""
-    return route_and_pass(x, router_weight, **options)[0]
+    x, router_weight, start, mask, *rest = route_arguments(x, router_weight, **options)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    start = None if start is None else start.contiguous()
+    flags = step_flags(mask, x.dtype)
+    return RouterOutput(*apply(_Route, x, within_reach(router_weight), start, flags, *rest))

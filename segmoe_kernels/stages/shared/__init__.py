@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from segmoe_kernels._triton.launch import define_operator, step_flags, within_reach
-from segmoe_kernels.autograd import apply
+from segmoe_kernels._triton.tape import taped
+from segmoe_kernels.autograd import apply, is_followed
 from segmoe_kernels.routing import FFNWeights
 from segmoe_kernels.stages.shared.launch import SharedCall, backward, forward
 
@@ -123,6 +124,37 @@ _shared_fwd_op = define_operator("shared_combine_fwd", _shared_fwd, _shared_fwd_
 _shared_bwd_op = define_operator("shared_combine_bwd", _shared_bwd, _shared_bwd_fake, gradient=True)
 
 
+def _laid_out(x: Tensor, *given: Any) -> tuple[Any, ...]:
+    """X and the next ten tensors as kernels read them."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    matrices = [w if w is None else within_reach(w) for w in given[:3]]
+    biases = [None if b is None else b.contiguous() for b in given[3:6]]
+    return x, *matrices, *biases, given[6].contiguous(), step_flags(given[7], x.dtype), given[8]
+
+
+@taped
+def _forward(expert_out: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    """y, logits and what backward needs, without what is not there."""
+    if expert_out.stride(-1) != 1:
+        expert_out = expert_out.contiguous()
+    y, logits, *kept = _shared_fwd_op(expert_out, *_laid_out(*given[:10]), *given[10:])
+    # One dimension is for what is not kept.
+    return y, logits, *(t for t in kept if t.ndim == 2)
+
+
+@taped
+def _backward(dy: Tensor, *given: Any) -> tuple[Tensor | None, ...]:
+    """Gradients of x, the weights and the gate; those that are wanted."""
+    tensors, (options, need, logits, *kept) = given[:10], given[10:]
+    nothing = dy.new_empty(0)
+    gate_pre = nothing if tensors[3] is None else kept.pop()
+    pre = kept.pop()
+    rows = kept.pop() if kept else nothing
+    laid_out = _laid_out(*tensors)
+    found = _shared_bwd_op(dy, *laid_out, logits, rows, pre, gate_pre, *options, list(need))
+    return tuple(g if n else None for g, n in zip(found, need, strict=True))
+
+
 class _SharedCombine(torch.autograd.Function):
     """Keeps x, the weights, the logits and the hidden layer before its activation.
 
@@ -145,19 +177,9 @@ class _SharedCombine(torch.autograd.Function):
         options: tuple[Any, ...],
     ) -> tuple[Tensor, ...]:
         # The parameters are written out: torch.compile counts them.
-        out: tuple[Tensor, ...] = _shared_fwd_op(
-            expert_out,
-            x,
-            up_proj,
-            down_proj,
-            gate_proj,
-            up_bias,
-            gate_bias,
-            down_bias,
-            shared_gate,
-            padding_mask,
-            seed,
-            *options,
+        out: tuple[Tensor, ...] = _forward(
+            *(expert_out, x, up_proj, down_proj, gate_proj, up_bias, gate_bias, down_bias),
+            *(shared_gate, padding_mask, seed, *options),
         )
         return out
 
@@ -179,8 +201,8 @@ class _SharedCombine(torch.autograd.Function):
         need = ctx.needs_input_grad
         found: tuple[Tensor | None, ...] = (None,) * 8
         if any(need[1:9]):
-            made = _shared_bwd_op(dy, *ctx.saved_tensors, *ctx.options[:-1], list(need[1:9]))
-            found = tuple(g if n else None for g, n in zip(made, need[1:9], strict=True))
+            saved = ctx.saved_tensors
+            found = _backward(dy, *saved[:10], ctx.options[:-1], need[1:9], *saved[10:])
         return dy.expand(ctx.num_choices, *dy.shape), *found, None, None, None
 
 
@@ -196,28 +218,14 @@ def shared_combine(
     padding_mask: Tensor | None = None,
 ) -> Tensor:
     """Run the shared expert, gate it and add the choices; see `reference.shared_combine`."""
-    if expert_out.stride(-1) != 1:
-        expert_out = expert_out.contiguous()
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    matrices = [w if w is None else within_reach(w) for w in shared[:3]]
-    biases = [None if w is None else w.contiguous() for w in shared[3:]]
     seed = None
     if dropout > 0:
         seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
-    tensors = (expert_out, x, *matrices, *biases, shared_gate.reshape(-1).contiguous())
+    tensors = (expert_out, x, *shared, shared_gate)
     # An exported program has no backward; what backward keeps has another shape at some lengths.
-    needs_grad = (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_exporting()
-        and any(t is not None and t.requires_grad for t in tensors[1:])
-    )
-    y, *_ = apply(
-        _SharedCombine,
-        *tensors,
-        step_flags(padding_mask, x.dtype),
-        seed,
-        (segment_size, activation, float(dropout), needs_grad),
-    )
-    result: Tensor = y
-    return result
+    followed = is_followed(*tensors)
+    keep = not torch.compiler.is_exporting() and followed
+    options = (segment_size, activation, float(dropout), keep)
+    found = apply(_SharedCombine, *tensors, padding_mask, seed, options, followed=followed)
+    y: Tensor = found[0]
+    return y

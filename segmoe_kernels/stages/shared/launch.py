@@ -187,7 +187,7 @@ def backward(
     if dgate_proj is not None and dgate is not None:
         torch.mm(dgate.t(), rows, out=dgate_proj)
     if dshared_gate is not None:
-        torch.mv(rows.t(), dlogits.to(rows.dtype), out=dshared_gate)
+        torch.mv(rows.t(), dlogits.to(rows.dtype), out=dshared_gate.view(-1))
     if dx is None:
         return
     drows = torch.mm(dpre, up)
