@@ -415,6 +415,7 @@ def run_layer(
     """
     key = call_key(x, weights, options, backend)
     known = None if key is None else _CHECKED.get(key)
+    stages: Any
     if known is None:
         check.check_x("seg_moe", x)
         check.check_weights("seg_moe", x, weights)
