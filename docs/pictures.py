@@ -448,7 +448,8 @@ PICTURES: dict[str, Callable[[], Figure]] = {
         *(segments, routing, permutation, experts, shared, result_pictures.plans),
         *(backward, losses, precision),
         *(parallel, swapping, deploying, trust),
-        *(result_pictures.baselines, result_pictures.sizes, result_pictures.cost),
+        *(result_pictures.baselines, result_pictures.planted, result_pictures.sizes),
+        result_pictures.cost,
         *(result_pictures.ablations, result_pictures.specialisation, result_pictures.failures),
     )
 }

@@ -86,6 +86,31 @@ def baselines() -> Figure:
     return figure
 
 
+def planted() -> Figure:
+    """Error over the segment size on series planted for blocks of 2 to 5 patches."""
+    rows = table("planted.csv")
+    linear = {r["data"]: r for r in table("closed_form.csv") if r["model"] == "linear"}
+    law = {r["data"]: r for r in table("closed_form.csv") if r["model"] == "law"}
+    data_sets = _names(rows, "data")
+    figure = Figure(figsize=(8.5, 2.6), layout="constrained")
+    axes = figure.subplots(1, len(data_sets), sharey=True, squeeze=False)[0]
+    for axis, data in zip(axes, data_sets, strict=True):
+        here = {row["variant"]: row for row in rows if row["data"] == data}
+        found = [here["token"], *(here[f"P={size}"] for size in range(2, 9))]
+        spreads = [row.get("mse_spread") or 0.0 for row in found]
+        values = [row["mse"] for row in found]
+        axis.errorbar(range(1, 9), values, spreads, fmt="o-", markersize=3, color=COLOURS[2])
+        lines = {"dense": here["dense"], "linear map": linear[data], "the law itself": law[data]}
+        for (label, row), colour in zip(lines.items(), (GREY, *COLOURS), strict=False):
+            axis.axhline(row["mse"], color=colour, linewidth=0.9, label=label)
+        axis.set_title(f"blocks of {data[-1]} patches", fontsize=9)
+        axis.set(xticks=range(1, 9), ylim=(0, 0.75))
+    axes[0].set_ylabel("test MSE")
+    figure.supxlabel("segment size P, the same in both layers", fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return figure
+
+
 def sizes() -> Figure:
     """Error over the segment size, and what the advisor said."""
     rows = [*table("ablations.csv"), *table("sizes.csv")]

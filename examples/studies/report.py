@@ -25,7 +25,7 @@ from examples.studies.baseline_report import (
     verdict,
 )
 from examples.studies.paired import difference, horizons_of
-from examples.studies.runs import REDUCED, REDUCED_FURTHER
+from examples.studies.runs import PLANTED_TEXT, REDUCED, REDUCED_FURTHER
 from segmoe_kernels.series.advise import advise
 
 Record = Mapping[str, Any]
@@ -220,7 +220,8 @@ def write_report(
     variants = ordered((row["variant"] for row in rows), first)
     against = variants[0]
     seeds = sorted({record["seed"] for record in records})
-    reduced, flags = REDUCED if study == "baselines" else REDUCED_FURTHER, "--report"
+    reduced = {"baselines": REDUCED, "planted": PLANTED_TEXT}.get(study, REDUCED_FURTHER)
+    flags = "--report"
     if scale == "full":
         reduced, flags = "", "--scale full --report"
     lines = [
