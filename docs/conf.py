@@ -29,6 +29,7 @@ include_patterns = [
     "README.md",
     "CHANGELOG.md",
     "benchmarks/NOTES.md",
+    "benchmarks/results/clock/report.md",
     "docs/**",
     "examples/results/*.md",
     "tests/PROMISES.md",
