@@ -102,7 +102,8 @@ def call_key(
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return None
     kinds = tuple(map(type, options))  # True is no 1 here
-    if type(x) not in _PLAIN_TENSORS or x.is_nested or not _PLAIN_VALUES.issuperset(kinds):
+    plain = type(backend) is str and _PLAIN_VALUES.issuperset(kinds)
+    if not plain or type(x) not in _PLAIN_TENSORS or x.is_nested or x.ndim == 0:
         return None
     kind = x.device.type
     cast = kind != "meta" and torch.is_autocast_enabled(kind)
