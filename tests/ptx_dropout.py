@@ -9,10 +9,10 @@ import torch
 from segmoe_kernels.functional import permute
 
 
-def random_bits(seed, rows, columns, width):
+def random_bits(seed, rows, columns, width, side):
     """16 bits for each row (M,) and column (N,): Philox 4x32 with 7 rounds, see `dropout_scale`."""
     counter = np.zeros((4, len(rows), len(columns)), np.uint64)
-    counter[0] = columns // 32 * 4 + columns % 8 // 2
+    counter[0] = columns // (8 * side) * side + columns % (2 * side) // 2
     counter[1] = (rows & 0xFFFFFFFF)[:, None]
     counter[2] = (rows >> 32)[:, None]
     counter[3] = width
@@ -24,7 +24,7 @@ def random_bits(seed, rows, columns, width):
         counter = np.stack(
             [b >> high ^ counter[1] ^ key[0], b & low, a >> high ^ counter[3] ^ key[1], a & low]
         )
-    words = np.take_along_axis(counter, (columns % 32 // 8)[None, None, :], 0)[0]
+    words = np.take_along_axis(counter, (columns % (8 * side) // (2 * side))[None, None, :], 0)[0]
     return words >> (columns % 2 * 16).astype(np.uint64) & np.uint64(0xFFFF)
 
 
@@ -44,7 +44,9 @@ def dropout_of_the_kernels(layer, ids):
             rows = slots[rows // steps].astype(np.int64) * steps + rows % steps
         seed = torch.randint(2**62, (1,)).item()
         width = x.shape[-1]
-        bits = random_bits(seed, rows, np.arange(width), width)
+        # The shared expert's columns lie in a thread as they were loaded.
+        side = 1 if x.dim() == 3 else 4
+        bits = random_bits(seed, rows, np.arange(width), width, side)
         kept = torch.from_numpy(bits >= int(p * 65536 + 0.5)).view(x.shape)
         return x * kept / (1 - p)
 

@@ -140,7 +140,9 @@ def read_option(value, ACC: tl.constexpr):
 
 
 @triton.jit
-def dropout_scale(seed, rows, cols, width, p, ACC: tl.constexpr, first=None):
+def dropout_scale(
+    seed, rows, cols, width, p, ACC: tl.constexpr, first=None, SIDE: tl.constexpr = 4
+):
     """Return 0 with probability p, else ``1 / (1 - p)``, (M, N) in ACC.
 
     An element depends on seed, row, column and width only, not on the tile it's computed in. p is
@@ -148,9 +150,10 @@ def dropout_scale(seed, rows, cols, width, p, ACC: tl.constexpr, first=None):
     pass BigCrush (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 
     One call of Philox, whose counter is (column group, row's two halves, width), makes 8 elements:
-    in each run of 32 columns, group g owns ``8 * i + 2 * g + j``, in half j of word i. Those are
-    the columns that one thread holds of a row of an mma or wgmma accumulator, so nothing moves
-    between threads. No ``tl.join``: one before a dot costs the dot's operand a conversion (sm_80).
+    in each run of ``8 * SIDE`` columns, group g owns ``2 * (SIDE * i + g) + j``, in half j of word
+    i. With 4 groups side by side those are the columns that one thread holds of a row of an mma or
+    wgmma accumulator, with 1 those that it loads, so nothing moves between threads. No ``tl.join``:
+    one before a dot costs the dot's operand a conversion (sm_80).
 
     Args:
         seed: int64 scalar.
@@ -162,6 +165,7 @@ def dropout_scale(seed, rows, cols, width, p, ACC: tl.constexpr, first=None):
         first: where ``cols == first + arange(0, N)`` and N, a power of two and at least 16, divides
             first: that column. Without it the numbers are the same, but which elements share a
             call is left to the compiler: it sees that on NVIDIA, not on AMD.
+        SIDE: groups side by side; other than 4 only with first.
     """
     M: tl.constexpr = rows.shape[0]
     N: tl.constexpr = cols.shape[0]
@@ -172,9 +176,9 @@ def dropout_scale(seed, rows, cols, width, p, ACC: tl.constexpr, first=None):
     else:
         tl.static_assert(N >= 16, "first needs 16 columns")
         # A tile of 16 columns throws half of the words away.
-        WORDS: tl.constexpr = 4 if N >= 32 else 2
-        RUNS: tl.constexpr = N // (8 * WORDS)
-        group = (first // 32 * 4 + tl.arange(0, 4 * RUNS)).to(tl.uint32)
+        WORDS: tl.constexpr = 4 if N >= 32 or SIDE == 1 else 2
+        RUNS: tl.constexpr = N // (2 * SIDE * WORDS)
+        group = (first // (8 * SIDE) * SIDE + tl.arange(0, SIDE * RUNS)).to(tl.uint32)
         word = tl.arange(0, WORDS)
         if WORDS == 2:
             word += first % 32 // 8
@@ -190,10 +194,10 @@ def dropout_scale(seed, rows, cols, width, p, ACC: tl.constexpr, first=None):
         n_rounds=7,
     )
     if first is not None:
-        r0 = tl.reshape(r0, (M, RUNS, 1, 4, 1))
-        r1 = tl.reshape(r1, (M, RUNS, 1, 4, 1))
-        r2 = tl.reshape(r2, (M, RUNS, 1, 4, 1))
-        r3 = tl.reshape(r3, (M, RUNS, 1, 4, 1))
+        r0 = tl.reshape(r0, (M, RUNS, 1, SIDE, 1))
+        r1 = tl.reshape(r1, (M, RUNS, 1, SIDE, 1))
+        r2 = tl.reshape(r2, (M, RUNS, 1, SIDE, 1))
+        r3 = tl.reshape(r3, (M, RUNS, 1, SIDE, 1))
     bits = tl.where(word < 2, tl.where(word == 0, r0, r1), tl.where(word == 2, r2, r3))
     bits = tl.reshape(bits << (16 - 16 * half).to(tl.uint32), (M, N))
     # The interpreter passes a Python float.

@@ -93,7 +93,7 @@ def shared_activate_kernel(
         hidden = activate(up, ACTIVATION, FAST)
     if dropout.seed_ptr is not None:
         seed = tl.load(dropout.seed_ptr)
-        hidden *= dropout_scale(seed, long_rows, cols, H, dropout.probability, ACC, first_n)
+        hidden *= dropout_scale(seed, long_rows, cols, H, dropout.probability, ACC, first_n, SIDE=1)
     store_sum(hidden_ptr, offs, hidden, mask)
 
 
@@ -146,7 +146,7 @@ def shared_activate_bwd_kernel(
         scale = tl.full((BLOCK_M, BLOCK_N), 1.0, dtype=ACC)
         if dropout.seed_ptr is not None:
             seed = tl.load(dropout.seed_ptr)
-            scale *= dropout_scale(seed, long_rows, cols, H, dropout.probability, ACC, n0)
+            scale *= dropout_scale(seed, long_rows, cols, H, dropout.probability, ACC, n0, SIDE=1)
         if pre.gate_ptr is not None:
             gate = _load_pre(pre.gate_ptr, pre.gate_bias_ptr, offs, mask, cols, H, ACC)
             active, slope = activate_with_grad(gate, ACTIVATION, FAST)
