@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -194,6 +195,26 @@ def test_expert_ffn_shares_an_expert_of_a_tile_more_than_a_split(splits, device,
         tensors = make_tensors(1, segments * P, 2, 3, 1, top_k=1, biased=True, device=device)
         ids = torch.zeros(segments, 1, dtype=torch.int32, device=device)
         check_exactness(make_stage(ids, 1), tensors)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_expert_ffn_sorts_tokens_for_wide_weight_gradients(dtype, top_k, device, monkeypatch):
+    ids = make_ids(66, top_k, 3, device)
+    ids[::5] = -1
+    stage = make_stage(ids, 3, activation="silu", segment_size=1)
+    sizes = {"segment_size": 1, "top_k": top_k, "gated": True, "dtype": dtype, "device": device}
+    tensors = make_tensors(2, 33, WIDE, 9, 3, **sizes)
+
+    def summed(x, topk_weights, **given):
+        # Its gradient is the same for all choices.
+        return {"y": stage(x, topk_weights, **given)["out"].sum(0)}
+
+    launch = importlib.import_module("segmoe_kernels.stages.experts.launch")
+    spy = mock.Mock(wraps=launch.sorted_rows)
+    monkeypatch.setattr(launch, "sorted_rows", spy)
+    check_accuracy(summed, tensors)
+    spy.assert_called_once()
 
 
 def test_expert_ffn_fills_no_zeros_for_the_gradient_of_its_kept_layer(device):

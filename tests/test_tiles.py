@@ -85,8 +85,8 @@ def test_gemm_tiles_are_the_same_within_a_bucket_of_rows(dtype, arch):  # noqa: 
                 answers = {tiles.grouped_gemm_dhidden_tile(n, k, r, dtype, **variant) for r in rows}
                 assert len(answers) == 1
                 assert_sound(next(iter(answers)))
-        for bias in (False, True):
-            assert_sound(tiles.grouped_gemm_dw_tile(n, k, dtype, bias=bias))
+        for bias, gathered in itertools.product((False, True), repeat=2):
+            assert_sound(tiles.grouped_gemm_dw_tile(n, k, dtype, bias=bias, gathered=gathered))
 
 
 @pytest.mark.parametrize(

@@ -172,8 +172,9 @@ def test_a_search_writes_tiles_that_are_taken(tmp_path, monkeypatch, capsys):
     assert asked.startswith("grouped_gemm_dw_tile(n=")
     monkeypatch.setenv("SEGMOE_TILES", str(path))
     words = dict(word.strip().split("=") for word in asked.partition("(")[2][:-1].split(","))
-    sizes, bias = (int(words["n"]), int(words["k"])), words["bias"] == "True"
-    tile = tiles.grouped_gemm_dw_tile(*sizes, torch.float32, bias=bias)
+    sizes = int(words["n"]), int(words["k"])
+    flags = {name: words[name] == "True" for name in ("bias", "gathered")}
+    tile = tiles.grouped_gemm_dw_tile(*sizes, torch.float32, **flags)
     assert {field: getattr(tile, field) for field in fields} == fields
 
 

@@ -16,6 +16,7 @@ from segmoe_kernels._triton.arguments import (
     experts_of,
     factor_of,
     rows_of,
+    sorted_rows,
 )
 from segmoe_kernels._triton.launch import (
     accumulator,
@@ -298,13 +299,26 @@ def launch_products_dw(
 ) -> None:
     """Weight gradients as products: hidden holds the routing weights, as dpre and dgate do."""
     up, down, gate, up_bias, gate_bias, down_bias = dweights
+    x, sequences = call.x, call.sequences
+    if _pays_to_sort(call, dy):
+        # A load whose address is itself loaded is not started early enough.
+        token = call.slots.sorted_to_slot_ptr // call.top_k
+        x, dy = (rows[0, 0].index_select(0, token) for rows in (x, dy))
+        sequences = sorted_rows(call.slots.expert_offsets_ptr)
     products = [
-        Product(dpre, call.x, up, up_bias),
+        Product(dpre, x, up, up_bias),
         Product(dy, hidden, down, down_bias, call.topk_weights),
     ]
     if dgate is not None and gate is not None:
-        products.append(Product(dgate, call.x, gate, gate_bias))
-    weight_gradients(products, call.num_rows, call.sequences)
+        products.append(Product(dgate, x, gate, gate_bias))
+    weight_gradients(products, call.num_rows, sequences)
+
+
+def _pays_to_sort(call: Call, dy: Tensor) -> bool:
+    """Whether copies of x and dy in sorted order cost less than gathering them in each tile."""
+    tokens = call.segment_size == 1 and call.slots.padding_mask_ptr is None
+    wide = not call.fused and call.dtype.itemsize == 2 and call.weights[-1] is None
+    return tokens and wide and all(t.shape[0] == 1 or t.stride(0) == 0 for t in (call.x, dy))
 
 
 def _dhidden_tile(call: Call) -> Any:

@@ -71,7 +71,8 @@ def weight_gradients(products: Sequence[Product], num_rows: int, sequences: Sequ
     dtype = products[0].weight.dtype
     num_experts, n, k = products[0].weight.shape
     biased = any(product.bias is not None for product in products)
-    tile = grouped_gemm_dw_tile(n, k, dtype, bias=biased)
+    gathered = sequences.slots.sorted_to_slot_ptr is not None
+    tile = grouped_gemm_dw_tile(n, k, dtype, bias=biased, gathered=gathered)
     columns = cdiv(n, tile.block_n) * cdiv(k, tile.block_k)
     splits = num_row_splits(num_rows, tile, columns)
     # Many experts fill a GPU alone: one each, and nothing is left to add up. Whatever the batch is:
