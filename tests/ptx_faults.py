@@ -20,10 +20,13 @@ HERE = Path(__file__).resolve().parent
 REPORT = HERE / "reports" / "ptx_faults.json"
 TILES = ("sm_80", "expert_ffn_fwd_kernel")
 ROUTER = ("sm_80", "route_fwd_kernel")
+SCANS = ("sm_80", "_permute_place_kernel")
 GROUPS = ("sm_90", "expert_ffn_fwd_kernel")
 # Name -> where, what is looked for, what it becomes, and the most places to try.
 KINDS = {
     "barrier removed": (ROUTER, r"bar\.sync \t0;", "", 1000),
+    "barrier of a tile removed": (TILES, r"bar\.sync \t0;", "", 1000),
+    "barrier of a scan removed": (SCANS, r"bar\.sync \t0;", "", 1000),
     "cp.async not waited for": (TILES, r"(cp\.async\.wait_group) \t\d+;", r"\1 9;", 9),
     "group of copies not committed": (TILES, r"cp\.async\.commit_group;", "", 9),
     "ldmatrix 16 bytes off": (
@@ -38,6 +41,9 @@ KINDS = {
     "dhidden pipelined with a bias": (("sm_90", "grouped_gemm_dhidden_kernel"), "", "", 1),
     "dw pipelined with a bias": (("sm_90", "grouped_gemm_dw_kernel"), "", "", 1),
 }  # fmt: skip
+# By PTX's own rules a copy that no group took belongs to the next one, which is waited for as well:
+# where that is silent nothing has changed.
+HARMLESS = {"group of copies not committed"}
 # What a test plants again.
 CORE = {"barrier removed", "cp.async not waited for", "mask of a store lost"}
 CORE |= {"wgmma not waited for", "proxy fence lost"}
@@ -143,7 +149,7 @@ def plant_core(arch):
 def count_places():
     """Number of places of each kind."""
     texts = {}
-    for where in (TILES, GROUPS, ROUTER):
+    for where in (TILES, GROUPS, ROUTER, SCANS):
 
         def keep(launch, ptx, where=where):
             texts.setdefault((where, launch.function.__name__), ptx)
@@ -162,9 +168,10 @@ def places(count, most):
 
 
 def score(rows):
-    """Percent of the faults that are noticed."""
+    """Percent of the faults that are noticed; of HARMLESS kinds only those count."""
     noticed = sum(row["reported"] + row["wrong"] for row in rows)
-    return 100 * noticed / sum(row["tried"] for row in rows)
+    silent = sum(len(row["silent"]) for row in rows if row["kind"] not in HARMLESS)
+    return 100 * noticed / (noticed + silent)
 
 
 def render(rows):
@@ -173,12 +180,13 @@ def render(rows):
         "# Faults planted in compiled kernels",
         "",
         "Written by `make ptx`: in the PTX of a kernel one place is changed at a time. Barriers",
-        "are of `route_fwd_kernel`, masks, copies and matrices of `expert_ffn_fwd_kernel` (sm_80),",
+        "are of `route_fwd_kernel`, `_permute_place_kernel` (a scan), `expert_ffn_fwd_kernel` (a",
+        "tile), masks, copies and matrices of the latter (sm_80),",
         "products and fences of the latter for sm_90. Two kernels",
         "are compiled as they once were, with loops that Triton pipelines wrongly. Where nothing",
         "is reported the result may be wrong, which tests of values see; what is silent changes",
         "nothing here: a barrier between what isn't shared, a mask of numbers that nobody uses, a",
-        "wait at the end, a group that is waited for with the next one.",
+        "wait at the end, a group that is waited for with the next one (not counted).",
         "",
         f"**{score(rows):.1f} %** are noticed; without a fault, nothing is reported.",
         "",
