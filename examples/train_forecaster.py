@@ -57,9 +57,9 @@ KINDS = ("dense", "token", "segment")
 # Chosen on the validation split of ETTh1, for all three kinds at once.
 DEMO = {"segment_sizes": "5,4"}
 DEMO_TEXT = """\
-Trains six small forecasters on two CPU cores, MINUTES: the FFN of each block is dense, token-wise
-experts, or segment-wise experts. First on planted-4, a series made so that segments have to win,
-then on ETTh1, transformer temperatures, where such a small model needs no experts.
+Trains six small forecasters, a few minutes on two CPU cores: the FFN of each block is dense,
+token-wise experts, or segment-wise experts. First on planted-4, a series made so that segments have
+to win, then on ETTh1, transformer temperatures, where such a small model needs no experts.
 """
 
 
