@@ -59,19 +59,25 @@ def _replaceable_fields() -> dict[str, tuple[str, ...]]:
 @contextlib.contextmanager
 def overridden(name: str, replacement: Callable[..., Tile]) -> Iterator[None]:
     """Put a function in the place of one of the table's, wherever it was imported to."""
+    from segmoe_kernels._triton.tape import forget
+
     original = getattr(_table(), name)
     places = [
         module
         for module_name, module in list(sys.modules.items())
         if module_name.startswith("segmoe_kernels") and getattr(module, name, None) is original
     ]
-    for module in places:
-        setattr(module, name, replacement)
+
+    def put(function: Callable[..., Tile]) -> None:
+        for module in places:
+            setattr(module, name, function)
+        forget()  # what is played back was decided before
+
+    put(replacement)
     try:
         yield
     finally:
-        for module in places:
-            setattr(module, name, original)
+        put(original)
 
 
 class Asked(NamedTuple):

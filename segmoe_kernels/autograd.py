@@ -1,12 +1,13 @@
-"""How this package calls its ``autograd.Function``s."""
+"""How this package calls its ``autograd.Function``s, and what keeps autocast out of them."""
 
+import contextlib
 from typing import Any
 
 import torch
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
-__all__ = ["apply", "is_followed"]
+__all__ = ["apply", "autocast_is_on", "is_followed", "no_autocast"]
 
 
 def apply(function: type[torch.autograd.Function], *args: Any, followed: bool = True) -> Any:
@@ -33,3 +34,16 @@ def is_followed(*args: Any) -> bool:
             if arg is not None and arg.requires_grad:
                 return True
     return False
+
+
+def autocast_is_on(device_type: str) -> bool:
+    """Whether ``torch.autocast`` holds for a kind of device."""
+    # The meta device has no autocast; what says so, Dynamo traces only from torch 2.12 on.
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """A context without autocast; entering torch's for nothing costs a small layer."""
+    if autocast_is_on(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()

@@ -1,19 +1,19 @@
 """The stages in order, as both backends run them."""
 
-import contextlib
 import math
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from segmoe_kernels.autograd import autocast_is_on
 from segmoe_kernels.options import Options
 from segmoe_kernels.routing import FFNWeights, LayerWeights, RouterOutput, Routing
 from segmoe_kernels.segments import crop, segments, valid_steps
 
-__all__ = ["Stages", "autocast_weights", "no_autocast", "run_stages"]
+__all__ = ["Stages", "autocast_weights", "run_stages"]
 
 
 class Stages(Protocol):
@@ -63,25 +63,13 @@ class Stages(Protocol):
         ...
 
 
-def _autocast_is_on(device_type: str) -> bool:
-    # The meta device has no autocast; what says so, Dynamo traces only from torch 2.12 on.
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
-
-
-def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """A context without autocast; entering torch's for nothing costs a small layer."""
-    if _autocast_is_on(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
-
-
 def autocast_weights(x: Tensor, weights: LayerWeights) -> tuple[LayerWeights, torch.dtype]:
     """Weights as ``torch.autocast`` wants them, and the dtype that products run in.
 
     The router stays in the dtype of x; without autocast, or in float64, nothing changes.
     """
     kind = x.device.type
-    if not _autocast_is_on(kind) or x.dtype == torch.float64:
+    if not autocast_is_on(kind) or x.dtype == torch.float64:
         return weights, x.dtype
     dtype = torch.get_autocast_dtype(kind)
     shared, shared_gate = weights.shared, weights.shared_gate

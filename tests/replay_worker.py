@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import tune
 from benchmarks.host import stub
 
 stub.install()
@@ -27,6 +28,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from segmoe_kernels import SegMoE, functional, settings  # noqa: E402
 from segmoe_kernels._triton import kernels, tape  # noqa: E402
+from segmoe_kernels._triton import tiles as tile_table  # noqa: E402
 
 SIZES = {"d_model": 16, "d_ff": 32, "num_experts": 4, "segment_size": 5}
 # Options of layers, and of their calls: masked, expanded upstream gradient, a leaf with other
@@ -81,11 +83,6 @@ class Nothing(TorchDispatchMode):
 def tapes():
     found = [t for known in tape.TAPES for t in known.values()]
     return [t for t in found if isinstance(t, tape.Tape)]
-
-
-def forget():
-    for known in tape.TAPES:
-        known.clear()
 
 
 def make(options, calls, dtype, length):
@@ -199,7 +196,7 @@ def compare():
         assert described(results) == described(others)
         KEPT.clear()
         assert all(False not in known.values() for known in tape.TAPES), name
-        forget()
+        tape.forget()
         count += len(played)
     return count
 
@@ -273,6 +270,46 @@ def fallbacks():
         torch.autograd.grad(gradient[0].sum(), x)
 
 
+def autocast():
+    """Products of a backward inside autocast are those that were written down outside."""
+    layer, x, mask, dy = made = make(
+        {"causal": True, "shared_expert": "token"}, {}, torch.float32, 10
+    )
+    wanted = [x, *layer.parameters()]
+    assert is_played(made)
+    for played in tapes():
+        keep(played)
+    y = layer(x, mask)
+    KEPT.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        grads = torch.autograd.grad(y, wanted, dy, allow_unused=True)
+    dtypes = {t.dtype for held in KEPT for t in held if isinstance(t, Tensor)}
+    assert torch.float32 in dtypes
+    assert torch.bfloat16 not in dtypes
+    assert {d.dtype for d in grads if d is not None} == {torch.float32}
+    KEPT.clear()
+    tape.forget()
+
+
+def tiles():
+    """A search's tiles are launched, though others were written down."""
+    x = make({}, {}, torch.float32, 10)
+    assert is_played(x)
+    name = "expert_ffn_fwd_tile"
+    chosen = getattr(tile_table, name)
+
+    def other(*args, **kwargs):
+        return chosen(*args, **kwargs)._replace(num_warps=2)
+
+    def launched():
+        return [launch[:-1] for launch in run(*x)[0]]
+
+    before = launched()
+    with tune.overridden(name, other):
+        assert launched() != before
+    assert launched() == before
+
+
 def nothing_is_kept():
     """Tapes hold on to no tensor of the calls that they were recorded from."""
     made = layer, x, mask, dy = make({}, {}, torch.float32, 10)
@@ -294,7 +331,7 @@ def operators():
         lambda: functional.route(x, weight, **options),
         lambda: torch.ops.segmoe_kernels.route_fwd(*arguments),
     ):
-        forget()
+        tape.forget()
         for _ in range(2):
             call()
         with mock.patch.object(kernels.Kernel, "run", side_effect=AssertionError):
@@ -328,6 +365,8 @@ if __name__ == "__main__":
     gc.collect()
     lengths()
     fallbacks()
+    autocast()
+    tiles()
     operators()
     nothing_is_kept()
     streams_and_threads()

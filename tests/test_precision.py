@@ -6,10 +6,10 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from layers import D, make_layer
+from layers import D, make_layer, needs_triton
 from torch import nn
 
-from segmoe_kernels import load_balancing_loss, router_z_loss, set_loss_scaler
+from segmoe_kernels import SegMoE, load_balancing_loss, router_z_loss, set_loss_scaler
 from segmoe_kernels.testing import make_inputs
 
 AUX = {"aux_loss_weight": 0.5, "z_loss_weight": 0.1, "top_k": 2}
@@ -154,3 +154,19 @@ def test_overflow_skips_the_step_and_halves_the_scale():
     scaler.update()
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
     assert scaler.get_scale() == 2.0**125
+
+
+@needs_triton
+def test_backward_inside_autocast_has_the_bits_of_one_outside(device):
+    """Gradients of a float32 pass are not rounded by where they are asked for."""
+    torch.manual_seed(0)
+    options = {"segment_size": 3, "causal": True, "shared_expert": "token", "device": device}
+    layer = SegMoE(8, 6, 4, backend="triton", **options)
+    x, dy, _ = make_inputs(2, 11, 8, device=device)
+    wanted = [x.requires_grad_(), *layer.parameters()]
+    outside = torch.autograd.grad(layer(x), wanted, dy)
+    y = layer(x)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        inside = torch.autograd.grad(y, wanted, dy)
+    for one, other in zip(outside, inside, strict=True):
+        assert torch.equal(one, other)

@@ -19,9 +19,10 @@ from triton import knobs
 from triton.runtime.driver import driver
 
 from segmoe_kernels._triton.kernels import LISTENER, is_watched
+from segmoe_kernels.autograd import autocast_is_on
 from segmoe_kernels.settings import settings
 
-__all__ = ["taped"]
+__all__ = ["forget", "taped"]
 
 # Classes of arguments that say all of themselves.
 _VALUES = {type(None), bool, int, float, str, list, tuple}
@@ -279,7 +280,7 @@ def _tensors_of(value: Any) -> list[Tensor]:
 
 
 def taped(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, played back where a call is as one before it.
+    """The function without autocast, played back where a call is as one before it.
 
     Args:
         function: of tensors and options, the first a tensor; it returns tensors or None.
@@ -287,11 +288,24 @@ def taped(function: Callable[..., Any]) -> Callable[..., Any]:
     Returns:
         A function of the same arguments, in order.
     """
-    if knobs.runtime.interpret or torch.version.hip is not None:
-        return function
-    tapes: dict[Any, Any] = {}
+    ordinary = knobs.runtime.interpret or torch.version.hip is not None
+    run = function if ordinary else _played(function)
 
     @wraps(function)
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or not autocast_is_on(args[0].device.type):
+            return run(*args)
+        # Kernels take what they are given: a product that is cast would not fit them, nor what was
+        # written down outside of autocast.
+        with torch.autocast(args[0].device.type, enabled=False):
+            return run(*args)
+
+    return call
+
+
+def _played(function: Callable[..., Any]) -> Callable[..., Any]:
+    tapes: dict[Any, Any] = {}
+
     def call(*args: Any) -> Any:
         if _is_heard(args[0]) or is_watched():
             return function(*args)
@@ -320,6 +334,12 @@ def taped(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def forget() -> None:
+    """Write everything down anew: for those who change what functions decide."""
+    for tapes in TAPES:
+        tapes.clear()
+
+
 _UNSEEN: Any = object()
 
 
@@ -346,7 +366,7 @@ def _key(args: tuple[Any, ...], inputs: list[Tensor]) -> tuple[Any, ...] | None:
     for arg in args:
         kind = type(arg)
         if kind is Tensor or kind is nn.Parameter:
-            if recorded and arg.requires_grad:
+            if (recorded and arg.requires_grad) or arg.is_neg():  # whose memory has other signs
                 return None
             inputs.append(arg)
             key += (arg.shape, arg.stride(), arg.dtype)

@@ -14,8 +14,9 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from segmoe_kernels.activations import ACTIVATIONS
+from segmoe_kernels.autograd import no_autocast
 from segmoe_kernels.options import Options
-from segmoe_kernels.pipeline import autocast_weights, no_autocast, run_stages
+from segmoe_kernels.pipeline import autocast_weights, run_stages
 from segmoe_kernels.reference import exported
 from segmoe_kernels.reference.experts import composed_ffn, dense_ffn, grouped_ffn
 from segmoe_kernels.routing import FFNWeights, LayerWeights, Permutation, RouterOutput, Routing

@@ -16,9 +16,8 @@ from torch._subclasses.fake_tensor import is_fake
 
 from segmoe_kernels import validation as check
 from segmoe_kernels.activations import ACTIVATIONS
-from segmoe_kernels.autograd import apply, is_followed
+from segmoe_kernels.autograd import apply, is_followed, no_autocast
 from segmoe_kernels.flops import register_flops
-from segmoe_kernels.pipeline import no_autocast
 from segmoe_kernels.routing import FFNWeights, Permutation
 from segmoe_kernels.segments import segments
 

@@ -68,8 +68,7 @@ def _shared_fwd(
     )
     if x.numel() == 0:
         return _outputs(call, expert_out, keep)
-    with torch.autocast(x.device.type, enabled=False):
-        return forward(call, expert_out, keep)
+    return forward(call, expert_out, keep)
 
 
 def _gradients(x: Tensor, weights: Sequence[Tensor | None], need: Sequence[bool]) -> list[Tensor]:
@@ -115,8 +114,7 @@ def _shared_bwd(
     if dy.stride(-1) != 1:
         dy = dy.contiguous()
     wanted = [g if n else None for g, n in zip(found, need, strict=True)]
-    with torch.autocast(x.device.type, enabled=False):
-        backward(call, dy, logits, rows, pre, gate_pre if call.gated else None, wanted)
+    backward(call, dy, logits, rows, pre, gate_pre if call.gated else None, wanted)
     return found
 
 
