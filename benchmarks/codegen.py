@@ -36,7 +36,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from benchmarks.codegen_cases import BRIEF_FLOAT64, brief_cases, cases
-from segmoe_kernels import functional, settings
+from segmoe_kernels import functional, options
 
 # Shared memory that one program may take, in bytes.
 SHARED_LIMIT = {
@@ -306,7 +306,7 @@ def pretend_triton_runs(arch: str) -> Iterator[None]:
     with (
         mock.patch.object(functional, "_why_not_triton", return_value=None),
         mock.patch.object(torch.version, "hip", hip),
-        mock.patch.object(settings, "_NOW", settings.settings()._replace(arch=arch)),
+        mock.patch.object(options, "_NOW", options.settings()._replace(arch=arch)),
     ):
         yield
 

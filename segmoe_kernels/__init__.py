@@ -15,9 +15,9 @@ from segmoe_kernels.models.official import (
     to_official,
 )
 from segmoe_kernels.models.swap import replace_ffn, upcycle
+from segmoe_kernels.options import reload_settings
 from segmoe_kernels.parallel import shard_experts
 from segmoe_kernels.routing import FFNWeights, Permutation, RouterOutput, Routing
-from segmoe_kernels.settings import reload_settings
 from segmoe_kernels.stats.collector import collect_routing_stats, collect_routings
 
 __version__ = "0.1.0"

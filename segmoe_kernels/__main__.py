@@ -17,7 +17,7 @@ import torch
 import segmoe_kernels
 from segmoe_kernels.functional import resolve_backend
 from segmoe_kernels.layer import SegMoE
-from segmoe_kernels.settings import settings
+from segmoe_kernels.options import settings
 from segmoe_kernels.testing import assert_as_accurate, make_inputs, oracle, route_ids, run_layer
 
 VARIABLES = (

@@ -19,9 +19,8 @@ from segmoe_kernels import pipeline, reference
 from segmoe_kernels import validation as check
 from segmoe_kernels.activations import ACTIVATIONS
 from segmoe_kernels.flops import install_flops
-from segmoe_kernels.options import Options, call_key, check_layer
+from segmoe_kernels.options import Options, call_key, check_layer, settings
 from segmoe_kernels.routing import FFNWeights, LayerWeights, Permutation, RouterOutput, Routing
-from segmoe_kernels.settings import settings
 
 __all__ = [
     "combine",

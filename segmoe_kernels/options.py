@@ -1,5 +1,10 @@
-"""What a layer does, apart from its tensors: the options, checked once and handed on whole."""
+"""What a layer does, apart from its tensors: its options, and settings of the whole process.
 
+Options are checked once and handed on whole; settings come from the environment, which is read at
+import, and where somebody says so.
+"""
+
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -8,9 +13,8 @@ from torch import Tensor, nn
 from segmoe_kernels import validation as check
 from segmoe_kernels.activations import ACTIVATIONS
 from segmoe_kernels.routing import LayerWeights
-from segmoe_kernels.settings import settings
 
-__all__ = ["Options", "call_key", "check_layer"]
+__all__ = ["Options", "Settings", "call_key", "check_layer", "reload_settings", "settings"]
 
 # What a tensor or a number has to be for its class, and with it all of it, to be known.
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -147,3 +151,51 @@ def _check_projections(x: Tensor, weights: LayerWeights, options: Options) -> No
             if tensor is not None or index == 0:
                 like = check.cast_like(tensor, x)
                 check.check_like("seg_moe", f"{name}[{index}]", tensor, like, shape[: 2 - index])
+
+
+class Settings(NamedTuple):
+    """What the variables say.
+
+    Attributes:
+        backend: SEGMOE_BACKEND, in the place of "auto".
+        arch: SEGMOE_ARCH, whose tiles are taken, or None.
+        tiles: SEGMOE_TILES, a file of tiles, or None.
+        replay: whether launches are played back; not with SEGMOE_REPLAY=0.
+    """
+
+    backend: str
+    arch: str | None
+    tiles: str | None
+    replay: bool
+
+
+def settings() -> Settings:
+    """What holds now.
+
+    Returns:
+        Settings.
+    """
+    return _NOW
+
+
+def reload_settings() -> None:
+    """Read the environment again: SEGMOE_BACKEND, SEGMOE_ARCH, SEGMOE_TILES and SEGMOE_REPLAY.
+
+    They are read when the package is imported; whoever changes one later in the same process calls
+    this. Layers and functions take the new ones in their next call.
+    """
+    global _NOW  # noqa: PLW0603  one place, read in every call
+    _NOW = _read()
+
+
+def _read() -> Settings:
+    get = os.environ.get
+    return Settings(
+        get("SEGMOE_BACKEND", "auto"),
+        get("SEGMOE_ARCH"),
+        get("SEGMOE_TILES") or None,
+        get("SEGMOE_REPLAY", "1") != "0",
+    )
+
+
+_NOW = _read()

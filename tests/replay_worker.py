@@ -1,6 +1,7 @@
 """Launches of layers on `benchmarks.host`'s stub: those that are played back beside ordinary ones.
 
-Run by test_host.py in a process of its own; it prints one line of JSON.
+Run by test_host.py in a process of its own; it prints one line of JSON. With "--all" also in dtypes
+whose kernels take a minute to compile.
 """
 
 import gc
@@ -26,7 +27,7 @@ from triton import knobs  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from segmoe_kernels import SegMoE, functional, settings  # noqa: E402
+from segmoe_kernels import SegMoE, functional, options  # noqa: E402
 from segmoe_kernels._triton import kernels, tape  # noqa: E402
 from segmoe_kernels._triton import tiles as tile_table  # noqa: E402
 
@@ -176,7 +177,7 @@ def compare():
     runs = [
         (name, dtype, length)
         for name in CASES
-        for dtype in (torch.bfloat16, *DTYPES.get(name, ()))
+        for dtype in (torch.bfloat16, *(DTYPES.get(name, ()) if "--all" in sys.argv else ()))
         for length in (13, *LENGTHS.get(name, ()))
     ]
     for name, dtype, length in runs:
@@ -258,7 +259,7 @@ def fallbacks():
     for listener in (Nothing(), torch.profiler.profile()):
         with listener:
             assert not is_played(made)
-    with mock.patch.object(settings, "_NOW", settings.settings()._replace(replay=False)):
+    with mock.patch.object(options, "_NOW", options.settings()._replace(replay=False)):
         assert not is_played(made)
     assert is_played(made)
     less = torch.empty(x.numel() + 1)[1:].view(x.shape).copy_(x.detach()).requires_grad_()

@@ -213,7 +213,10 @@ class Recorder(TorchDispatchMode):
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["causal_last", "segment", "gated_bias", "top2", "wide"])
+@pytest.mark.parametrize(
+    "name",
+    ["causal_last", "segment", "gated_bias", "top2", pytest.param("wide", marks=pytest.mark.slow)],
+)
 def test_operators_pass_opcheck(name):
     """Schemas tell the truth about mutation and aliasing; fake kernels about the outputs."""
     layer = make(name, "triton", dropout=0.2, router_dropout=0.2)

@@ -56,8 +56,8 @@ def test_a_profile_names_parts_of_a_call():
     assert all(us > 0 for us in parts.values())
 
 
-def test_launches_that_are_played_back_are_tritons_own():
+@pytest.mark.parametrize("words", [(), pytest.param(("--all",), marks=pytest.mark.slow)], ids=str)
+def test_launches_that_are_played_back_are_tritons_own(words):
     """In `replay_worker`: the same launches, nothing new for new lengths, seen by who watches."""
-    assert (
-        json.loads(run_python("tests/replay_worker.py").stdout.splitlines()[-1])["launches"] > 100
-    )
+    said = run_python("tests/replay_worker.py", *words).stdout.splitlines()
+    assert json.loads(said[-1])["launches"] > 100

@@ -121,10 +121,19 @@ def test_one_expert_takes_all(scope, device):
             assert not value[1:].any()
 
 
-@pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize(
-    ("num_experts", "top_k", "shape"),
-    [(1, 1, (2, 7)), (5, 5, (2, 7)), (3, 2, (1, 3)), (3, 1, (1, 1)), (16, 16, (1, 4))],
+    ("num_experts", "top_k", "shape", "scope"),
+    [
+        *(
+            (*sizes, scope)
+            for sizes in ((1, 1, (2, 7)), (5, 5, (2, 7)), (3, 2, (1, 3)), (3, 1, (1, 1)))
+            for scope in SCOPES
+        ),
+        (16, 16, (1, 4), "token"),
+        # All of 16 experts on rows of whole segments: 12 seconds of the interpreter.
+        pytest.param(16, 16, (1, 4), "segment", marks=pytest.mark.slow),
+        (16, 16, (1, 4), "projected"),
+    ],
     ids=str,
 )
 def test_sizes_at_the_ends_equal_reference(num_experts, top_k, shape, scope, device):

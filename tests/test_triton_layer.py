@@ -1,5 +1,7 @@
 """The whole layer on the Triton backend against the float64 oracle, every option, every plan."""
 
+import itertools
+
 import pytest
 import torch
 from stage_runs import strided_views
@@ -165,8 +167,14 @@ def test_layer_reads_any_strides(options, device):
     assert torch.equal(dx, run_layer(layer, x, one.contiguous())["dx"])
 
 
-@pytest.mark.parametrize("scope", ["token", "segment", "projected"])
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize(
+    ("scope", "gated"),
+    [
+        *itertools.product(("token", "projected"), (False, True)),
+        ("segment", False),
+        pytest.param("segment", True, marks=pytest.mark.slow),
+    ],
+)
 def test_layer_passes_gradcheck(scope, gated, device):
     layer = make_layer(
         torch.float64, device, expert_scope=scope, gated=gated, d_model=3, d_ff=4, bias=True
@@ -292,6 +300,7 @@ def test_layer_repeats_bitwise_while_the_gpu_does_other_work(routing, dtype):
     torch.cuda.synchronize()
 
 
+@pytest.mark.slow  # draws by their formula: test_experts.py
 def test_dropout_keeps_the_mean_and_the_rate(device):
     layer = SegMoE(
         1, 4000, 1, dropout=0.25, shared_expert=None, activation="relu", backend="triton",

@@ -20,7 +20,7 @@ from triton.runtime.driver import driver
 
 from segmoe_kernels._triton.kernels import LISTENER, is_watched
 from segmoe_kernels.autograd import autocast_is_on
-from segmoe_kernels.settings import settings
+from segmoe_kernels.options import settings
 
 __all__ = ["forget", "taped"]
 

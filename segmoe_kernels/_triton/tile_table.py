@@ -10,7 +10,7 @@ import torch
 import triton
 
 from segmoe_kernels import validation as check
-from segmoe_kernels.settings import settings
+from segmoe_kernels.options import settings
 
 
 class TileConfig(NamedTuple):

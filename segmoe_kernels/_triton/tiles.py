@@ -20,7 +20,7 @@ from segmoe_kernels._triton.tile_table import (
     power,
 )
 from segmoe_kernels._triton.tuned import FUSED, PRODUCT, read_tiles, replaceable
-from segmoe_kernels.settings import settings
+from segmoe_kernels.options import settings
 
 
 def describe_source() -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from segmoe_kernels._triton.tile_table import TILES_OF, architecture, power
-from segmoe_kernels.settings import settings
+from segmoe_kernels.options import settings
 
 __all__ = ["FUSED", "PRODUCT", "question", "read_tiles", "replaceable", "replaceable_fields"]
 
