@@ -10,7 +10,7 @@ JOBS ?= 2
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install -qq --disable-pip-version-check --editable ".[dev]"
+	$(RUN) -m pip install -qq --no-compile --disable-pip-version-check --editable ".[dev]"
 	touch $(READY)
 
 demo: $(READY)  ## dense, token-wise and segment-wise forecasters on one series

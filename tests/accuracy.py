@@ -146,7 +146,7 @@ def render(results):
         f"one rounding; root mean square at most {budget}, or",
         "that same multiple of eager's where sums cancel.",
         "",
-        *report_code.describe(results),
+        report_code.describe(results),
         "",
         "| size | batch, steps, d_model, d_ff | runs |",
         "|---|---|---:|",

@@ -242,7 +242,7 @@ def render(report):
         f"{seen['examples']} random layers, forward and backward on both backends against float64;",
         f"{len(report['failures'])} failed.",
         "",
-        *report_code.describe(report),
+        report_code.describe(report),
         "",
         *(f"* {failure}" for failure in report["failures"]),
         "",

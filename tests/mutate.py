@@ -145,7 +145,7 @@ def render(report):
         "rules of `tests/mutation_rules.py` find a place for, a sample is planted in a copy of the",
         "package, one at a time, and tests run until one fails or doesn't end (timeout).",
         "Equivalent ones change nothing that can be seen in a result, and aren't counted.\n",
-        *report_code.describe(report),
+        report_code.describe(report),
         f"\n| file or rule | {' | '.join(kinds)} |\n|---|---|---|---|---|",
         *(f"| {n} | {' | '.join(str(tally[n, kind]) for kind in kinds)} |" for n in names),
         *("\n## Survivors\n", *(gaps or ["None."]), "\n## Equivalent\n", *(same or ["None."])),

@@ -1,7 +1,7 @@
 """Which code a report measured, which of its files have changed since, and how reports are kept.
 
 A report of many hours can't be made anew for each change. So it keeps a digest of each file that
-its numbers come from, and its page says which files are others now; tests hold the page to that.
+its numbers come from; `python tests/report_code.py` names those that are others now.
 """
 
 import hashlib
@@ -30,13 +30,12 @@ def changed_since(code):
 
 
 def describe(report):
-    """What a page says about it, as lines."""
-    changed = changed_since(report["code"])
+    """What a page says about the code that it measured."""
     whole = hashlib.sha256(repr(sorted(report["code"].items())).encode()).hexdigest()[:12]
-    if not changed:
-        return [f"Measured: the kernels and the reference as they are here (digest {whole})."]
-    names = [f"* `{name}`" for name in changed]
-    return [f"Measured: digest {whole} of the code. Changed since then:", "", *names]
+    return (
+        f"Measured: kernels and reference of digest {whole}; `python tests/report_code.py` names "
+        "the files that have changed since."
+    )
 
 
 def save(path, report):
@@ -56,3 +55,11 @@ def _lines(key, value):
         return name + "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
     entries = (f"{json.dumps(key)}: {json.dumps(entry)}" for key, entry in value.items())
     return name + "{\n" + ",\n".join(entries) + "\n}"
+
+
+if __name__ == "__main__":
+    for report in sorted((ROOT / "tests" / "reports").glob("*.json")):
+        found = json.loads(report.read_text(encoding="utf-8"))
+        if "code" in found:
+            changed = ", ".join(changed_since(found["code"]))
+            print(f"{report.stem}: {changed or 'nothing has changed'}")

@@ -40,24 +40,16 @@ def test_the_accuracy_report_is_within_the_budget():
         assert not accuracy.faults(dtype, errors, accuracy.limit_of(size))
 
 
-def test_the_accuracy_report_says_what_has_changed_since():
-    assert REPORT["code"]
+def test_the_accuracy_report_is_of_its_numbers_and_knows_their_code():
     page = (accuracy.REPORTS / "accuracy.md").read_text()
     assert page == accuracy.render(REPORT), "run: python tests/accuracy.py --page"
-
-
-def test_a_report_knows_the_code_that_it_measured():
     now = report_code.digests()
-    assert {"stages/route/kernels.py", "_triton/ffn.py", "reference/experts.py"} <= set(now)
+    assert set(now) >= {"stages/route/kernels.py", "_triton/ffn.py", "reference/experts.py"}
     assert report_code.changed_since(now) == []
-    assert "as they are here" in report_code.describe({"code": now})[0]
     before = {**now, "reference/experts.py": "0" * 12, "stages/gone.py": "1" * 12}
     del before["_triton/ffn.py"]
     changed = ["_triton/ffn.py", "reference/experts.py", "stages/gone.py"]
     assert report_code.changed_since(before) == changed
-    first, _, *names = report_code.describe({"code": before})
-    assert "Changed since then" in first
-    assert names == [f"* `{name}`" for name in changed]
 
 
 @pytest.mark.parametrize("key", ["rms", "max"])
