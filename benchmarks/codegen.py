@@ -7,13 +7,19 @@ The launchers themselves are run, on CPU tensors, with their launches caught and
 so what is checked is what a GPU would be given. Exit status 1 if a kernel spills registers or takes
 more shared memory than the architecture has.
 
+A row of FILE whose launch and kernel are the same still isn't compiled again. `results/codegen/`
+has the brief runs, which tests hold to be of the kernels that are here.
+
 A row: ``kernel, case, arch, dtype, tile, registers, spill_bytes, shared_bytes, wgmma, mma,
 uses_dot, instructions, float_atomics, narrow``; sizes in bytes; spills and instructions are counted
 in the machine code (SASS or GCN) that Triton made. ``narrow`` names what has too few bits in a
-float64 launch: floats, and flags, whose width decides there whether a product compiles.
+float64 launch: floats, and flags, whose width decides there whether a product compiles. ``digest``
+is of all that the machine code depends on.
 """
 
 import argparse
+import functools
+import hashlib
 import json
 import os
 import re
@@ -36,6 +42,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from benchmarks.codegen_cases import BRIEF_FLOAT64, brief_cases, cases
+from benchmarks.digests import kernel_digests
 from segmoe_kernels import functional, options
 
 # Shared memory that one program may take, in bytes.
@@ -77,6 +84,7 @@ class Row:
     num_warps: int = 4
     float_atomics: int = 0
     narrow: str = ""
+    digest: str = ""
 
     def fault(self) -> str | None:
         """Say what makes this kernel unfit, or None."""
@@ -224,8 +232,10 @@ def caught_launches(store: Callable[[Launch], None]) -> Iterator[None]:
 
 def describe(launch: Launch, arch: str, case: str) -> Row:
     """What is known of a launch that is not compiled."""
+    name = launch.function.__name__
+    parts = (triton.__version__, arch, launch.key(), _kernel_digests().get(name))
     return Row(
-        kernel=launch.function.__name__.removeprefix("_"),
+        kernel=name.removeprefix("_"),
         case=case,
         arch=arch,
         dtype=launch.dtype,
@@ -239,7 +249,13 @@ def describe(launch: Launch, arch: str, case: str) -> Row:
         instructions=0,
         num_warps=launch.options.get("num_warps", 4),
         narrow=launch.narrow(),
+        digest=hashlib.sha256(repr(parts).encode()).hexdigest()[:12],
     )
+
+
+@functools.cache
+def _kernel_digests() -> dict[str, str]:
+    return kernel_digests()
 
 
 def compile_launch(launch: Launch, arch: str, case: str) -> Row:
@@ -311,13 +327,16 @@ def pretend_triton_runs(arch: str) -> Iterator[None]:
         yield
 
 
-def compile_all(arch: str, only: str = "", *, brief: bool = False) -> Iterator[Row]:
+def compile_all(
+    arch: str, only: str = "", *, brief: bool = False, known: dict[str, Row] | None = None
+) -> Iterator[Row]:
     """Yield a row for each distinct kernel that the cases launch.
 
     Args:
         arch: a key of SHARED_LIMIT; its tiles are taken.
         only: cases whose name has this text; several texts are separated by commas.
         brief: `brief_cases` alone, and of float64 `BRIEF_FLOAT64` once.
+        known: rows by digest, which are not compiled again.
     """
     seen: set[str] = set()
     found = cases()
@@ -330,13 +349,14 @@ def compile_all(arch: str, only: str = "", *, brief: bool = False) -> Iterator[R
         for launch in launches:
             if launch.key() not in seen:
                 seen.add(launch.key())
-                name = launch.function.__name__
-                if brief and case.startswith("float64"):
-                    if name not in BRIEF_FLOAT64 or name in seen:
-                        yield describe(launch, arch, case)
-                        continue
+                name, row = launch.function.__name__, describe(launch, arch, case)
+                short = brief and case.startswith("float64")
+                told = short and (name not in BRIEF_FLOAT64 or name in seen)
+                if short:
                     seen.add(name)
-                yield compile_launch(launch, arch, case)
+                if not told:
+                    row = (known or {}).get(row.digest) or compile_launch(launch, arch, case)
+                yield row
 
 
 def main() -> int:
@@ -354,8 +374,12 @@ def main() -> int:
     )
     parser.add_argument("--brief", action="store_true", help="the few cases of tests/test_codegen")
     arguments = parser.parse_args()
-    rows, faults = [], 0
-    for row in compile_all(arguments.arch, arguments.only, brief=arguments.brief):
+    rows, faults, known = [], 0, {}
+    if arguments.json and os.path.exists(arguments.json):
+        for row in json.loads(Path(arguments.json).read_text(encoding="utf-8")):
+            del row["fault"]
+            known[row["digest"]] = Row(**row)
+    for row in compile_all(arguments.arch, arguments.only, brief=arguments.brief, known=known):
         rows.append(row)
         faults += row.fault() is not None
         if arguments.json != "-":
@@ -368,7 +392,8 @@ def main() -> int:
                 flush=True,
             )
     if arguments.json:
-        text = json.dumps([asdict(row) | {"fault": row.fault()} for row in rows], indent=1)
+        found = (json.dumps(asdict(row) | {"fault": row.fault()}) for row in rows)
+        text = "[\n" + ",\n".join(found) + "\n]"
         if arguments.json == "-":
             print(text)
         else:

@@ -108,7 +108,7 @@ def main():
             row, good = attempt(pair, Path(folder), arguments.every)
         well &= good
         rows[pair] = "| " + " | ".join(map(str, row)) + " |"
-        print(rows[pair], flush=True)
+        print(rows[pair], flush=True)  # noqa: T201
         ordered = sorted(rows, key=lambda p: [int(n) for n in re.findall(r"\d+", p)], reverse=True)
         head = HEAD.format(modules=", ".join(MODULES))
         PAGE.write_text(head + "\n".join(map(rows.get, ordered)) + "\n", encoding="utf-8")

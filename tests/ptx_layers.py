@@ -9,15 +9,11 @@ Exit status 1 if a layer has a finding, or is less accurate than `segmoe_kernels
 """
 
 import argparse
-import ast
-import hashlib
-import io
 import json
 import multiprocessing
 import os
 import sys
 import time
-import tokenize
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -180,29 +176,6 @@ LAYERS = {
 CORE = ("fp32 top_k=2", "bf16 top_k=2 other orders", "bf16 wide rows biased", "bf16 causal")
 # The rest of a layer's settings; not options of it.
 CALLS = {"dtype", "shape", "masked", "tf32", "layout", "ties", "order"}
-
-
-def kernel_digests():
-    """Name -> digest of each kernel's source, and of all compiled functions that it calls."""
-    texts, calls = {}, {}
-    for path in sorted((ROOT / "segmoe_kernels").rglob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        for node in ast.parse(text).body:
-            decorators = {ast.unparse(d) for d in getattr(node, "decorator_list", ())}
-            if isinstance(node, ast.FunctionDef) and decorators & {"kernel", "triton.jit"}:
-                source = ast.get_source_segment(text, node)
-                words = tokenize.generate_tokens(io.StringIO(source).readline)
-                skipped = {tokenize.COMMENT, tokenize.NL}
-                texts[node.name] = " ".join(w.string for w in words if w.type not in skipped)
-                calls[node.name] = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-    found = {}
-    for name in (name for name in texts if name.endswith("_kernel")):
-        needed = {name}
-        while more := {c for n in needed for c in calls[n] & texts.keys()} - needed:
-            needed |= more
-        joined = "\n".join(texts[n] for n in sorted(needed))
-        found[name] = hashlib.sha256(joined.encode()).hexdigest()[:12]
-    return found
 
 
 def build(options):
@@ -398,6 +371,8 @@ def main():
     """Run the command line."""
     os.environ.pop("TRITON_INTERPRET", None)
     sys.path.insert(0, str(ROOT))
+    from benchmarks.digests import kernel_digests
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--core", choices=ARCHS, help="print the rows of a test as JSON")
     parser.add_argument("--only", default="", metavar="TEXT")

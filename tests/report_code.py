@@ -62,4 +62,4 @@ if __name__ == "__main__":
         found = json.loads(report.read_text(encoding="utf-8"))
         if "code" in found:
             changed = ", ".join(changed_since(found["code"]))
-            print(f"{report.stem}: {changed or 'nothing has changed'}")
+            print(f"{report.stem}: {changed or 'nothing has changed'}")  # noqa: T201

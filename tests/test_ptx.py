@@ -10,6 +10,8 @@ from programs import run_python
 from ptx import numerics
 from ptx.parse import NotEmulated, execution_order, parse
 
+from benchmarks.digests import kernel_digests
+
 pytest.importorskip("triton")
 
 
@@ -32,7 +34,7 @@ def test_the_report_is_of_these_layers_and_kernels():
     expected = [(name, arch) for name in ptx_layers.LAYERS for arch in ptx_layers.ARCHS]
     assert [(row["layer"], row["arch"]) for row in rows] == expected
     assert [(row["layer"], row["arch"]) for row in rows if ptx_layers.is_fault(row)] == []
-    digests = ptx_layers.kernel_digests()
+    digests = kernel_digests()
     for row in rows:
         assert row["settings"] == repr(ptx_layers.LAYERS[row["layer"]])
         # Other sources than those that were run: `make ptx` runs what has changed.

@@ -158,6 +158,8 @@ def main():
     sys.path.insert(0, str(ptx_layers.ROOT))
     import torch
 
+    from benchmarks.digests import kernel_digests
+
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fills with NaN what nobody wrote
     extend_ttsem()
@@ -166,7 +168,7 @@ def main():
     for name, options in LAYERS.items():
         rows.append(ptx_layers.measure(name, ARCH, options=options, execute=execute))
         print({k: v for k, v in rows[-1].items() if k != "kernels"}, flush=True)  # noqa: T201
-    digests = ptx_layers.kernel_digests()
+    digests = kernel_digests()
     names = ("ttsem", "torch", "triton", "numpy")
     report = {
         "versions": {name: version(name).partition("+")[0] for name in names},
