@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Test processes: one for each core of a small machine.
 JOBS ?= 2
 
-.PHONY: demo quick test slow fuzz accuracy mutants matrix ptx ttsem sanitize lint docs bench traffic gpu clean
+.PHONY: demo quick test slow fuzz accuracy mutants matrix codegen ptx ttsem sanitize lint docs bench traffic gpu clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +47,10 @@ mutants: $(READY)  ## faults planted by rule, which tests have to notice; tests/
 
 matrix: $(READY)  ## core tests with each release of torch and triton; writes tests/reports/versions.md
 	$(RUN) tests/matrix.py
+
+codegen: $(READY)  ## registers and spills of what changed; writes benchmarks/results/codegen/
+	for arch in sm_90 sm_80; do $(RUN) -m benchmarks.codegen --brief --arch $$arch \
+		--json benchmarks/results/codegen/$$arch.json || exit 1; done
 
 ptx: $(READY)  ## compiled kernels of every layer, executed without a GPU; writes tests/reports/ptx.md
 	$(RUN) tests/ptx_layers.py --jobs $(JOBS)
