@@ -42,6 +42,7 @@ def jobs(world):
     if world != 3:
         found.append(("fully_sharded", {}))
     if world == 2:
+        found.append(("statistics_of_all_ranks", {}))
         found += [("dtensor_weights", {}), ("fully_sharded_parts", {})]
         found += [("dropout_and_checkpoints", {"backend": "triton"})]
     if world == 4:  # two ranks without an expert
@@ -54,7 +55,10 @@ def jobs(world):
 )
 def test_ranks_compute_what_one_process_does(world):
     results = run(world, jobs(world))
-    (sent,) = (r for r, (name, _) in zip(results, jobs(world), strict=True) if name == "bytes_sent")
+    named = {name: found for found, (name, _) in zip(results, jobs(world), strict=True)}
+    sent = named["bytes_sent"]
+    for found in named.get("statistics_of_all_ranks", ()):
+        assert found == {"steps": [2 * (1 + 2)] * 2, "epoch": 12}
     setting = Setting(0, 3, 4, 6, 5, top_k=2, bytes_each=4)
     for rank, found in enumerate(sent):
         away = sum(found["to"]) - found["to"][rank]
@@ -66,6 +70,7 @@ def test_ranks_compute_what_one_process_does(world):
         assert max(experts) - min(experts) <= 1
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_fails_the_test_with_its_name():
     with pytest.raises(AssertionError, match=r"(?s)rank 0 of 2:.*barrier.*no result .*\{1: "):
         run(2, [("stuck", {})], limit=30)
