@@ -251,5 +251,5 @@ def seg_moe(
 ) -> tuple[Tensor, Routing]:
     """The whole layer in plain PyTorch, unchecked. See `functional.seg_moe` for the others."""
     tensors = {name: others.pop(name) for name in LayerWeights._fields if name in others}
-    weights, dtype = autocast_weights(x, LayerWeights(router_weight, experts, **tensors))
-    return run_stages(sys.modules[__name__], x, weights, dtype, Options(**others), padding_mask)
+    weights, _ = autocast_weights(x, LayerWeights(router_weight, experts, **tensors))
+    return run_stages(sys.modules[__name__], x, weights, Options(**others), padding_mask)
