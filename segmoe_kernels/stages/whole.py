@@ -17,7 +17,7 @@ from segmoe_kernels.options import Options
 from segmoe_kernels.routing import FFNWeights, LayerWeights, RouterOutput, Routing
 from segmoe_kernels.stages.combine import combine_fwd
 from segmoe_kernels.stages.experts import expert_ffn_bwd, expert_ffn_fwd
-from segmoe_kernels.stages.experts.launch import rows_contiguous
+from segmoe_kernels.stages.experts.launch import by_choice, rows_contiguous
 from segmoe_kernels.stages.permute import permute
 from segmoe_kernels.stages.route import route_bwd, route_fwd, router_options
 from segmoe_kernels.stages.shared import shared_bwd, shared_fwd
@@ -29,8 +29,9 @@ _EXPERTS, _SHARED = slice(6, 12), slice(12, 19)
 
 
 def _tokens(x: Tensor, up_proj: Tensor, top_k: int) -> Tensor:
-    """What the experts see: x in their dtype, once for each choice."""
-    return x.to(up_proj.dtype).expand(top_k, *x.shape)
+    """What the experts see: x in their dtype, once for each of several choices."""
+    x = x.to(up_proj.dtype)
+    return x if top_k == 1 else x.expand(top_k, *x.shape)
 
 
 def _laid_out(given: Sequence[Any]) -> tuple[Any, ...]:
@@ -84,7 +85,7 @@ def _routed_bwd(
             *(tokens, topk_weights, sorted_to_slot, offsets, *weights, mask, seed),
             *(dout, *hidden, *scope[:-1], *needs),
         )
-        dslots = dslots.to(x.dtype) if need_dx else None
+        dslots = by_choice(dslots).to(x.dtype) if need_dx else None
         if need_dw:
             dweights = [None if w is None else found.pop(0) for w in weights]
     if not need_dx and not need_drouter:
@@ -108,7 +109,7 @@ def _whole_fwd(*given: Any) -> tuple[Tensor, ...]:
         return out, *kept
     if given[12] is None:
         return combine_fwd(out, None, None, step_flags(given[3], out.dtype)), *kept
-    y, *more = shared_fwd(out, _of_shared(given), last[1:])
+    y, *more = shared_fwd(by_choice(out), _of_shared(given), last[1:])
     return y, *kept, *more
 
 
@@ -126,13 +127,13 @@ def _whole_bwd(*given: Any) -> tuple[Tensor | None, ...]:
         if split < len(kept) and (need[0] or any(need[_SHARED])):
             needs = (need[0], *need[_SHARED])
             dx, *found[_SHARED] = shared_bwd(dy, _of_shared(given), last[1:], kept[split:], needs)
-        dy = dy.expand(last[0], *dy.shape)
+        dy = dy if last[0] == 1 else dy.expand(last[0], *dy.shape)
     if router is not None:
         routed = _routed_bwd(given, router, scope, need, (dy, *grads), kept[:split])
         found[:3], found[_EXPERTS] = routed[:3], routed[3:]
     if dx is not None:
         found[0] = dx.to(given[0].dtype) if found[0] is None else found[0].add_(dx)
-    return *found, dy if need[-1] else None
+    return *found, by_choice(dy) if need[-1] else None
 
 
 class _Whole(torch.autograd.Function):
@@ -238,8 +239,6 @@ def whole_layer(
     y, logits, probs, topk_weights, topk_ids, counts, *_ = _run(
         x, weights, options, padding_mask, whole=True
     )
-    if y.ndim == 4:  # one choice, and no shared expert
-        y = y.squeeze(0)
     return y, Routing(logits, probs, topk_weights, topk_ids, counts)
 
 
@@ -255,7 +254,7 @@ def routed_experts(
     """Stages 1 to 3 in order. See `pipeline.Stages`."""
     weights = LayerWeights(router_weight, experts, router_start=router_start)
     out, *routed, counts = _run(x, weights, options, padding_mask, whole=False)[:6]
-    return out, RouterOutput(*routed), counts
+    return by_choice(out), RouterOutput(*routed), counts
 
 
 def shared_combine(
