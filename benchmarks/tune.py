@@ -42,8 +42,7 @@ MARGIN = 0.98
 
 def _table() -> Any:
     # All that ask it, too: a module imported under a replacement would keep that for good.
-    import segmoe_kernels.stages.routed
-    import segmoe_kernels.stages.shared  # noqa: F401
+    import segmoe_kernels.stages.whole  # noqa: F401
     from segmoe_kernels._triton import tiles
 
     return tiles

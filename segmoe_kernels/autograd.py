@@ -4,8 +4,10 @@ import contextlib
 from typing import Any
 
 import torch
-from torch._functorch.utils import unwrap_dead_wrappers
+from torch import Tensor
 from torch.autograd import forward_ad
+
+_unwrap: Any = torch._C._functorch.unwrap_if_dead
 
 __all__ = ["apply", "autocast_is_on", "is_followed", "no_autocast"]
 
@@ -19,10 +21,11 @@ def apply(function: type[torch.autograd.Function], *args: Any, followed: bool = 
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    args = unwrap_dead_wrappers(args)
+    # What is left of tensors that a transform has wrapped, and somebody kept.
+    given = [_unwrap(arg) if isinstance(arg, Tensor) else arg for arg in args]
     if followed:
-        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
-    return function.forward(*args)
+        return super(torch.autograd.Function, function).apply(*given)  # type: ignore[misc]
+    return function.forward(*given)
 
 
 def is_followed(*args: Any) -> bool:

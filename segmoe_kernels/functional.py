@@ -432,4 +432,4 @@ def run_layer(
         install_flops()
         check.check_steps("seg_moe", x, options.segment_size, options.top_k)
     stages = stages if around is None else around(stages)
-    return pipeline.run_stages(stages, x, weights, dtype, options, padding_mask)
+    return pipeline.run_stages(stages, x, weights, options, padding_mask)

@@ -83,7 +83,7 @@ class _ShardedSegMoE(SegMoE):
             shared_combine=local.shared_combine,
             combine=local.combine,
         )
-        return pipeline.run_stages(stages, x, weights, dtype, options, padding_mask)
+        return pipeline.run_stages(stages, x, weights, options, padding_mask)
 
 
 def shard_experts(layer: SegMoE, group: Any = None, *, average_gradients: bool = False) -> SegMoE:

@@ -1,6 +1,7 @@
 """The stages in order, as both backends run them."""
 
 import math
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -82,11 +83,43 @@ def autocast_weights(x: Tensor, weights: LayerWeights) -> tuple[LayerWeights, to
     return cast, dtype
 
 
+def in_order(
+    stages: Stages,
+    x: Tensor,
+    weights: LayerWeights,
+    options: Options,
+    padding_mask: Tensor | None,
+) -> tuple[Tensor, Routing]:
+    """The stages by themselves, without projections; a backend may have them in one."""
+    expert_out, routed, expert_counts = stages.routed_experts(
+        x,
+        weights.router_weight,
+        weights.experts,
+        options,
+        router_start=weights.router_start,
+        padding_mask=padding_mask,
+    )
+    shared = weights.shared
+    if shared is not None and weights.shared_gate is not None:
+        y = stages.shared_combine(
+            expert_out,
+            x.to(shared.up_proj.dtype),
+            shared,
+            weights.shared_gate,
+            segment_size=shared.up_proj.shape[-1] // x.shape[-1],
+            activation=options.activation,
+            dropout=options.dropout,
+            padding_mask=padding_mask,
+        )
+    else:
+        y = stages.combine(expert_out, None, None, padding_mask=padding_mask)
+    return y, Routing(*routed[:4], expert_counts)
+
+
 def run_stages(
     stages: Stages,
     x: Tensor,
     weights: LayerWeights,
-    compute_dtype: torch.dtype,
     options: Options,
     padding_mask: Tensor | None,
 ) -> tuple[Tensor, Routing]:
@@ -96,7 +129,6 @@ def run_stages(
         stages: of a backend.
         x: (..., T, D).
         weights: from `autocast_weights`.
-        compute_dtype: from there, too: of the products.
         options: checked.
         padding_mask: (..., T) bool or None.
 
@@ -110,7 +142,7 @@ def run_stages(
         sequences = x.reshape(batch, length, d_model)
         mask = None if padding_mask is None else padding_mask.reshape(batch, length)
     tokens, real, size = sequences, mask, options.segment_size
-    in_proj, out_proj, shared = weights.in_proj, weights.out_proj, weights.shared
+    in_proj, out_proj = weights.in_proj, weights.out_proj
     if in_proj is not None:
         # A projected segment is one token of width D: the rest of the layer sees P = 1.
         rows = segments(sequences, size, mask).flatten(-2)
@@ -118,33 +150,13 @@ def run_stages(
         tokens = F.linear(rows, *in_proj).to(x.dtype)
         real = None if mask is None else valid_steps(sequences, size, mask).any(-1)
         options = options._replace(segment_size=1, expert_scope="token")
-    expert_out, routed, expert_counts = stages.routed_experts(
-        tokens,
-        weights.router_weight,
-        weights.experts,
-        options,
-        router_start=weights.router_start,
-        padding_mask=real,
-    )
-    if shared is not None and weights.shared_gate is not None:
-        y = stages.shared_combine(
-            expert_out,
-            tokens if tokens.dtype == compute_dtype else tokens.to(compute_dtype),
-            shared,
-            weights.shared_gate,
-            segment_size=shared.up_proj.shape[-1] // d_model,
-            activation=options.activation,
-            dropout=options.dropout,
-            padding_mask=real,
-        )
-    else:
-        y = stages.combine(expert_out, None, None, padding_mask=real)
+    whole = getattr(stages, "whole_layer", None) or partial(in_order, stages)
+    y, routing = whole(tokens, weights, options, real)
     if out_proj is not None:
         y = F.linear(y.to(tokens.dtype), *out_proj)
         y = crop(rearrange(y, "b j (p d) -> b (j p) d", p=size), 1, length)
         if mask is not None:
             y = y.masked_fill(~mask[..., None], 0)
-    routing = Routing(*routed[:4], expert_counts)
     # Some ways to crop leave a view.
     y = (y if y.dtype == x.dtype else y.to(x.dtype)).contiguous()
     return y if len(batch_shape) == 1 else y.reshape(x.shape), routing

@@ -317,3 +317,30 @@ def test_dropout_keeps_the_mean_and_the_rate(device):
     assert torch.allclose(kept, y * 4000 * 0.75, atol=0.05)
     assert torch.equal(layer.eval()(torch.ones(1, 3, 1, device=device)).round(decimals=4).unique(),
                        torch.ones(1, device=device))  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"shared_expert": None, "top_k": 1}, {}], ids=name_of)
+def test_cuda_graph_computes_forward_and_backward_anew(options):
+    """Captured behind calls that have written their launches down, then given other values."""
+    layer = make_layer(device="cuda", dtype=torch.bfloat16, **options)
+    x, dy, _ = make_inputs(*SHAPE, dtype=torch.bfloat16, device="cuda")
+    x.requires_grad_()
+
+    def step():
+        y = layer(x)
+        return y, *torch.autograd.grad(y, [x, *layer.parameters()], dy)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    for actual, expected in zip(captured, step(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)

@@ -208,6 +208,13 @@ def step_flags(padding_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None
     return flags.contiguous()
 
 
+def draw_seed(probability: float, x: Tensor) -> Tensor | None:
+    """What a kernel's dropout is drawn from, of PyTorch's generator, where there is dropout."""
+    if probability == 0:
+        return None
+    return torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
+
+
 def padded(size: int, minimum: int = 16) -> int:
     """The power of two that a block of ``size`` takes; 16 is the least ``tl.dot`` accepts."""
     # Triton's own ``next_power_of_2`` takes 2 us on the host, and so does its ``cdiv``.

@@ -137,6 +137,8 @@ class Tape:
                 self._add_launch(given, *named)
             elif self._is_empty(func, made[0]):
                 self._add_allocation(recorder.tensors[made[0]], made[0])
+            elif (base := self._base(func, made)) is not None:
+                self._add_view(base, recorder.tensors[made[0]], made[0])
             else:
                 self._add_call(func, given, named, made)
         del self.recorder, self.slots, self.pointed, self.needed
@@ -144,6 +146,11 @@ class Tape:
     def _is_empty(self, func: Any, number: int) -> bool:
         x, made = self.recorder.tensors[0], self.recorder.tensors[number]
         return func in _EMPTY and made.is_contiguous() and made.device == x.device
+
+    def _base(self, func: Any, made: tuple[int, ...]) -> int | None:
+        """What a view begins with, if that says where it is."""
+        base, offset = self.recorder.places[made[0]]
+        return base if _is_view(func) and len(made) == 1 and offset == 0 else None
 
     def _used(self, steps: list[Any]) -> tuple[list[Any], set[int], set[int]]:
         """Steps with an effect; tensors that kernels point at; those that have to be tensors."""
@@ -157,7 +164,8 @@ class Tape:
             elif not self._is_empty(func, made[0]):
                 if not func._schema.is_mutable and (needed | pointed).isdisjoint(made):
                     continue
-                needed |= tensors.union(made)
+                base = self._base(func, made)
+                needed |= tensors.union(made) if base is None else {base, *made}
             kept.append(step)
         return kept[::-1], pointed, needed
 
@@ -185,16 +193,26 @@ class Tape:
             self.shared.append((slot, self.room))
             self.room += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
 
+    def _add_view(self, base: int, tensor: Tensor, number: int) -> None:
+        shape, strides = tensor.shape, tensor.stride()
+
+        def view(held: list[Any], _: list[Any], __: int) -> None:
+            held[number] = held[base].as_strided(shape, strides)
+
+        self.steps.append(view)
+
     def _add_call(self, func: Any, args: Any, named: dict[str, Any], made: tuple[int, ...]) -> None:
         get, names = _getter(tuple(map(self._number, args))), tuple(named)
+        # The same operator, past the parsing of its schema.
+        run = getattr(torch._C._VariableFunctions, func._schema.name.partition("::")[2], func)
         get_named = _getter(tuple(map(self._number, named.values())))
         results = [(number, self._pointer(number)) for number in made]
 
         def call(held: list[Any], values: list[Any], _: int) -> None:
             if names:
-                found = func(*get(held), **dict(zip(names, get_named(held), strict=True)))
+                found = run(*get(held), **dict(zip(names, get_named(held), strict=True)))
             else:
-                found = func(*get(held))
+                found = run(*get(held))
             listed = found if isinstance(found, tuple | list) else (found,)
             for (number, slot), result in zip(results, listed, strict=True):
                 held[number] = result

@@ -334,7 +334,6 @@ class SegMoE(Stepwise):
         options = self._options()
         if not self.training and (options.dropout or options.router_dropout):
             options = options._replace(dropout=0.0, router_dropout=0.0)
-        weights = LayerWeights(router[0], experts, router_start=router[1])
         plain = (shared is None or shared.is_plain()) and all(
             map(is_plain, (gate, in_proj, out_proj))
         )
@@ -344,12 +343,16 @@ class SegMoE(Stepwise):
             from segmoe_kernels.layer.called import run_called
 
             called = shared, gate, in_proj, out_proj
+            weights = LayerWeights(router[0], experts, router_start=router[1])
             return run_called(run, x, weights, options, padding_mask, self.backend, *called)
-        weights = weights._replace(
-            shared=None if shared is None else shared.weights(),
-            shared_gate=None if gate is None else gate.weight,
-            in_proj=None if in_proj is None else (in_proj.weight, in_proj.bias),
-            out_proj=None if out_proj is None else (out_proj.weight, out_proj.bias),
+        weights = LayerWeights(
+            router[0],
+            experts,
+            None if shared is None else shared.weights(),
+            None if gate is None else gate.weight,
+            None if in_proj is None else (in_proj.weight, in_proj.bias),
+            None if out_proj is None else (out_proj.weight, out_proj.bias),
+            router[1],
         )
         return run(x, weights, options, padding_mask)
 
@@ -392,7 +395,7 @@ class SegMoE(Stepwise):
         return y, Routing(nothing, nothing, nothing, ids, ids.new_zeros(0))
 
     def _inject_losses(self, y: Tensor, routing: Routing) -> Tensor:
-        if not self.training:
+        if not self.training or (self.aux_loss_weight, self.z_loss_weight) == (0.0, 0.0):
             return y
         losses = []
         kinds = {"aux_loss_weight": load_balancing_loss, "z_loss_weight": router_z_loss}

@@ -111,8 +111,8 @@ def permute(topk_ids: Tensor, num_experts: int) -> Permutation:
     """Stage 2: group the slots by expert, stable. See `functional.permute`."""
     if torch.compiler.is_exporting():
         return exported.permute(topk_ids, num_experts)
-    ids = topk_ids.reshape(-1)
-    ids = torch.where((ids < 0) | (ids > num_experts), num_experts, ids)
+    # Behind the experts comes what is none: the remainder of -1 is E.
+    ids = topk_ids.reshape(-1).clamp(-1, num_experts) % (num_experts + 1)
     sorted_ids, sorted_to_slot = torch.sort(ids, stable=True)
     slots = torch.arange(ids.shape[0], dtype=torch.int32, device=ids.device)
     slot_to_sorted = slots.scatter(0, sorted_to_slot, slots)
@@ -251,5 +251,5 @@ def seg_moe(
 ) -> tuple[Tensor, Routing]:
     """The whole layer in plain PyTorch, unchecked. See `functional.seg_moe` for the others."""
     tensors = {name: others.pop(name) for name in LayerWeights._fields if name in others}
-    weights, dtype = autocast_weights(x, LayerWeights(router_weight, experts, **tensors))
-    return run_stages(sys.modules[__name__], x, weights, dtype, Options(**others), padding_mask)
+    weights, _ = autocast_weights(x, LayerWeights(router_weight, experts, **tensors))
+    return run_stages(sys.modules[__name__], x, weights, Options(**others), padding_mask)

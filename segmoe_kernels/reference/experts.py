@@ -68,8 +68,10 @@ def _loop(rows: Any, *args: Any) -> Tensor:
             out.append(y if activation is None else ACTIVATIONS[activation].function(y))
         else:
             out.append(dense_ffn(part, FFNWeights(*expert), activation, kept))
-    width = weights[0 if weights[1] is None else 1].shape[1]
-    return torch.cat([*out, rows.new_zeros(sizes[-1], width)])
+    if sizes[-1] or not out:
+        width = weights[0 if weights[1] is None else 1].shape[1]
+        out.append(rows.new_zeros(sizes[-1], width))
+    return torch.cat(out)
 
 
 def _loop_fake(rows: Tensor, up: Tensor, down: Tensor | None, *_: Any) -> Tensor:
@@ -209,10 +211,8 @@ def composed_ffn(
     offsets = permutation.expert_offsets * segment_size
     rows = grouped_ffn(rows, experts, scale, offsets, activation)
     slots = gather_rows(rows.reshape(slots.shape), *reversed(order))
-    shape = (batch, -(-length // segment_size), top_k, segment_size, d_model)
-    slots = slots.reshape(shape).permute(2, 0, 1, 3, 4).flatten(2, 3)
-    weights = topk_weights.to(slots.dtype).reshape(shape[:3])
-    weights = repeat(weights, "b j k -> k b (j p) 1", p=segment_size)
-    # Cropped before the product, so that its result is the only copy.
-    out = slots[:, :, :length] * weights[:, :, :length]
+    shape = (batch, -(-length // segment_size), top_k)
+    slots = slots.reshape(*shape, segment_size, d_model).permute(2, 0, 1, 3, 4)
+    weights = topk_weights.to(slots.dtype).reshape(*shape, 1, 1).permute(2, 0, 1, 3, 4)
+    out = (slots * weights).flatten(2, 3)[:, :, :length]
     return out if padding_mask is None else out.masked_fill(~padding_mask[..., None], 0)

@@ -5,8 +5,7 @@ from segmoe_kernels.stages.experts import expert_ffn
 from segmoe_kernels.stages.grouped_gemm import grouped_gemm
 from segmoe_kernels.stages.permute import permute
 from segmoe_kernels.stages.route import route
-from segmoe_kernels.stages.routed import routed_experts
-from segmoe_kernels.stages.shared import shared_combine
+from segmoe_kernels.stages.whole import routed_experts, shared_combine, whole_layer
 
 __all__ = [
     "combine",
@@ -16,4 +15,5 @@ __all__ = [
     "route",
     "routed_experts",
     "shared_combine",
+    "whole_layer",
 ]

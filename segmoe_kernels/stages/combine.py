@@ -206,7 +206,7 @@ def _combine_bwd_fake(
     return dshared, shared_gate_logits.new_empty(shared_gate_logits.shape)
 
 
-_combine_fwd_op = taped(define_operator("combine_fwd", launch_combine, _combine_fwd_fake))
+combine_fwd = taped(define_operator("combine_fwd", launch_combine, _combine_fwd_fake))
 _combine_bwd_op = taped(
     define_operator("combine_bwd", _combine_bwd, _combine_bwd_fake, gradient=True)
 )
@@ -222,7 +222,7 @@ class _Combine(torch.autograd.Function):
         shared_gate_logits: Tensor | None,
         padding_mask: Tensor | None,
     ) -> Tensor:
-        y: Tensor = _combine_fwd_op(expert_out, shared_out, shared_gate_logits, padding_mask)
+        y: Tensor = combine_fwd(expert_out, shared_out, shared_gate_logits, padding_mask)
         return y
 
     @staticmethod

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from segmoe_kernels._triton.arguments import Slots
-from segmoe_kernels._triton.launch import define_operator, step_flags
+from segmoe_kernels._triton.launch import define_operator, draw_seed, step_flags
 from segmoe_kernels._triton.tiles import MAX_FUSED_DW_WIDTH
 from segmoe_kernels.autograd import apply, is_followed
 from segmoe_kernels.routing import FFNWeights, Permutation
@@ -274,9 +274,6 @@ def expert_ffn(
         topk_weights = topk_weights[..., None].expand(*topk_weights.shape, rows)
     if x.stride(-1) != 1:
         x = x.contiguous()
-    seed = None
-    if dropout > 0:
-        seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
     weights = rows_contiguous(experts)
     keep = is_followed(x, topk_weights, *weights)
     options = (segment_size, concat, activation, float(dropout), keep)
@@ -288,7 +285,7 @@ def expert_ffn(
         permutation.expert_offsets,
         *weights,
         step_flags(padding_mask, x.dtype),
-        seed,
+        draw_seed(dropout, x),
         options,
     )
     result: Tensor = out

@@ -46,10 +46,16 @@ from segmoe_kernels.stages.grouped_gemm import Product, gemm_grid, product, weig
 from segmoe_kernels.stages.grouped_gemm.kernels import grouped_gemm_dhidden_kernel
 
 
+def by_choice(rows: Tensor) -> Tensor:
+    """(top_k, B, T, D), as which one choice's may be (B, T, D)."""
+    return rows if rows.ndim == 4 else rows[None]
+
+
 class Call:
     """One call's tensors and what the launches derive from them.
 
-    Products run in the weights' dtype; under autocast x has a wider one.
+    Products run in the weights' dtype; under autocast x has a wider one. One choice's x, and what
+    is written for it, may be (B, T, D).
     """
 
     def __init__(
@@ -98,7 +104,8 @@ class Call:
         self.hidden_dropout = dropout_of(seed, dropout, self.dtype)
 
     def in_sequence(self, x: Tensor) -> Tensor:
-        """Make one sequence of (top_k, B, T, D) where P = 1, as `find_steps` wants."""
+        """As (top_k, B, T, D), which has one sequence where P = 1, as `find_steps` wants."""
+        x = by_choice(x)
         if self.segment_size > 1:
             return x
         # Of a view that repeats one choice's rows, a copy that strides may ask for is of these.
@@ -136,7 +143,7 @@ def forward_two_products(
 ) -> None:
     """As `forward_fused`, for wide rows; pre and gate_pre keep what the activation saw."""
     up, down, gate, up_bias, gate_bias, down_bias = call.weights
-    hidden = call.x.new_empty(call.num_rows, call.d_ff)
+    hidden, out = call.x.new_empty(call.num_rows, call.d_ff), by_choice(out)
     product(
         call.x,
         factor_of(up, up_bias, pre),
@@ -284,7 +291,7 @@ def backward_two_products(
         product(
             dpre,
             factor_of(up.transpose(1, 2)),
-            dx,
+            by_choice(dx),
             call.num_rows,
             call.sequences,
             a2=kept.dgate_ptr,

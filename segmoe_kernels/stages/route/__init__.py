@@ -24,6 +24,7 @@ from segmoe_kernels._triton.launch import (
     accumulator_dtype,
     cdiv,
     define_operator,
+    draw_seed,
     exact,
     padded,
     step_flags,
@@ -31,6 +32,7 @@ from segmoe_kernels._triton.launch import (
 )
 from segmoe_kernels._triton.tiles import route_fwd_tile, segments_per_block
 from segmoe_kernels.autograd import apply
+from segmoe_kernels.options import Options
 from segmoe_kernels.routing import RouterOutput
 from segmoe_kernels.stages.route.backward import input_gradients, logits_gradient
 from segmoe_kernels.stages.route.kernels import route_fwd_kernel
@@ -224,32 +226,26 @@ class _Route(torch.autograd.Function):
         )
 
 
-def route_arguments(
+def router_options(options: Options) -> tuple[Any, ...]:
+    """Those of `route_fwd`."""
+    top_k, renormalize = options.top_k, options.renormalize
+    renormalize = top_k > 1 if renormalize is None else renormalize
+    numbers = float(options.router_temperature), float(options.router_dropout)
+    return options.segment_size, top_k, options.pooling, *numbers, renormalize
+
+
+def route(
     x: Tensor,
     router_weight: Tensor,
-    segment_size: int,
-    top_k: int,
-    pooling: str = "concat",
-    router_dropout: float = 0.0,
-    router_temperature: float = 1.0,
-    renormalize: bool | None = None,
+    *,
     router_start: Tensor | None = None,
     padding_mask: Tensor | None = None,
-) -> tuple[Any, ...]:
-    """Arguments of `route_fwd`, its options as one, of those of `functional.route`."""
-    seed = None
-    if router_dropout > 0:
-        seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
-    renormalized = top_k > 1 if renormalize is None else renormalize
-    numbers = float(router_temperature), float(router_dropout)
-    options = (segment_size, top_k, pooling, *numbers, renormalized)
-    return x, router_weight, router_start, padding_mask, seed, options
-
-
-def route(x: Tensor, router_weight: Tensor, **options: Any) -> RouterOutput:
+    **options: Any,
+) -> RouterOutput:
     """Pool each segment and choose its experts; see `functional.route`."""
-    x, router_weight, start, mask, *rest = route_arguments(x, router_weight, **options)
+    chosen = Options(**options)
     x = x if x.stride(-1) == 1 else x.contiguous()
-    start = None if start is None else start.contiguous()
-    flags = step_flags(mask, x.dtype)
-    return RouterOutput(*apply(_Route, x, within_reach(router_weight), start, flags, *rest))
+    start = None if router_start is None else router_start.contiguous()
+    flags, seed = step_flags(padding_mask, x.dtype), draw_seed(chosen.router_dropout, x)
+    tensors = (x, within_reach(router_weight), start, flags, seed)
+    return RouterOutput(*apply(_Route, *tensors, router_options(chosen)))

@@ -12,12 +12,9 @@ P = 5, D = 128, F = 256 that is 512 bytes a step, and saves a product of 2 * W *
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from segmoe_kernels._triton.launch import define_operator, step_flags, within_reach
-from segmoe_kernels._triton.tape import taped
-from segmoe_kernels.autograd import apply, is_followed
 from segmoe_kernels.routing import FFNWeights
 from segmoe_kernels.stages.shared.launch import SharedCall, backward, forward
 
@@ -122,108 +119,47 @@ _shared_fwd_op = define_operator("shared_combine_fwd", _shared_fwd, _shared_fwd_
 _shared_bwd_op = define_operator("shared_combine_bwd", _shared_bwd, _shared_bwd_fake, gradient=True)
 
 
-def _laid_out(x: Tensor, *given: Any) -> tuple[Any, ...]:
-    """X and the next ten tensors as kernels read them."""
+def _laid_out(given: Sequence[Any]) -> tuple[Any, ...]:
+    """The tensors as kernels read them, in the order of the operators' arguments."""
+    x, padding_mask, *weights, shared_gate, seed = given
+    x = x.to(weights[0].dtype)
     x = x if x.stride(-1) == 1 else x.contiguous()
-    matrices = [w if w is None else within_reach(w) for w in given[:3]]
-    biases = [None if b is None else b.contiguous() for b in given[3:6]]
-    return x, *matrices, *biases, given[6].contiguous(), step_flags(given[7], x.dtype), given[8]
+    matrices = [w if w is None else within_reach(w) for w in weights[:3]]
+    biases = [None if b is None else b.contiguous() for b in weights[3:]]
+    flags = step_flags(padding_mask, x.dtype)
+    return x, *matrices, *biases, shared_gate.contiguous(), flags, seed
 
 
-@taped
-def _forward(expert_out: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    """y, logits and what backward needs, without what is not there."""
+def shared_fwd(
+    expert_out: Tensor, given: Sequence[Any], options: tuple[Any, ...]
+) -> tuple[Tensor, ...]:
+    """y, and what backward needs: logits (M,), then rows and hidden layers as far as kept.
+
+    Args:
+        expert_out: of the choices.
+        given: x, padding_mask, weights, shared_gate, seed.
+        options: ``(segment_size, activation, dropout, keep)``.
+    """
     if expert_out.stride(-1) != 1:
         expert_out = expert_out.contiguous()
-    y, logits, *kept = _shared_fwd_op(expert_out, *_laid_out(*given[:10]), *given[10:])
+    y, logits, *kept = _shared_fwd_op(expert_out, *_laid_out(given), *options)
     # One dimension is for what is not kept.
     return y, logits, *(t for t in kept if t.ndim == 2)
 
 
-@taped
-def _backward(dy: Tensor, *given: Any) -> tuple[Tensor | None, ...]:
-    """Gradients of x, the weights and the gate; those that are wanted."""
-    tensors, (options, need, logits, *kept) = given[:10], given[10:]
+def shared_bwd(
+    dy: Tensor,
+    given: Sequence[Any],
+    options: tuple[Any, ...],
+    kept: Sequence[Tensor],
+    need: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of x, the weights and the gate, those that are needed; ``kept`` of `shared_fwd`."""
+    logits, *layers = kept
     nothing = dy.new_empty(0)
-    gate_pre = nothing if tensors[3] is None else kept.pop()
-    pre = kept.pop()
-    rows = kept.pop() if kept else nothing
-    laid_out = _laid_out(*tensors)
-    found = _shared_bwd_op(dy, *laid_out, logits, rows, pre, gate_pre, *options, list(need))
-    return tuple(g if n else None for g, n in zip(found, need, strict=True))
-
-
-class _SharedCombine(torch.autograd.Function):
-    """Keeps x, the weights, the logits and the hidden layer before its activation.
-
-    Also x laid out as rows, where that is a copy.
-    """
-
-    @staticmethod
-    def forward(
-        expert_out: Tensor,
-        x: Tensor,
-        up_proj: Tensor,
-        down_proj: Tensor,
-        gate_proj: Tensor | None,
-        up_bias: Tensor | None,
-        gate_bias: Tensor | None,
-        down_bias: Tensor | None,
-        shared_gate: Tensor,
-        padding_mask: Tensor | None,
-        seed: Tensor | None,
-        options: tuple[Any, ...],
-    ) -> tuple[Tensor, ...]:
-        # The parameters are written out: torch.compile counts them.
-        out: tuple[Tensor, ...] = _forward(
-            *(expert_out, x, up_proj, down_proj, gate_proj, up_bias, gate_bias, down_bias),
-            *(shared_gate, padding_mask, seed, *options),
-        )
-        return out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        expert_out, *tensors, ctx.options = inputs
-        _, *kept = output
-        ctx.num_choices = expert_out.shape[0]
-        ctx.mark_non_differentiable(*kept)
-        # Else a backward would fill a tensor of zeros for each of them.
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *kept)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        dy = grads[0]
-        if dy is None:
-            return (None,) * 12
-        need = ctx.needs_input_grad
-        found: tuple[Tensor | None, ...] = (None,) * 8
-        if any(need[1:9]):
-            saved = ctx.saved_tensors
-            found = _backward(dy, *saved[:10], ctx.options[:-1], need[1:9], *saved[10:])
-        return dy.expand(ctx.num_choices, *dy.shape), *found, None, None, None
-
-
-def shared_combine(
-    expert_out: Tensor,
-    x: Tensor,
-    shared: FFNWeights,
-    shared_gate: Tensor,
-    *,
-    segment_size: int,
-    activation: str = "gelu",
-    dropout: float = 0.0,
-    padding_mask: Tensor | None = None,
-) -> Tensor:
-    """Run the shared expert, gate it and add the choices; see `reference.shared_combine`."""
-    seed = None
-    if dropout > 0:
-        seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
-    tensors = (expert_out, x, *shared, shared_gate)
-    # An exported program has no backward; what backward keeps has another shape at some lengths.
-    followed = is_followed(*tensors)
-    keep = not torch.compiler.is_exporting() and followed
-    options = (segment_size, activation, float(dropout), keep)
-    found = apply(_SharedCombine, *tensors, padding_mask, seed, options, followed=followed)
-    y: Tensor = found[0]
-    return y
+    gate_pre = nothing if given[4] is None else layers.pop()
+    pre = layers.pop()
+    rows = layers.pop() if layers else nothing
+    saved = (logits, rows, pre, gate_pre)
+    found = _shared_bwd_op(dy, *_laid_out(given), *saved, *options[:-1], list(need))
+    return [g if n else None for g, n in zip(found, need, strict=True)]
