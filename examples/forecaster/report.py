@@ -132,6 +132,7 @@ def plot_forecast(model: Forecaster, windows: Windows, path: Path, shown: int = 
     device = next(model.parameters()).device
     with torch.no_grad():
         forecast = model.eval()(past.to(device)).cpu()
+    past, truth, forecast = map(windows.series.unscale_last, (past, truth, forecast))
     figure = Figure(figsize=(9, 7), layout="constrained")
     for i, axes in enumerate(np.ravel(figure.subplots(3, 1))):
         ahead = np.arange(truth.shape[-1])
@@ -140,9 +141,9 @@ def plot_forecast(model: Forecaster, windows: Windows, path: Path, shown: int = 
         axes.plot(ahead, truth[i, -1], color="black", label="truth")
         axes.plot(ahead, forecast[i, -1], color="tab:red", label="forecast")
         axes.set_title(f"test window {int(chosen[i])}, last channel", fontsize=10)
-        axes.set_ylabel("scaled value")
+        axes.set_ylabel(windows.series.last)
     axes.set_xlabel("steps from the end of the look-back")
-    axes.legend(loc="upper left")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=3)
     _save(figure, path)
 
 
@@ -191,8 +192,8 @@ def plot_timeline(model: Forecaster, windows: Windows, path: Path) -> None:
     routings = model.eval().routing(past.to(next(model.parameters()).device))
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    top.plot(past[0, 0], color="black", linewidth=0.9)
-    top.set_ylabel("scaled value")
+    top.plot(windows.series.unscale_last(past[0, 0]), color="black", linewidth=0.9)
+    top.set_ylabel(windows.series.last)
     top.set_title("first test window, last channel: first-choice expert of each segment")
     strips = []
     for layer, routing in enumerate(routings):
