@@ -92,7 +92,7 @@ def _print_devices() -> None:
         memory = f"{properties.total_memory / 2**30:.0f} GiB"
         _print_row(f"cuda:{index}", f"{properties.name}, {capability}, {memory}")
     if runtime is not None:
-        number = torch._C._cuda_getDriverVersion()
+        number = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
         driver = f"up to CUDA {number // 1000}.{number % 1000 // 10}" if number else "none"
         _print_row("CUDA driver", f"{driver}; PyTorch is built with CUDA {runtime}")
     if not count:
