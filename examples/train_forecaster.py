@@ -254,6 +254,8 @@ def closing(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
     def over(other: float) -> str:
         per_cent = 100 * (segment / other - 1)
+        if abs(per_cent) < 0.5:
+            return "within 0.5 % of"
         return f"{abs(per_cent):.0f} % {'below' if per_cent < 0 else 'above'}"
 
     best = min((kind for kind in KINDS), key=lambda kind: mse[kind])

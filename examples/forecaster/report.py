@@ -26,12 +26,12 @@ from examples.forecaster.model import Forecaster
 
 _COLUMNS = (
     ("model", "model", ""),
+    ("test_mse", "test MSE", ".4f"),
+    ("test_mae", "test MAE", ".4f"),
+    ("val_mse", "val MSE", ".4f"),
     ("parameters", "parameters", ",d"),
     ("active_flops_per_token", "FLOPs/token", ",.0f"),
     ("step_ms", "ms/step", ".1f"),
-    ("val_mse", "val MSE", ".4f"),
-    ("test_mse", "test MSE", ".4f"),
-    ("test_mae", "test MAE", ".4f"),
 )
 
 
@@ -115,7 +115,8 @@ def write_page(
     """Write one HTML file with headings, words, tables as text, and pictures inside it."""
     parts = [f"<title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>"]
     for heading, words, table, pictures in sections:
-        parts.append(f"<h2>{html.escape(heading)}</h2><p>{html.escape(words)}</p>")
+        said = html.escape(words).replace(" %", "&nbsp;%")
+        parts.append(f"<h2>{html.escape(heading)}</h2><p>{said}</p>")
         parts.append(f"<pre>{html.escape(table)}</pre>")
         for picture in pictures:
             data = base64.b64encode(picture.read_bytes()).decode()
