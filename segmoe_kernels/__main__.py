@@ -1,6 +1,7 @@
 """Commands: ``doctor`` says what is installed and checks it, ``advise`` proposes segment sizes."""
 
 import argparse
+import ctypes
 import dataclasses
 import importlib.metadata
 import json
@@ -83,6 +84,16 @@ def _numbers(version: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", version)[:2]]
 
 
+def _driver_version() -> int:
+    """The newest CUDA that the driver knows, as 1000 * major + 10 * minor; 0 without a driver."""
+    number = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    except OSError:
+        return 0
+    return number.value
+
+
 def _print_devices() -> None:
     """Print GPUs, the driver, and which of our settings are set."""
     count, runtime = torch.cuda.device_count(), torch.version.cuda
@@ -92,7 +103,7 @@ def _print_devices() -> None:
         memory = f"{properties.total_memory / 2**30:.0f} GiB"
         _print_row(f"cuda:{index}", f"{properties.name}, {capability}, {memory}")
     if runtime is not None:
-        number = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+        number = _driver_version()
         driver = f"up to CUDA {number // 1000}.{number % 1000 // 10}" if number else "none"
         _print_row("CUDA driver", f"{driver}; PyTorch is built with CUDA {runtime}")
     if not count:
