@@ -1,12 +1,13 @@
 """Commands: ``doctor`` says what is installed and checks it, ``advise`` proposes segment sizes."""
 
 import argparse
+import ctypes
 import dataclasses
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -29,6 +30,16 @@ VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
 )
 NAME_WIDTH = 24
+# The oldest release of what the package needs, and of what it works with where that is installed.
+OLDEST = {
+    "torch": "2.9",
+    "numpy": "1.26",
+    "einops": "0.8",
+    "triton": "3.5",
+    "transformers": "5",
+    "peft": "0.18",
+}
+NEEDED = ("torch", "numpy", "einops")
 # What the package says no to is not a fault of it.
 REFUSAL = "segmoe_kernels: "
 
@@ -47,33 +58,61 @@ MORE_KERNELS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def _print_row(name: str, value: object) -> None:
     print(f"{name:<{NAME_WIDTH}}{value}")
 
 
-def _print_environment() -> None:
+def _print_versions() -> dict[str, str]:
+    """Print what is installed; returns what is missing or too old, and what would do."""
     _print_row("segmoe_kernels", segmoe_kernels.__version__)
     _print_row("python", platform.python_version())
-    _print_row("torch", torch.__version__)
-    for package in ("triton", "numpy", "einops"):
-        _print_row(package, _version(package))
-    count = torch.cuda.device_count()
+    missing = {}
+    for package, oldest in OLDEST.items():
+        try:
+            found = version = importlib.metadata.version(package)
+            if version[0].isdigit() and _numbers(version) < _numbers(oldest):
+                found = f"{version}: too old, {oldest} is the oldest that works"
+        except importlib.metadata.PackageNotFoundError:
+            version, found = "", "not installed"
+        if found != version:
+            missing[package] = f"{package} >= {oldest}"
+        _print_row(package, found)
+    return missing
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:2]]
+
+
+def _driver_version() -> int:
+    """The newest CUDA that the driver knows, as 1000 * major + 10 * minor; 0 without a driver."""
+    number = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    except OSError:
+        return 0
+    return number.value
+
+
+def _print_devices() -> None:
+    """Print GPUs, the driver, and which of our settings are set."""
+    count, runtime = torch.cuda.device_count(), torch.version.cuda
     for index in range(count):
         properties = torch.cuda.get_device_properties(index)
         capability = f"compute capability {properties.major}.{properties.minor}"
         memory = f"{properties.total_memory / 2**30:.0f} GiB"
         _print_row(f"cuda:{index}", f"{properties.name}, {capability}, {memory}")
+    if runtime is not None:
+        number = _driver_version()
+        driver = f"up to CUDA {number // 1000}.{number % 1000 // 10}" if number else "none"
+        _print_row("CUDA driver", f"{driver}; PyTorch is built with CUDA {runtime}")
     if not count:
-        _print_row("GPU", "none that PyTorch can use")
+        for_cpus = runtime is None and torch.version.hip is None
+        rest = ": it is built for CPUs alone" if for_cpus else ""
+        _print_row("GPU", f"none that PyTorch can use{rest}")
     for name in VARIABLES:
-        _print_row(name, os.environ.get(name, "not set"))
+        if name in os.environ:
+            _print_row(name, os.environ[name])
 
 
 def _explain_backend(device: torch.device) -> str:
@@ -104,25 +143,9 @@ def _check(options: dict[str, Any], device: torch.device) -> None:
     assert_as_accurate(actual, eager, oracle(layer, *inputs, topk_ids=ids))
 
 
-def doctor() -> int:
-    """Print versions, devices and the backend, and run a self-check.
-
-    Returns:
-        0 if the self-check passes, else 1.
-    """
-    _print_environment()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        _print_row("backend", _explain_backend(device))
-        if importlib.util.find_spec("triton") is not None:
-            from segmoe_kernels._triton import tiles
-
-            _print_row("tiles", tiles.describe_source())
-    except (RuntimeError, ValueError) as error:
-        _print_row("cannot run", error)
-        return 1
-    failed = False
-    kernels = resolve_backend("auto", torch.empty(0, device=device)) == "triton"
+def _run_checks(device: torch.device, kernels: bool) -> list[str]:
+    """Run and print the self-check; returns the names of what failed."""
+    failed = []
     for name, options in (*CHECKS, *(MORE_KERNELS if kernels else ())):
         try:
             _check(options, device)
@@ -130,12 +153,43 @@ def doctor() -> int:
             if isinstance(error, RuntimeError) and str(error).startswith(REFUSAL):
                 _print_row(f"check, {name}", f"refused: {str(error).removeprefix(REFUSAL)}")
                 continue
-            failed = True
+            failed.append(name)
             _print_row(f"check, {name}", "FAILED")
             traceback.print_exc()
         else:
             _print_row(f"check, {name}", "ok, forward and gradients against float64")
-    return int(failed)
+    return failed
+
+
+def doctor() -> int:
+    """Print versions, devices, settings and the backend, run a self-check, and say in one line.
+
+    Returns:
+        0 if all is ready, else 1.
+    """
+    missing = _print_versions()
+    _print_devices()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    place = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    try:
+        _print_row("backend", _explain_backend(device))
+        kernels = resolve_backend("auto", torch.empty(0, device=device)) == "triton"
+        if kernels or "triton" not in missing:
+            from segmoe_kernels._triton import tiles
+
+            _print_row("tiles", tiles.describe_source())
+    except (RuntimeError, ValueError) as error:
+        print(f"not ready: {error}")
+        return 1
+    needed = (*NEEDED, "triton") if kernels else NEEDED
+    wrong = [missing[package] for package in needed if package in missing]
+    wrong += [f"check of {name} failed" for name in _run_checks(device, kernels)]
+    if wrong:
+        print(f"not ready: {', '.join(wrong)}")
+        return 1
+    rest = f"; kernels need {missing['triton']}" if place != "CPU" and "triton" in missing else ""
+    print(f"ready: {'kernels' if kernels else 'reference'} on {place}{rest}")
+    return 0
 
 
 def advise_command(options: argparse.Namespace) -> int:

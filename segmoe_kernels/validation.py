@@ -6,11 +6,12 @@ RuntimeError for what the machine lacks. Only metadata is looked at: no check wa
 Numbers of NumPy are taken as Python's: the checks of numbers return what to go on with.
 """
 
+import functools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from numbers import Integral, Real
 from os import PathLike
-from typing import Any, NoReturn
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,28 @@ BACKENDS = ("auto", "triton", "reference")
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _FLOAT_NAMES = "float32, float16, bfloat16 or float64"
 
+# What the paper's code and other libraries call an argument of ours.
+OTHER_NAMES = {
+    "d_model": "hidden_size embed_dim dim",
+    "d_ff": "intermediate_size moe_intermediate_size ffn_dim dim_feedforward hidden_dim",
+    "num_experts": "n_experts num_local_experts n_routed_experts",
+    "top_k": "num_experts_per_tok topk moe_topk",
+    "segment_size": "exp_segment_size seg_size seg_len patch_len patch_size",
+    "shared_expert": "n_shared_experts num_shared_experts",
+    "shared_d_ff": "shared_expert_intermediate_size",
+    "activation": "hidden_act act_fn",
+    "gated": "glu",
+    "router_dropout": "exp_route_dropout",
+    "router_temperature": "exp_route_temperature",
+    "renormalize": "norm_topk_prob",
+    "aux_loss_weight": "router_aux_loss_coef",
+    "z_loss_weight": "router_z_loss_coef",
+    "padding_mask": "mask attention_mask attn_mask key_padding_mask src_key_padding_mask",
+}
+_OUR_NAME = {other: ours for ours, others in OTHER_NAMES.items() for other in others.split()}
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
 # CUDA's limit on programs along the first axis of a launch; beyond it a launch is skipped silently.
 MAX_PROGRAMS = 2**31 - 1
 
@@ -37,6 +60,21 @@ def fail_type(function: str, argument: str, rule: str, got: object) -> NoReturn:
 def fail_value(function: str, argument: str, rule: str, got: object) -> NoReturn:
     """Raise the ValueError of the package's form."""
     raise ValueError(f"segmoe_kernels.{function}: expected {argument} to {rule}, got {got}.")
+
+
+def refuse_other_names(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorate a method of `SegMoE`: an argument by a name of other libraries is told ours."""
+    place = f"SegMoE.{function.__name__}".removesuffix(".__init__")
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        for name in kwargs:
+            if name in _OUR_NAME:
+                mask = " (bool, True = real)" if _OUR_NAME[name] == "padding_mask" else ""
+                fail_type(place, _OUR_NAME[name], f"be called by this name{mask}", name)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def _is_number(value: Any, *kinds: type) -> bool:

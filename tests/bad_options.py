@@ -1,12 +1,19 @@
 """Wrong options of the layer, and wrong checkpoints and schedules; rows as in `bad_calls`."""
 
 import copy
+from functools import partial
 
 import torch
 from bad_calls import LAYER, T, V, caller, draw, layer, layer_with, real
 from torch import nn
 
-from segmoe_kernels import load_official, load_official_layers, segment_schedule, to_official
+from segmoe_kernels import (
+    SegMoE,
+    load_official,
+    load_official_layers,
+    segment_schedule,
+    to_official,
+)
 
 schedule = caller(segment_schedule, sizes="5,5,4", num_layers=3)
 official = caller(load_official, state_dict=to_official(layer()()), segment_size=3)
@@ -69,7 +76,19 @@ CONSTRUCTOR = [
     ("dtype", torch.int32, T, "float32, float16, bfloat16 or float64 | int32"),
 ]  # fmt: skip
 
+# Words that people try; others stand in `validation.OTHER_NAMES`.
+WORDS = {
+    "n_experts": "num_experts", "num_local_experts": "num_experts", "hidden_size": "d_model",
+    "exp_segment_size": "segment_size", "patch_len": "segment_size", "intermediate_size": "d_ff",
+    "num_experts_per_tok": "top_k",
+}  # fmt: skip
+
 ROWS = [
+    *((partial(SegMoE, 4, 6, 3, **{word: 4}), T, f"SegMoE: expected {ours} to be | got {word}.")
+      for word, ours in WORDS.items()),
+    *((partial(call, X, mask=None), T, "expected padding_mask to be | "
+       "True = real | got mask.") for call in (LAYER, LAYER.forward_with_routing, LAYER.step)),
+    (partial(LAYER, X, attention_mask=None), T, "SegMoE.forward: expected padding_mask to be"),
     *((layer(**{o: v}), e, f"SegMoE: expected {o} | {words}") for o, v, e, words in CONSTRUCTOR),
     (layer(shared_expert=None, shared_d_ff=8), V,
      "expected shared_d_ff to be None without a shared expert | got 8"),

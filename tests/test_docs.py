@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+import math
 import posixpath
 import re
 
@@ -18,6 +19,7 @@ import segmoe_kernels
 from docs import known
 from examples.studies.paired import difference
 from examples.studies.report import read_runs
+from examples.train_forecaster import closing
 
 DOCS = ROOT / "docs"
 PAGES = {
@@ -173,6 +175,23 @@ def test_what_the_readme_says_is_known_is_what_the_files_say():
     assert len(text.splitlines()) <= 130
 
 
+def test_the_demo_in_the_readme_is_what_the_study_found():
+    """The demo trains the study's models of its first seed."""
+    runs = results("planted/runs.csv")
+    rows = [
+        {"model": kind, "test_mse": float(row["mse_64"])}
+        for kind in ("dense", "token", "P=4")
+        for row in runs
+        if (row["data"], row["variant"], row["seed"]) == ("planted-4", kind, "0")
+    ]
+    rows[2]["model"] = "segment"
+    text = PAGES["readme"].read_text(encoding="utf-8")
+    shown = re.findall(r"^(dense|token|segment) +([\d.]+)$", text, re.M)
+    assert shown == [(row["model"], f"{row['test_mse']:.4f}") for row in rows]
+    said = closing("planted-4", [{"model": "linear, closed form", "test_mse": math.inf}, *rows])
+    assert said in " ".join(text.split())
+
+
 def test_the_table_of_host_times_is_what_the_file_holds():
     path = ROOT / "benchmarks" / "results" / "host" / "sm_90.json"
     ratios = {
@@ -243,7 +262,7 @@ def test_a_snippet_runs(name, tmp_path, monkeypatch):
     names = {}
     if name.startswith("readme"):
         exec(GIVEN, names)
-        if "collect_routing_stats" in SNIPPETS[name]:
+        if "set_loss_scaler" in SNIPPETS[name]:
             names["model"] = names["SegMoE"](64, 32, 4)
     exec(compile(SNIPPETS[name], name, "exec"), names)
 

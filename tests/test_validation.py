@@ -22,7 +22,14 @@ import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 import segmoe_kernels
-from segmoe_kernels import SegMoE, functional, load_official, segment_schedule, to_official
+from segmoe_kernels import (
+    SegMoE,
+    functional,
+    load_official,
+    segment_schedule,
+    to_official,
+    validation,
+)
 
 TABLES = (bad_calls, bad_options, bad_swaps, bad_conversions, bad_stats, bad_advise, bad_steps)
 ROWS = [row for table in TABLES for row in table.ROWS]
@@ -196,6 +203,17 @@ def test_numbers_of_numpy_are_options():
     assert segment_schedule(np.array([5, 4]).tolist(), integer(2)) == [5, 4]
     state = to_official(SegMoE(4, 6, 3, segment_size=3))
     assert load_official(state, segment_size=integer(3), dropout=real(0.5)).dropout == 0.5
+
+
+def test_words_of_other_libraries_are_no_names_of_ours():
+    """And the signatures, which editors and `inspect` show, are the layer's own."""
+    methods = (SegMoE.forward, SegMoE.forward_with_routing, SegMoE.step)
+    ours = {name for f in (SegMoE, *methods) for name in inspect.signature(f).parameters}
+    words = [word for others in validation.OTHER_NAMES.values() for word in others.split()]
+    assert set(validation.OTHER_NAMES) < ours
+    assert not ours & set(words)
+    assert len(words) == len(set(words))
+    assert list(inspect.signature(SegMoE.forward).parameters) == ["self", "x", "padding_mask"]
 
 
 def raising_lines():

@@ -53,6 +53,7 @@ class Series:
         std: (C,) of the train rows (ddof 0; 1 where a channel is constant).
         step: windows begin at multiples of as many rows: forecasts are issued at one phase.
         law: (N, C) what the law that made the series forecasts, scaled; None where none is known.
+        last: what the last channel is, and its unit, for plots.
     """
 
     name: str
@@ -62,6 +63,11 @@ class Series:
     std: FloatArray
     step: int = 1
     law: FloatArray | None = None
+    last: str = "value"
+
+    def unscale_last(self, values: Tensor) -> Tensor:
+        """Scaled values of the last channel, in the unit of the file."""
+        return values * self.std[-1] + self.mean[-1]
 
 
 def make_splits(name: str, num_rows: int) -> Splits:
@@ -206,7 +212,7 @@ def load_series(name: str, data_dir: Path | None = None, seed: int = 0) -> Serie
     if name in DATASETS:
         values = read_values(find_or_download(name, data_dir))
         check_shape(name, values)
-        return make_series(name, values)
+        return dataclasses.replace(make_series(name, values), last=DATASETS[name].last)
     path = Path(name)
     if not path.is_file():
         known = ", ".join([*DATASETS, "multiscale", *STRESS, *PLANTED])
@@ -246,7 +252,7 @@ class Windows:
                 f"the {split} split of {series.name} must have at least look_back + horizon = "
                 f"{look_back + horizon} rows, got {len(rows)}"
             )
-        self.look_back, self.horizon = look_back, horizon
+        self.series, self.look_back, self.horizon = series, look_back, horizon
         # (W, C, L + H), overlapping: nothing is copied until a batch is taken.
         step = stride * series.step
         self._view = torch.from_numpy(rows).to(dtype).unfold(0, look_back + horizon, step)

@@ -26,12 +26,12 @@ from examples.forecaster.model import Forecaster
 
 _COLUMNS = (
     ("model", "model", ""),
+    ("test_mse", "test MSE", ".4f"),
+    ("test_mae", "test MAE", ".4f"),
+    ("val_mse", "val MSE", ".4f"),
     ("parameters", "parameters", ",d"),
     ("active_flops_per_token", "FLOPs/token", ",.0f"),
     ("step_ms", "ms/step", ".1f"),
-    ("val_mse", "val MSE", ".4f"),
-    ("test_mse", "test MSE", ".4f"),
-    ("test_mae", "test MAE", ".4f"),
 )
 
 
@@ -115,7 +115,8 @@ def write_page(
     """Write one HTML file with headings, words, tables as text, and pictures inside it."""
     parts = [f"<title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>"]
     for heading, words, table, pictures in sections:
-        parts.append(f"<h2>{html.escape(heading)}</h2><p>{html.escape(words)}</p>")
+        said = html.escape(words).replace(" %", "&nbsp;%")
+        parts.append(f"<h2>{html.escape(heading)}</h2><p>{said}</p>")
         parts.append(f"<pre>{html.escape(table)}</pre>")
         for picture in pictures:
             data = base64.b64encode(picture.read_bytes()).decode()
@@ -132,6 +133,7 @@ def plot_forecast(model: Forecaster, windows: Windows, path: Path, shown: int = 
     device = next(model.parameters()).device
     with torch.no_grad():
         forecast = model.eval()(past.to(device)).cpu()
+    past, truth, forecast = map(windows.series.unscale_last, (past, truth, forecast))
     figure = Figure(figsize=(9, 7), layout="constrained")
     for i, axes in enumerate(np.ravel(figure.subplots(3, 1))):
         ahead = np.arange(truth.shape[-1])
@@ -140,9 +142,9 @@ def plot_forecast(model: Forecaster, windows: Windows, path: Path, shown: int = 
         axes.plot(ahead, truth[i, -1], color="black", label="truth")
         axes.plot(ahead, forecast[i, -1], color="tab:red", label="forecast")
         axes.set_title(f"test window {int(chosen[i])}, last channel", fontsize=10)
-        axes.set_ylabel("scaled value")
+        axes.set_ylabel(windows.series.last)
     axes.set_xlabel("steps from the end of the look-back")
-    axes.legend(loc="upper left")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=3)
     _save(figure, path)
 
 
@@ -191,8 +193,8 @@ def plot_timeline(model: Forecaster, windows: Windows, path: Path) -> None:
     routings = model.eval().routing(past.to(next(model.parameters()).device))
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    top.plot(past[0, 0], color="black", linewidth=0.9)
-    top.set_ylabel("scaled value")
+    top.plot(windows.series.unscale_last(past[0, 0]), color="black", linewidth=0.9)
+    top.set_ylabel(windows.series.last)
     top.set_title("first test window, last channel: first-choice expert of each segment")
     strips = []
     for layer, routing in enumerate(routings):

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from segmoe_kernels.series import read_table, unzip
 
 _ETT = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small"
+_OIL = "oil temperature, °C"
 _EXCHANGE = "https://raw.githubusercontent.com/laiguokun/multivariate-time-series-data/master"
 _AUTOFORMER = "the Google Drive folder linked from https://github.com/thuml/Autoformer"
 _CHUNK_BYTES = 1 << 16
@@ -41,6 +42,7 @@ class Dataset:
             another packaging of the same numbers; a download must match.
         url: official address, or None where there is no direct one.
         home: page to name when there is no direct address.
+        last: what the last channel is, and its unit.
     """
 
     stem: str
@@ -48,6 +50,7 @@ class Dataset:
     sha256: tuple[str, ...] = ()
     url: str | None = None
     home: str = ""
+    last: str = "value"
 
 
 DATASETS = {
@@ -56,24 +59,28 @@ DATASETS = {
         (17420, 7),
         ("f18de3ad269cef59bb07b5438d79bb3042d3be49bdeecf01c1cd6d29695ee066",),
         f"{_ETT}/ETTh1.csv",
+        last=_OIL,
     ),
     "ETTh2": Dataset(
         "ETTh2",
         (17420, 7),
         ("a3dc2c597b9218c7ce1cd55eb77b283fd459a1d09d753063f944967dd6b9218b",),
         f"{_ETT}/ETTh2.csv",
+        last=_OIL,
     ),
     "ETTm1": Dataset(
         "ETTm1",
         (69680, 7),
         ("6ce1759b1a18e3328421d5d75fadcb316c449fcd7cec32820c8dafda71986c9e",),
         f"{_ETT}/ETTm1.csv",
+        last=_OIL,
     ),
     "ETTm2": Dataset(
         "ETTm2",
         (69680, 7),
         ("db973ca252c6410a30d0469b13d696cf919648d0f3fd588c60f03fdbdbadd1fd",),
         f"{_ETT}/ETTm2.csv",
+        last=_OIL,
     ),
     "Weather": Dataset(
         "weather",

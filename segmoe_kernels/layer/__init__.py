@@ -109,6 +109,7 @@ class SegMoE(Stepwise):
     # How the checkpoint that it came from names its parts, for `to_official`.
     _official: OfficialNames | None = None
 
+    @check.refuse_other_names
     def __init__(
         self,
         d_model: int,
@@ -261,6 +262,7 @@ class SegMoE(Stepwise):
                 reset_linear(linear)
         self._aux_loss = self._no_loss()
 
+    @check.refuse_other_names
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Apply the layer.
 
@@ -278,6 +280,7 @@ class SegMoE(Stepwise):
         """
         return self.forward_with_routing(x, padding_mask)[0]
 
+    @check.refuse_other_names
     def forward_with_routing(
         self, x: Tensor, padding_mask: Tensor | None = None
     ) -> tuple[Tensor, Routing]:

@@ -57,6 +57,7 @@ torch.serialization.add_safe_globals([StepState])
 class Stepwise(nn.Module):
     """Gives `SegMoE` its ``step``."""
 
+    @check.refuse_other_names
     def step(
         self: Any,
         x: Tensor,
