@@ -19,7 +19,8 @@ gpu.json has the state, with hits and misses of the cache of kernels.
 The rehearsal runs the same commands on `benchmarks.host.rehearsal`: all shapes, all launches, no
 arithmetic, few rounds. It fills ``build/gpu/kernels.tar.gz`` with every kernel that they compile,
 and is run with the Python, torch and triton of the machine that has the GPU, or the kernels are of
-no use there. What it says of each stage: ``benchmarks/results/rehearsal.json``.
+no use there. A second one finds all kernels and says what each stage would take:
+``benchmarks/results/rehearsal.json``, of which nothing was measured on a GPU.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import functools
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -148,18 +150,25 @@ def run_command(words: str, folder: Path, limit_s: float, *, rehearsed: bool) ->
         rehearsed: without a GPU.
 
     Returns:
-        ``command, exit_status`` (None if it was ended), ``time_s``, and how many kernels were a
-        ``hit`` or a ``miss``.
+        ``command, exit_status`` (None if it was ended), ``time_s``, ``cpu_s`` and how many kernels
+        were a ``hit`` or a ``miss``.
     """
     command = command_of(words, limit_s - GRACE_SECONDS, rehearsed=rehearsed)
     print(f"$ {' '.join(command[2:])}", flush=True)
     with tempfile.NamedTemporaryFile("r", encoding="utf-8") as log:
-        begun = time.monotonic()
+        begun, used = time.monotonic(), _cpu_s()
         variables = {**os.environ, **_variables(folder, log.name, rehearsed=rehearsed)}
         status = _wait(command, variables, limit_s)
         asked = Counter(line.split()[0] for line in log)
-    said = {"command": words, "exit_status": status, "time_s": round(time.monotonic() - begun, 1)}
+    spent = {"time_s": time.monotonic() - begun, "cpu_s": _cpu_s() - used}
+    said = {"command": words, "exit_status": status, **{k: round(v, 1) for k, v in spent.items()}}
     return {**said, **{what: asked[what] for what in ("hit", "miss")}}
+
+
+def _cpu_s() -> float:
+    """Processor time of what was waited for: others on the machine don't count."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _wait(command: list[str], variables: dict[str, str], limit_s: float) -> int | None:
@@ -304,12 +313,23 @@ def rehearse(out: Path) -> int:
                 timed = _timed_s(words, added)
                 commands.append({**said, "rows": len(added), "failed": failed, "timed_s": timed})
                 before, bad = rows, bad + (said["exit_status"] != 0) + len(failed)
-                stages[stage.name] = {"limit_s": stage.limit_s, "commands": commands}
+                stages[stage.name] = {
+                    "limit_s": stage.limit_s,
+                    "estimated_s": _estimated_s(commands),
+                    "commands": commands,
+                }
                 text = {"rehearsal": True, "environment": environment(), "stages": stages}
                 out.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
     kernel_cache.pack(BUILD, KERNELS)
     print(f"{KERNELS}: {KERNELS.stat().st_size / 2**20:.1f} MiB; report in {out}")
     return int(bad > 0)
+
+
+def _estimated_s(commands: list[dict[str, Any]]) -> float | None:
+    """What the host takes here and what is timed; None where it took time to compile."""
+    if any(command["miss"] for command in commands):
+        return None
+    return round(sum(command["cpu_s"] + command["timed_s"] for command in commands), 1)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
