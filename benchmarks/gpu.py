@@ -124,7 +124,7 @@ _FEW = "--budget 0 --rounds 2"
 REHEARSED = {
     "benchmarks.ceilings": "--budget 0 --size 64 --copy-mib 1",
     "benchmarks.layer": f"{_FEW} --limit 3600",
-    "benchmarks.tune": f"{_FEW} --most 8",
+    "benchmarks.tune": f"{_FEW} --most 3",
     "tests.sanitize": "--work",
     "pytest": "--collect-only",
     "examples.train_forecaster": "--epochs 1 --train-fraction 0.02 --val-stride 500 "
@@ -211,9 +211,9 @@ class Run:
         self.ends = time.monotonic() + seconds
         self.folder, self.code = folder, code_version()
         source = KEPT if KEPT.is_dir() else ROOT / device_name("cuda")
-        if source.is_dir() and not (folder / FILE).exists():
-            shutil.copytree(source, folder, dirs_exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / FILE).exists():
+            _copy(source, folder)
         self.stages: dict[str, Any] = {}
         if (folder / FILE).exists():
             self.stages = json.loads((folder / FILE).read_text(encoding="utf-8"))["stages"]
@@ -261,7 +261,14 @@ class Run:
         result = BUILD / "etth1" / "result.json"
         if result.exists():
             shutil.copy(result, self.folder / "etth1.json")
-        shutil.copytree(self.folder, KEPT, dirs_exist_ok=True)
+        _copy(self.folder, KEPT)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy results, not what was made of them."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.glob("*.json"):
+        shutil.copy(path, target)
 
 
 def run(seconds: float) -> int:

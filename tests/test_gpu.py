@@ -46,7 +46,9 @@ def test_stages_that_are_done_are_not_run_again(call, tmp_path):
     assert call(1000).todo() == []
     # Where the results went is emptied between two calls; a copy goes on.
     (tmp_path / "out" / gpu.FILE).unlink()
+    (tmp_path / "KEPT" / "report.md").write_text("made of results")
     assert call(1000).todo() == []
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [gpu.FILE]
     state = json.loads((tmp_path / "out" / gpu.FILE).read_text())
     assert state["stages"]["smoke"]["commands"][0]["exit_status"] == 0
 
