@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Test processes: one for each core of a small machine.
 JOBS ?= 2
 
-.PHONY: demo quick test slow fuzz accuracy mutants matrix codegen ptx ttsem sanitize lint docs bench traffic gpu clean
+.PHONY: demo quick test slow fuzz accuracy mutants matrix codegen ptx ttsem sanitize lint docs bench traffic gpu rehearsal clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -80,10 +80,13 @@ bench: $(READY)  ## microbenchmarks of stages and layer; a minute for the refere
 traffic: $(READY)  ## bytes and launches of every kernel beside ScatterMoE's
 	$(RUN) -m benchmarks.traffic
 
-# The machine with the GPU has its own torch and triton, so no environment is made for it. Each step
-# takes less than ten minutes and goes on where it was stopped: make gpu STEP="--step layer".
-gpu:  ## tests, timing beside the peers, tuning; to $OUT, else benchmarks/results/<device>/
-	$(PYTHON) -m benchmarks.gpu $(STEP)
+# The machine with the GPU has its own torch and triton, so no environment is made for either; the
+# rehearsal takes the same ones, for it compiles the kernels.
+gpu:  ## all that needs a GPU, in 12 minutes; to $OUT, else benchmarks/results/<device>/
+	$(PYTHON) -m benchmarks.gpu
+
+rehearsal:  ## the same without a GPU and without arithmetic; compiles the kernels for it
+	$(PYTHON) -m benchmarks.gpu rehearse
 
 sanitize:  ## the kernels under compute-sanitizer; needs a GPU, and writes where gpu does
 	$(PYTHON) tests/sanitize.py

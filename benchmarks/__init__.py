@@ -6,3 +6,11 @@ columns; `ceilings` of the device and `tune` for the tile table. `gpu` runs all 
 `report` makes tables and plots of what they wrote. Predictions and outcomes are recorded in
 NOTES.md.
 """
+
+import os
+
+# Before anything imports triton.
+if os.environ.get("GPU_REHEARSAL"):
+    from benchmarks.host import rehearsal
+
+    rehearsal.install()

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from benchmarks.common import on_gpu
 from benchmarks.shapes import Workload
 from segmoe_kernels import SegMoE
 from segmoe_kernels.testing import Inputs
@@ -52,7 +53,7 @@ def make_case(
         dtype=dtype,
     )
     # Drawn where it is used: 10^8 numbers take seconds on a CPU.
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(layer.router.weight.device).manual_seed(0)
     size = (shape.batch, shape.length, shape.d_model)
     x, dy = (
         torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(dtype)
@@ -90,5 +91,5 @@ def busiest_expert_share(ids: Tensor, num_experts: int) -> float:
 
 def release_memory(device: torch.device) -> None:
     """Give cached memory back, so that one measurement doesn't crowd out the next."""
-    if device.type == "cuda":
+    if on_gpu(device):
         torch.cuda.empty_cache()

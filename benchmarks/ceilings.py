@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         size=args.size,
         budget_s=args.budget,
     )
-    store = Store(results_folder(args.device, args.out) / "ceilings.json")
+    store = Store(results_folder(args.device, args.out) / "clock.json")
     store.add(rows)
     print(f"wrote {store.path}")
     return 0

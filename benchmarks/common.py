@@ -1,6 +1,7 @@
 """What the measurements share: the environment, names of devices, JSON output."""
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -44,9 +45,14 @@ def _gpu() -> dict[str, str]:
     }
 
 
+def on_gpu(device: torch.device | str) -> bool:
+    """Whether a device is a GPU; in a rehearsal, which has one on the CPU, all are."""
+    return torch.device(device).type == "cuda" or bool(os.environ.get("GPU_REHEARSAL"))
+
+
 def device_name(device: torch.device | str) -> str:
     """The folder that results of a device go to: "cpu", "nvidia-h200"."""
-    if torch.device(device).type != "cuda":
+    if not on_gpu(device):
         return torch.device(device).type
     words = re.findall(r"[a-z0-9]+", torch.cuda.get_device_name().lower())
     return "-".join(words)

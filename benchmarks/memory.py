@@ -10,6 +10,7 @@
 
 import torch
 
+from benchmarks.common import on_gpu
 from benchmarks.peers import Provider
 from segmoe_kernels.testing import Inputs
 
@@ -72,4 +73,4 @@ def memory_columns(provider: Provider, inputs: Inputs) -> dict[str, float]:
         "saved_mib": size / MIB,
         "saved_bytes_per_step": size / (inputs.x.shape[0] * inputs.x.shape[1]),
     }
-    return found | (_on_gpu(provider, inputs) if inputs.x.is_cuda else {})
+    return found | (_on_gpu(provider, inputs) if on_gpu(inputs.x.device) else {})

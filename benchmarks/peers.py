@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.common import on_gpu
 from benchmarks.official_loop import OfficialLoop
 from benchmarks.peer_modules import (
     GroupedMM,
@@ -149,7 +150,7 @@ def need_triton(x: Tensor) -> None:
 
 def _segmoe(layer: SegMoE, device: torch.device) -> Provider:
     ours = copy.deepcopy(layer)
-    if device.type == "cuda" or ours.backend == "triton":
+    if on_gpu(device) or ours.backend == "triton":
         need_triton(ours.experts.up_proj)
     return Provider("segmoe", ours, ours, lambda x: route_ids(ours, x), dict, ours=True)
 
@@ -223,7 +224,7 @@ def _official(layer: SegMoE, device: torch.device) -> Provider:  # noqa: ARG001
 
 
 def _needs_gpu(device: torch.device) -> None:
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
+    if not on_gpu(device) and os.environ.get("TRITON_INTERPRET", "0") != "1":
         raise SkippedError(f"its kernels need a GPU, got {device.type}")
 
 

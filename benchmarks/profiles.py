@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.common import on_gpu
+
 CALLS = 5
 
 
@@ -24,19 +26,20 @@ def kernel_rows(function: Any, device: torch.device, count: int = CALLS) -> list
     """
     function()
     activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
+    gpu = on_gpu(device)
+    if gpu:
         activities.append(ProfilerActivity.CUDA)
         torch.cuda.synchronize(device)
     with profile(activities=activities) as profiler:
         for _ in range(count):
             function()
-        if device.type == "cuda":
+        if gpu:
             torch.cuda.synchronize(device)
     rows = []
     for event in profiler.key_averages():
-        if device.type == "cuda" and "CUDA" not in str(event.device_type):
+        if gpu and "CUDA" not in str(event.device_type):
             continue
-        spent = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        spent = event.self_device_time_total if gpu else event.self_cpu_time_total
         if spent:
             launches = event.count / count
             rows.append({"kernel": event.key, "launches": launches, "time_us": spent / count})

@@ -8,7 +8,7 @@ rows for it. ``--readme`` also puts the short tables between the lines
 
 Speed-up is the median time of the best peer over that of ``segmoe``; above 1, ``segmoe`` is
 faster. The bound is the larger of needed FLOPs over the measured GEMM rate and floor bytes over the
-measured copy rate (ceilings.json); "of bound" is the bound over the measured time.
+measured copy rate (clock.json); "of bound" is the bound over the measured time.
 """
 
 import argparse
@@ -59,7 +59,7 @@ class Results:
 
     def bound_ms(self, row: Row) -> float | None:
         """The least time that the ceilings allow for a row of layer.json, or None."""
-        rates = {r["configuration"]: r for r in self.rows.get("ceilings", [])}
+        rates = {r["configuration"]: r for r in self.rows.get("clock", [])}
         gemm, copy = rates.get(f"gemm-{row.get('dtype')}"), rates.get("copy")
         if gemm is None or copy is None:
             return None
@@ -159,7 +159,8 @@ def _absent(rows: list[Row]) -> list[str]:
 def _sections(results: Results) -> list[str]:
     """The tables, in order."""
     parts = []
-    if ceilings := results.rows.get("ceilings"):
+    ceilings = [row for row in results.rows.get("clock", []) if "rate_gb_per_s" in row]
+    if ceilings:
         lines = [
             [
                 row["configuration"],

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from benchmarks.common import on_gpu
+
 WARMUP_CALLS = 3
 Name = TypeVar("Name")
 
@@ -53,7 +55,7 @@ class Clock:
         self.device = device
         self._buffer: torch.Tensor | None = None
         self._now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-        if device.type == "cuda":
+        if on_gpu(device):
             size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
             self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
 

@@ -6,7 +6,7 @@ import sys
 from benchmarks.clock import chip, compiled, measured, work
 from benchmarks.clock.capture import OperatorCall, capture_layer
 from benchmarks.clock.machine import SENSITIVITY
-from benchmarks.clock.tables import check_rows
+from benchmarks.clock.tables import check_rows, kernel_row
 from benchmarks.shapes import find_workloads
 
 
@@ -50,7 +50,8 @@ def main():
         {"kernel": "sum_splits_kernel", "time_us": 7.0},
         {"kernel": "radixSortKernel", "time_us": 40.0},
     ]
-    facts["compared"] = measured.compare(chip.LayerTime(times, []), profiled)
+    calls = [kernel_row(time) for time in times]
+    facts["compared"] = measured.compare(calls, profiled)
     facts["why not"] = measured.why_not()
     shared = capture_layer(
         find_workloads("64-4-1-5-1e6")[0].shape, shared_expert="segment", backward=False

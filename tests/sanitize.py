@@ -23,10 +23,14 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+import torch  # noqa: E402
+
+from benchmarks.common import environment  # noqa: E402
+from benchmarks.store import code_version, results_folder  # noqa: E402
+
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # A fault of each kind that a tool of the four must see, by the name of `plant`'s argument.
 PLANTED = {"memcheck": "beyond", "initcheck": "unwritten"}
@@ -60,12 +64,13 @@ def say(text: str) -> None:
     print(text, flush=True)  # noqa: T201  a command prints
 
 
-def run_layers(device: str) -> int:
-    """Run every layer forward and backward, without a tool or inside one; return how many."""
+def run_layers(device: str, most: int | None = None) -> int:
+    """Run the first layers forward and backward, without a tool or inside one; return how many."""
     from segmoe_kernels import SegMoE
     from segmoe_kernels.testing import make_inputs, run_layer
 
-    for options in LAYERS:
+    layers = LAYERS[:most]
+    for options in layers:
         settings = {**DEFAULTS, **options}
         for name in DTYPES:
             dtype = getattr(torch, name)
@@ -75,7 +80,7 @@ def run_layers(device: str) -> int:
             run_layer(layer, *inputs)
     if device == "cuda":
         torch.cuda.synchronize()
-    return len(LAYERS) * len(DTYPES)
+    return len(layers) * len(DTYPES)
 
 
 def run_stages(device: str) -> None:
@@ -172,6 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tools", default=",".join(TOOLS), metavar="LIST", help="which of them")
     parser.add_argument("--sanitizer", metavar="FILE", help="compute-sanitizer's command")
+    parser.add_argument("--layers", type=int, metavar="N", help="the first kinds alone, no stages")
     parser.add_argument("--deadline", type=float, default=float("inf"), metavar="SECONDS")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help=argparse.SUPPRESS)
     parser.add_argument("--out", metavar="FOLDER", help="of the results")
@@ -182,8 +188,9 @@ def main(arguments: list[str] | None = None) -> int:
         plant(args.plant, args.device)
         return 0
     if args.work:
-        run_stages(args.device)
-        say(f"{run_layers(args.device)} layers")
+        if args.layers is None:
+            run_stages(args.device)
+        say(f"{run_layers(args.device, args.layers)} layers")
         return 0
     tools = args.tools.split(",")
     if unknown := [tool for tool in tools if tool not in TOOLS]:
@@ -200,14 +207,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _check(tools: list[str], sanitizer: Path, args: argparse.Namespace) -> int:
     """Compile, run the tools, write the results after each."""
-    sys.path.insert(0, str(ROOT))
-    from benchmarks.common import environment
-    from benchmarks.store import code_version, results_folder
-
     ends = time.monotonic() + args.deadline
     path = results_folder(args.device, args.out) / "sanitizer.json"
     worker = [sys.executable, str(Path(__file__).resolve()), "--device", args.device]
     work = [*worker, "--work"]
+    if args.layers is not None:
+        work += ["--layers", str(args.layers)]
     compiled = subprocess.run(work, check=False, cwd=ROOT, text=True, stdout=subprocess.PIPE)
     if compiled.returncode:
         say("the layers fail without the sanitizer, too")

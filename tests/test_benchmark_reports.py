@@ -1,8 +1,7 @@
-"""What becomes of the measurements: tuning, traffic, the report, and the steps for a GPU."""
+"""What becomes of the measurements: tuning, traffic, the report."""
 
 import dataclasses
 import json
-import sys
 import types
 
 import outcome_log
@@ -10,7 +9,7 @@ import pytest
 import torch
 from benchmark_runs import CPU, ROOT, needs_scattermoe, rows_of
 
-from benchmarks import ceilings, gpu, layer, report, tune
+from benchmarks import ceilings, report, tune
 from benchmarks.cases import make_case
 from benchmarks.shapes import TRAFFIC_SHAPES, Shape, Workload, find_workloads
 
@@ -141,7 +140,7 @@ def fake_results(folder):
     saved = {"machine_info": {"environment": environment}, "benchmarks": [stage]}
     (folder / "stages.json").write_text(json.dumps(saved))
     write(
-        "ceilings",
+        "clock",
         [
             {"configuration": "copy", "rate_gb_per_s": 4000.0},
             {"configuration": "gemm-bfloat16", "rate_gb_per_s": 1.0, "rate_tflop_per_s": 800.0},
@@ -180,59 +179,13 @@ def test_report_refuses_what_it_can_not_do(tmp_path, capsys):
         report.update_readme(plain, "block")
 
 
-# The steps for a GPU
-
-
-def test_gpu_steps_go_on_where_they_were(tmp_path, capsys, monkeypatch):
-    def measure(words, *_, **__):
-        return [sys.executable, "-c", f"print({words!r})"]
-
-    monkeypatch.setattr(gpu, "_command", measure)
-    arguments = ["--device", "cpu", "--out", str(tmp_path), "--step", "ceilings,layer"]
-    assert gpu.main(arguments) == 0
-    state = json.loads((tmp_path / "gpu.json").read_text())["steps"]
-    assert {name: step["status"] for name, step in state.items()} == {
-        "ceilings": "done",
-        "layer": "done",
-    }
-    assert "already done" not in capsys.readouterr().out
-    gpu.main(arguments)
-    assert capsys.readouterr().out.count("already done") == 2
-
-
-def test_gpu_step_is_ended_at_its_deadline(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "GRACE_SECONDS", 0.2)
-    slow = [sys.executable, "-c", "import time; time.sleep(60)"]
-    monkeypatch.setattr(gpu, "_command", lambda *_, **__: slow)
-    arguments = ["--device", "cpu", "--out", str(tmp_path), "--step", "ceilings"]
-    assert gpu.main([*arguments, "--step-deadline", "0.5"]) == 0
-    step = json.loads((tmp_path / "gpu.json").read_text())["steps"]["ceilings"]
-    assert step["status"] == "stopped"
-    monkeypatch.setattr(gpu, "_command", lambda *_, **__: [sys.executable, "-c", "exit(3)"])
-    assert gpu.main(arguments) == 1
-
-
-def test_gpu_commands_are_known_to_their_modules(tmp_path, capsys):
-    """Every command of a step that lists configurations parses."""
-    for step in gpu.STEPS:
-        for words in step.commands:
-            command = gpu._command(words, 100.0, tmp_path, quick=False)
-            if command[2] == "benchmarks.layer":
-                assert layer.main([*command[3:], "--list"]) == 0
-    assert "64-4-1-5-1e6/routed/uniform" in capsys.readouterr().out
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what to do without a GPU")
-def test_gpu_needs_a_gpu(capsys):
-    assert gpu.main([]) == 1
-    assert "--device cpu --quick" in capsys.readouterr().out
-    assert gpu.main(["--list"]) == 0
+# What a run on a GPU keeps
 
 
 def test_ceilings_are_rates(tmp_path):
     arguments = ["--device", "cpu", "--out", str(tmp_path), "--size", "16", "--copy-mib", "1"]
     assert ceilings.main([*arguments, "--budget", "0"]) == 0
-    rows = {row["configuration"]: row for row in rows_of(tmp_path, "ceilings")}
+    rows = {row["configuration"]: row for row in rows_of(tmp_path, "clock")}
     copy = rows["copy"]
     expected = 2 * 2**20 / 1e9 / (copy["time_median_ms"] / 1e3)
     assert copy["rate_gb_per_s"] == pytest.approx(expected)

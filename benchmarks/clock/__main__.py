@@ -10,7 +10,8 @@ r"""The modelled clock of sm_90, without a GPU: nothing that it prints is measur
 ``table``: forward and backward of this package and of ScatterMoE. ``layer``: each launch of one of
 them. ``kernel``: one launch with every combination of other constants, numbers and options, the
 fastest first. ``checks``: published times beside modelled ones, and what moves with what is from
-memory. ``measured``: on a GPU of sm_90, modelled beside measured, kernel by kernel.
+memory. ``measured``: on a GPU of sm_90, modelled beside measured, kernel by kernel, and the
+machine's constants that would have fitted.
 
 A shape is D-E-k-P-rows (F = 2 D, sequences of 60 steps) or a name of `benchmarks.shapes`.
 ``--tile expert_ffn_dw_tile.block_m=64`` changes a tile where the launchers ask for it.
@@ -28,6 +29,8 @@ import torch
 from benchmarks.clock import measured
 from benchmarks.clock.capture import OperatorCall
 from benchmarks.clock.chip import time_launch
+from benchmarks.clock.machine import H200
+from benchmarks.clock.refit import refit
 from benchmarks.clock.tables import (
     PROVIDERS,
     TARGETS,
@@ -38,11 +41,14 @@ from benchmarks.clock.tables import (
     layer_rows,
     sensitivity_rows,
 )
+from benchmarks.common import device_name
 from benchmarks.shapes import find_workloads
-from benchmarks.store import Store, results_folder
+from benchmarks.store import Store, code_version, results_folder
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "clock" / "sm_90.json"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# The order in which they are measured: the ends of the widths and rows first.
+BESIDE = tuple(f"{d}-4-1-5-{n}" for n in ("1e6", "1e4", "1e5") for d in (64, 256, 128))
 SENSITIVE = ("64-4-1-5-1e6", "128-8-1-5-1e5")
 
 
@@ -62,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     checks = commands.add_parser("checks", help="against published times; sensitivity")
     checks.add_argument("--json", type=Path)
     beside = commands.add_parser("measured", help="modelled beside measured, on a GPU")
-    beside.add_argument("--shapes", default=",".join(SENSITIVE))
+    beside.add_argument("--shapes", default=",".join(BESIDE))
     beside.add_argument("--out", help="folder of the results")
     for command in (layer, kernel):
         command.add_argument("--shape", required=True)
@@ -197,17 +203,24 @@ def _measured(args: argparse.Namespace) -> int:
     if why := measured.why_not():
         print(f"nothing to measure: {why}")
         return 0
-    store = Store(results_folder("cuda", args.out) / "clock.json")
+    store, code = Store(results_folder("cuda", args.out) / "clock.json"), code_version()
+    found = []
     for name in args.shapes.split(","):
         row = measured.measure(name)
-        store.add([row])
-        print(f"{name}, us:{'modelled':>34}{'measured':>10}")
+        store.add([{**row, "device": device_name("cuda")}])
+        found += row["kernels"]
+        print(f"{name}, us:{'modelled':>34}{'measured':>10}{'ratio':>8}")
         for kernel in row["kernels"]:
             print(
                 f"  {kernel['kernel']:<34}{kernel['modelled_us']:>12.1f}"
-                f"{kernel['measured_us']:>10.1f}",
+                f"{kernel['measured_us']:>10.1f}{kernel.get('measured_over_modelled', 0):>8.2f}",
                 flush=True,
             )
+    machine, errors = refit(found)
+    fitted = {n: v for n, v in vars(machine).items() if v != getattr(H200, n)}
+    identity = {"configuration": "refit", "provider": "segmoe", "pass": "both", "mode": "eager"}
+    store.add([{**identity, "device": device_name("cuda"), "code": code, **fitted, **errors}])
+    print("refit: " + "  ".join(f"{k} {v:.4g}" for k, v in {**fitted, **errors}.items()))
     return 0
 
 
