@@ -58,7 +58,7 @@ KINDS = ("dense", "token", "segment")
 # two are little faster in models so small, and many times slower where the other core is busy.
 DEMO = {"segment_sizes": "5,4", "epochs": 3, "val_stride": 4, "threads": 1}
 DEMO_TEXT = """\
-Trains six small forecasters, about 3 minutes on one CPU core: the FFN of each block is dense,
+Trains six small forecasters, about 4 minutes on one CPU core: the FFN of each block is dense,
 token-wise experts, or segment-wise experts. First on planted-4, a series made so that segments have
 to win, then on ETTh1, transformer temperatures, where such a small model needs no experts.
 """
