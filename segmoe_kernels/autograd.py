@@ -19,7 +19,10 @@ def apply(function: type[torch.autograd.Function], *args: Any, followed: bool = 
     serves defaults, which are not used here. Transforms of torch.func and compilers get PyTorch's.
     What is not ``followed``, as `is_followed` says, runs ``forward`` alone.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        # Of what is not followed it counts the parameters, which may be ``*args``.
+        return function.apply(*args) if followed else function.forward(*args)
+    if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     # What is left of tensors that a transform has wrapped, and somebody kept.
     given = [_unwrap(arg) if isinstance(arg, Tensor) else arg for arg in args]

@@ -24,6 +24,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from triton import knobs  # noqa: E402
+from triton.backends.nvidia.driver import CudaLauncher  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
@@ -66,16 +67,15 @@ LAUNCHES, KEPT = [], []
 
 
 def watch():
-    """Keep what reaches Triton's C launcher in LAUNCHES."""
-    # Launchers take the function with them when they are made, hence before any.
-    utils = driver.active.utils
-    own = utils.launch
+    """Keep what reaches Triton's launcher in LAUNCHES."""
+    own = CudaLauncher.__call__
 
-    def launch(*given):
-        LAUNCHES.append([given[:3], given[3], given[4], given[7], bytes(given[-2]), given[-1]])
-        return own(*given)
+    def call(self, *given):
+        # Behind the metadata come three hooks.
+        LAUNCHES.append([given[:3], given[3], given[4], given[5], given[9:]])
+        return own(self, *given)
 
-    utils.launch = launch
+    CudaLauncher.__call__ = call
 
 
 class Nothing(TorchDispatchMode):

@@ -158,7 +158,8 @@ def _triton(timers: Timers) -> None:
     _method(timers, "launches: Python", Kernel, "run")
     _method(timers, "Triton: launcher, Python", driver.CudaLauncher, "__call__")
     utils = triton.runtime.driver.active.utils
-    _method(timers, "Triton: launcher, C", utils, "launch")
+    if hasattr(utils, "launch"):  # before Triton 3.7 each kernel has its own
+        _method(timers, "Triton: launcher, C", utils, "launch")
 
 
 def profile(

@@ -158,7 +158,7 @@ class Tape:
         kept, pointed, needed = [], set(), set(self.outputs)
         for step in reversed(steps):
             func, given, named, made = step
-            tensors = {numbers[id(tensor)] for tensor in _tensors_of((given, *_listed(named)))}
+            tensors = {numbers[id(tensor)] for tensor in _tensors_of((given, named))}
             if func is None:
                 pointed |= {places[number][0] for number in tensors}
             elif not self._is_empty(func, made[0]):
@@ -202,17 +202,14 @@ class Tape:
         self.steps.append(view)
 
     def _add_call(self, func: Any, args: Any, named: dict[str, Any], made: tuple[int, ...]) -> None:
-        get, names = _getter(tuple(map(self._number, args))), tuple(named)
+        get = _getter(tuple(map(self._number, args)))
+        numbers = {name: self._number(value) for name, value in named.items()}
         # The same operator, past the parsing of its schema.
         run = getattr(torch._C._VariableFunctions, func._schema.name.partition("::")[2], func)
-        get_named = _getter(tuple(map(self._number, named.values())))
         results = [(number, self._pointer(number)) for number in made]
 
         def call(held: list[Any], values: list[Any], _: int) -> None:
-            if names:
-                found = run(*get(held), **dict(zip(names, get_named(held), strict=True)))
-            else:
-                found = run(*get(held))
+            found = run(*get(held), **{name: held[number] for name, number in numbers.items()})
             listed = found if isinstance(found, tuple | list) else (found,)
             for (number, slot), result in zip(results, listed, strict=True):
                 held[number] = result
@@ -287,11 +284,8 @@ def _getter(slots: tuple[int, ...]) -> Callable[[Any], Any]:
     return lambda values: tuple(values[slot] for slot in slots)
 
 
-def _listed(named: Any) -> Any:
-    return named.values() if isinstance(named, dict) else ()
-
-
 def _tensors_of(value: Any) -> list[Tensor]:
+    value = (*value.values(),) if isinstance(value, dict) else value
     if isinstance(value, tuple | list):
         return [tensor for part in value for tensor in _tensors_of(part)]
     return [value] if isinstance(value, Tensor) else []

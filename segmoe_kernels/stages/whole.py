@@ -144,40 +144,8 @@ class _Whole(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        router_weight: Tensor | None,
-        router_start: Tensor | None,
-        padding_mask: Tensor | None,
-        router_seed: Tensor | None,
-        seed: Tensor | None,
-        up_proj: Tensor | None,
-        down_proj: Tensor | None,
-        gate_proj: Tensor | None,
-        up_bias: Tensor | None,
-        gate_bias: Tensor | None,
-        down_bias: Tensor | None,
-        shared_up: Tensor | None,
-        shared_down: Tensor | None,
-        shared_gate_proj: Tensor | None,
-        shared_up_bias: Tensor | None,
-        shared_gate_bias: Tensor | None,
-        shared_down_bias: Tensor | None,
-        shared_gate: Tensor | None,
-        shared_seed: Tensor | None,
-        expert_out: Tensor | None,
-        router: tuple[Any, ...] | None,
-        scope: tuple[Any, ...] | None,
-        last: tuple[Any, ...] | None,
-    ) -> tuple[Tensor, ...]:
-        # The parameters are written out: torch.compile counts them.
-        out: tuple[Tensor, ...] = _whole_fwd(
-            *(x, router_weight, router_start, padding_mask, router_seed, seed),
-            *(up_proj, down_proj, gate_proj, up_bias, gate_bias, down_bias),
-            *(shared_up, shared_down, shared_gate_proj),
-            *(shared_up_bias, shared_gate_bias, shared_down_bias),
-            *(shared_gate, shared_seed, expert_out, router, scope, last),
-        )
+    def forward(*given: Any) -> tuple[Tensor, ...]:
+        out: tuple[Tensor, ...] = _whole_fwd(*given)
         return out
 
     @staticmethod
