@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from programs import run_python
+from programs import ROOT, run_python
 
 pytest.importorskip("triton")
 
@@ -85,6 +85,12 @@ def test_a_command_is_ended_at_its_limit(monkeypatch, tmp_path):
 def test_stages_of_worth_take_twelve_minutes():
     *worth, _rest = gpu.STAGES
     assert sum(stage.limit_s for stage in worth) == 720
+
+
+def test_all_that_is_marked_runs_on_a_gpu():
+    files = [path for path in ROOT.glob("tests/test_*.py") if "mark.gpu" in path.read_text()]
+    assert {path.stem.removeprefix("test_") for path in files} - {"gpu"} == {*gpu.GPU_TESTS}
+    assert all((ROOT / "tests" / f"test_{name}.py").is_file() for name in gpu.TELLING)
 
 
 def test_commands_are_known_to_their_modules(capsys):
