@@ -32,6 +32,7 @@ LIMIT = 150  # seconds for one test, fifteen times what the longest takes
 TESTS = {
     "route": ["route", "routed"], "router": ["route", "routed"], "permute": ["permute", "routed"],
     "ffn": ["experts"], "grouped_gemm": ["grouped_gemm", "experts"], "__init__": ["routed"],
+    "whole": ["routed", "shared"],
     "sequences": ["experts", "grouped_gemm"], "partials": ["partials", "grouped_gemm", "experts"],
     "launch": ["resolve_backend", "addresses", "flops", "combine", "shared", "grouped_gemm"],
 }  # fmt: skip

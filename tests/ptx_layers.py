@@ -122,7 +122,7 @@ LAYERS = {
     "bf16 D=128": {"d_model": 128, "num_experts": 2, "shape": (1, 150), **ALONE},
     "bf16 D=256": {"d_model": 256, **ALONE},
     # Weight gradients from copies of x and dy in sorted order.
-    "bf16 D=272 P=1": {"d_model": 272, "d_ff": 64, "segment_size": 1, "top_k": 2, **SHORT},
+    "bf16 D=272 P=1": {"d_model": 272, "d_ff": 64, "segment_size": 1, "order": 8, **SHORT},
     "bf16 D=512 many options": {"d_model": 512, "d_ff": 128, **MANY, **ALONE},
     "bf16 D=512 gated": {
         "d_model": 512, "d_ff": 64, "gated": True, "pooling": "mean", "num_experts": 1, **ALONE,
