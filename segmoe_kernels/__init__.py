@@ -14,6 +14,7 @@ from segmoe_kernels.models.official import (
     segment_schedule,
     to_official,
 )
+from segmoe_kernels.models.recipe import swap_recipe
 from segmoe_kernels.models.swap import replace_ffn, upcycle
 from segmoe_kernels.options import reload_settings
 from segmoe_kernels.parallel import shard_experts
@@ -40,6 +41,7 @@ __all__ = [
     "segment_schedule",
     "set_loss_scaler",
     "shard_experts",
+    "swap_recipe",
     "to_official",
     "upcycle",
 ]

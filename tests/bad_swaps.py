@@ -7,8 +7,16 @@ import torch
 from bad_calls import LAYER, T, V, caller, draw, layer_with, real
 from torch import nn
 
-from segmoe_kernels import SegMoE, replace_ffn, set_loss_scaler, shard_experts, upcycle
-from segmoe_kernels.models.adapters import TSLibEncoderLayer, WithRouterLogits
+from segmoe_kernels import (
+    SegMoE,
+    replace_ffn,
+    set_loss_scaler,
+    shard_experts,
+    swap_recipe,
+    upcycle,
+)
+from segmoe_kernels.models.adapters import WithRouterLogits
+from segmoe_kernels.models.loading import load_pretrained, with_recipe
 from segmoe_kernels.parallel import expert_parameter_names, gather_experts
 
 
@@ -35,6 +43,14 @@ swap.function = replace_ffn
 
 
 STEPS = torch.arange(40.0).view(2, 5, 4)
+
+
+class MoEFeedForward(nn.Module):
+    """The name of a mixture that is swapped with its experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(dense() for _ in range(3))
 
 
 class iTransformer(nn.Module):
@@ -78,6 +94,12 @@ class Cached(iTransformer):
         """What tells a model of transformers."""
 
 
+class Pretrained(nn.Module):
+    """The name of a loader."""
+
+    from_pretrained = None
+
+
 class Backwards(nn.Sequential):
     """A forward of its own."""
 
@@ -91,8 +113,8 @@ class Twice(nn.Module):
         self.down_proj, self.act_fn = nn.Linear(6, 4), nn.SiLU()
 
     def forward(self, x):
-        """Twice what the children say."""
-        return 2 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        """Twice the hidden layer that the children say."""
+        return self.down_proj(2 * self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 def swapped(host=None):
@@ -111,14 +133,29 @@ def nan_ffn():
     return ffn
 
 
+def following(of_ffn=None, **changes):
+    """A call with a changed recipe."""
+
+    def make():
+        recipe = swap_recipe(swapped())
+        entry = recipe["ffns"]["ff"]
+        entry["options"] |= of_ffn or {}
+        entry |= {key: value for key, value in changes.items() if key in entry}
+        recipe["ffns"] |= changes.get("ffns", {})
+        recipe["format"] = changes.get("format", recipe["format"])
+        return replace_ffn(model(), recipe=recipe)
+
+    make.wrong = replace_ffn, {"recipe"}
+    return make
+
+
 grow = caller(upcycle, ffn=dense(), num_experts=2)
 shard = caller(shard_experts, layer=LAYER)
 scale = caller(set_loss_scaler, model=LAYER, scaler=None)
 logits = caller(WithRouterLogits.forward, self=WithRouterLogits(LAYER), x=draw(2, 5, 4))
-block = caller(
-    TSLibEncoderLayer, attention=nn.Identity(), seg_moe=LAYER, norm1=nn.Identity(),
-    norm2=nn.Identity(), dropout=nn.Identity(),
-)  # fmt: skip
+
+renew = caller(with_recipe, kind=nn.Linear, recipe={})
+load = caller(load_pretrained, kind=Pretrained, path="here")
 
 ROWS = [
     (swap(model=[dense()]), T, "torch.nn.Module | list"),
@@ -142,6 +179,27 @@ ROWS = [
     (swap(copy_weights=True, expert_scope="segment"), V,
      "'token' where weights are copied | 'segment'"),
     (swap(copy_weights=True, num_experts=0), V, "at least 1 where weights are copied"),
+    (partial(swap(model=nn.ModuleDict({"ff": MoEFeedForward()}), copy_weights=True)), V,
+     "num_experts | be the mixture's 3 where its weights are copied | 2"),
+    (swap(recipe={}), V, "recipe | be the only argument beside the model | others"),
+    (lambda: replace_ffn(model(), recipe=[]), T, "recipe | mapping | list"),
+    (following(format=2), V, "recipe | have the format 1 that this version can follow | got 2"),
+    (following({"speed": 2}), V,
+     "have the options of this version's SegMoE at 'ff' | others or none: ['speed']"),
+    (following(inside="no"), V, "say of 'ff' ffn, parts, inside, | wrong ['inside']"),
+    (following(ffn="MLP"), V, "fit the model, with a MLP at 'ff' | got Sequential"),
+    (following(ffns={"up": {"ffn": "MLP"}}), V, "say of 'up' | wrong ['inside', 'may_look_ahead'"),
+    (following(parts={"up": "0", "down": "2", "activation": "relu"}), V,
+     "understands, at 'ff' | got computes something else than its parts say"),
+    (following({"d_model": 8}), V, "have d_model=4 at 'ff', as the model | got 8"),
+    (caller(swap_recipe)(model=3), T, "torch.nn.Module | int"),
+    (lambda: swap_recipe(model()), V, "model | have swapped FFNs | ModuleDict"),
+    (renew(kind=3), T, "kind | be a class | int"),
+    (renew(recipe=3), T, "recipe | mapping | int"),
+    (load(kind=nn.Linear), T, "kind | be a class of transformers' models | Linear"),
+    (load(path=3), T, "path | int"),
+    (partial(load(config=SimpleNamespace())), V,
+     "path | have a recipe in its configuration | got 'here'"),
     (swap(causal=1), T, "True, False or None | 1 (int)"),
     (swap(aux_loss_weight="1"), T, "a float | '1' (str)"),
     (swap(z_loss_weight=-1.0), V, "not negative | -1.0"),
@@ -151,7 +209,7 @@ ROWS = [
     (swap(parts={"up": "wi", "down": "wo", "activation": "act"}, match="ff"), V,
      "'ff' (Sequential): lacks one of {'up': 'wi',"),
     (lambda: replace_ffn(iTransformer(), segment_sizes=3, num_experts=2), V,
-     "model | time steps for rows at 'ff' | iTransformer, whose rows are variates"),
+     "model | 'ff' (Sequential): has variates for rows, no time steps"),
     (lambda: replace_ffn(Decoder(), segment_sizes=3, num_experts=2), V,
      "causal | for the decoder around 'ff' | None for Decoder"),
     (swap(model=FullyShardedDataParallel()), V,
@@ -184,11 +242,6 @@ ROWS = [
     (grow(ffn=nn.Linear(4, 4)), V, "a Sequential of Linear | got Linear"),
     (caller(WithRouterLogits)(layer=dense()), T, "be a SegMoE"),
     (lambda: WithRouterLogits(SegMoE(4, 6, 0)), V, "layer | have experts | num_experts=0"),
-    (block(seg_moe=dense()), T, "be a SegMoE | Sequential"),
-    (block(norm1=None), T, "torch.nn.Module | NoneType"),
-    (block(norm2=1), T, "torch.nn.Module | int"),
-    (block(attention=None), T, "NoneType"),
-    (block(dropout=0.1), T, "torch.nn.Module | float"),
     (logits(x=draw(4)), V, "(..., T, d_model=4) | got (4,)"),
     (logits(padding_mask=1), T, "Tensor or None | int"),
     (grow(num_experts=0), V, "at least 1"),

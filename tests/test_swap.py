@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from segmoe_kernels import SegMoE, replace_ffn, upcycle
-from segmoe_kernels.models.adapters import SegMoEEncoderLayer, TSLibEncoderLayer, WithRouterLogits
+from segmoe_kernels.models.adapters import ExpertsInside, SegMoEEncoderLayer, WithRouterLogits
 
 D, F_, T = 16, 24, 11
 
@@ -196,13 +196,13 @@ def test_sequential_is_replaced_where_it_is(behind):
     shared = model["ff"]
     model["again"] = shared  # one FFN in two places stays one
     assert replace_ffn(model, segment_sizes=5, num_experts=4, top_k=2) == ["ff"]
-    layer = model["ff"][0] if behind else model["ff"]
+    layer = model["ff"][3].seg_moe if behind else model["ff"]
     assert isinstance(layer, SegMoE)
     assert model["again"] is model["ff"]
     assert (layer.d_model, layer.d_ff, layer.dropout, layer.bias) == (D, F_, 0.1, True)
     assert (layer.top_k, layer.segment_size, layer.activation) == (2, 5, "gelu")
     if behind:
-        assert model["ff"][1].p == 0.25
+        assert model["ff"][4].p == 0.25
     assert model["ff"](torch.randn(2, 3, T, D)).shape == (2, 3, T, D)
 
 
@@ -211,7 +211,7 @@ def test_encoder_layer_of_time_series_library_still_returns_its_attention():
     model = nn.Sequential(EncoderLayer()).double()
     old = copy.deepcopy(model)
     assert replace_ffn(model, segment_sizes=4, num_experts=3, copy_weights=True) == ["0"]
-    assert isinstance(model[0], TSLibEncoderLayer)
+    assert isinstance(model[0].conv2, ExpertsInside)
     x = torch.randn(2, T, D, dtype=torch.float64)
     for actual, expected in zip(
         model[0](x, tau=1, delta=1), old[0](x, tau=1, delta=1), strict=True

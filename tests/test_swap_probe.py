@@ -181,6 +181,5 @@ def test_known_inverted_models_are_refused_without_an_example(known):
     else:
         model.__class__ = type("iTransformer", (Block,), {})
     message = unchanged(model, replace_ffn, **SIZES)
-    assert "expected model to have time steps for rows at 'layer'" in message
-    assert "whose rows are variates" in message
+    assert "'layer' (EncoderLayer): has variates for rows, no time steps" in message
     assert replace_ffn(model, **{**SIZES, "segment_sizes": 1}) == ["layer"]

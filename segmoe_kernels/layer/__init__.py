@@ -108,6 +108,8 @@ class SegMoE(Stepwise):
     _loss_scaler: Any = None
     # How the checkpoint that it came from names its parts, for `to_official`.
     _official: OfficialNames | None = None
+    # What it stands for in a model, for `swap_recipe`.
+    _place: Any = None
 
     @check.refuse_other_names
     def __init__(

@@ -1,6 +1,7 @@
 """`SegMoE` behind the interfaces of other models' layers."""
 
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from segmoe_kernels import validation as check
 from segmoe_kernels.layer import SegMoE
 
-__all__ = ["SegMoEEncoderLayer", "TSLibEncoderLayer", "WithRouterLogits"]
+__all__ = ["SegMoEEncoderLayer", "WithRouterLogits"]
 
 
 def mixes_steps(layer: SegMoE) -> bool:
@@ -148,46 +149,72 @@ def _is_causal(module: Any, mask: Tensor | None) -> Tensor | None:
     return heads.flatten(1).all(1).any()
 
 
-class TSLibEncoderLayer(nn.Module):
-    """The encoder layer of Time-Series-Library and its relatives: returns ``(x, attention)``.
+class _Rows(threading.local):
+    """What an FFN inside a layer gets, from its first map to its last."""
 
-    Args:
-        attention: called as ``attention(x, x, x, attn_mask=..., tau=..., delta=...)``, returns
-            ``(y, weights)``.
-        seg_moe: SegMoE, in place of the two convolutions.
-        norm1: behind the attention.
-        norm2: behind the experts.
-        dropout: on both outputs.
+    kept: Tensor | None = None
 
-    Raises:
-        TypeError: if an argument is not a module, or seg_moe not a SegMoE.
 
-    Source: thuml/Time-Series-Library, layers/Transformer_EncDec.py, ``EncoderLayer``.
+_rows = _Rows()
+
+
+class KeepRows(nn.Module):
+    """In place of an FFN's first maps inside a layer: keeps the rows for the experts.
+
+    Activation and dropout, which the layer's forward calls next, get nothing to do.
     """
 
-    def __init__(
-        self,
-        attention: nn.Module,
-        seg_moe: SegMoE,
-        norm1: nn.Module,
-        norm2: nn.Module,
-        dropout: nn.Module,
-    ) -> None:
-        super().__init__()
-        check.check_type("TSLibEncoderLayer", "seg_moe", seg_moe, SegMoE, "be a SegMoE")
-        parts = {"attention": attention, "norm1": norm1, "norm2": norm2, "dropout": dropout}
-        for name, module in parts.items():
-            check.check_module("TSLibEncoderLayer", name, module)
-        self.attention, self.seg_moe = attention, seg_moe
-        self.norm1, self.norm2, self.dropout = norm1, norm2, dropout
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a tensor of no sequence."""
+        _rows.kept = x
+        return x.new_empty((0, *x.shape[1:]))
 
-    def forward(
-        self, x: Tensor, attn_mask: Any = None, tau: Any = None, delta: Any = None
-    ) -> tuple[Tensor, Any]:
-        """Return ``(y, attention weights)``: (B, T, D) and what the attention gives."""
-        attended, weights = self.attention(x, x, x, attn_mask=attn_mask, tau=tau, delta=delta)
-        x = self.norm1(x + self.dropout(attended))
-        return self.norm2(x + self.dropout(self.seg_moe(x))), weights
+
+class ExpertsInside(nn.Module):
+    """In place of an FFN's last map inside a layer: a `SegMoE` on the rows of the first one."""
+
+    def __init__(self, seg_moe: nn.Module, *, channels_first: bool) -> None:
+        super().__init__()
+        self.seg_moe, self.channels_first = seg_moe, channels_first
+
+    def forward(self, _: Tensor) -> Tensor:
+        """Return what the FFN would."""
+        x, _rows.kept = _rows.kept, None
+        assert x is not None
+        y: Tensor = self.seg_moe(x.mT).mT if self.channels_first else self.seg_moe(x)
+        return y
+
+
+class MixtureOfSegments(nn.Module):
+    """A `SegMoE` where a mixture of tokens was, for whose router its layer gave more than rows."""
+
+    def __init__(self, seg_moe: nn.Module) -> None:
+        super().__init__()
+        self.seg_moe = seg_moe
+
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        """(..., T, D) to (..., T, D); other arguments, such as ``centroid``, aren't used."""
+        y: Tensor = self.seg_moe(x)
+        return y
+
+
+def put_inside(
+    module: nn.Module, maps: Mapping[str, nn.Linear | nn.Conv1d], experts: nn.Module
+) -> None:
+    """Put experts where the maps of an FFN are inside a module, whose forward stays."""
+    keep = KeepRows()
+    for name, part in maps.items():
+        new = ExpertsInside(experts, channels_first=isinstance(part, nn.Conv1d))
+        put(module, part, new if name == "down" else keep)
+
+
+def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module everywhere another one is."""
+    for parent in list(model.modules()):
+        # Not `named_children`, which names a module once.
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)
 
 
 class WithRouterLogits(nn.Module):

@@ -13,7 +13,7 @@ from torch import nn
 
 from segmoe_kernels import validation as check
 from segmoe_kernels.layer import SegMoE
-from segmoe_kernels.models.dense import UNDERSTOOD, DenseFFN, difference, read_ffn
+from segmoe_kernels.models.dense import UNDERSTOOD, DenseFFN, read_ffn, settle
 
 # Of modules and of parameters.
 _HOOKS = (
@@ -27,13 +27,26 @@ _HOOKS = (
 # Wrappers that have listed a model's parameters, and would miss those of a swap.
 _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel"}
 
+# Classes, FFNs inside them, and what these have for rows: Crossformer, PatchTSMixer,
+# MultiPatchFormer and TSMixer. iTransformer is known by its embedding, or by name.
+NO_STEPS = (
+    ("TwoStageAttentionLayer", "MLP2", "variates"),
+    ("PatchMixerBlock", "mlp", "features"),
+    ("", r"encoder_list_ch\..*", "variates"),
+    ("ResBlock", "temporal", "variates"),
+)
+_INVERTED = {"DataEmbedding_inverted"}
+
 Match = str | Callable[[str, nn.Module], bool] | None
 
 
 def find_ffns(
-    model: nn.Module, match: Match, parts: Mapping[str, str] | None
+    model: nn.Module, match: Match, parts: Mapping[str, str] | None, *, of_steps: bool
 ) -> tuple[dict[str, DenseFFN], dict[str, str]]:
-    """Find FFNs by name, with their descriptions, and what must be left, with the reasons."""
+    """Find FFNs by name, with their descriptions, and what must be left, with the reasons.
+
+    With ``of_steps`` what is known for rows that are no time steps must be left, too.
+    """
     fail_swap = partial(check.fail_value, "replace_ffn")
     wanted = _predicate(match)
     named = dict(model.named_modules())
@@ -49,14 +62,18 @@ def find_ffns(
             if dense is not None:
                 others[name] = "is not selected"
             continue
-        reason = _reason(named, name, dense)
-        if reason is None and isinstance(dense, DenseFFN):
-            found[name] = dense
+        settled = settled_at(named, name, dense)
+        rows = rows_around(named, name) if of_steps else None
+        if rows is not None and isinstance(settled, DenseFFN):
+            settled = f"has {rows} for rows, no time steps"
+        if isinstance(settled, DenseFFN):
+            found[name] = settled
         elif wanted is not None:
             lacks = f"can't {UNDERSTOOD}" if parts is None else f"lacks one of {dict(parts)}"
-            fail_swap("match", "select what can be swapped", listed(model, {name: reason or lacks}))
-        elif reason is not None:
-            left[name] = reason
+            reason = settled or lacks
+            fail_swap("match", "select what can be swapped", listed(model, {name: reason}))
+        elif settled is not None:
+            left[name] = settled
     if found:
         return found, left
     rule, got = "have inside an FFN that can be swapped", listed(model, left or others)
@@ -81,8 +98,13 @@ def _candidates(
             yield name, module, read_ffn(module, parts)
 
 
-def _reason(named: dict[str, nn.Module], name: str, dense: DenseFFN | str | None) -> str | None:
-    """Say why what looks like an FFN can't be swapped where it is."""
+def settled_at(
+    named: dict[str, nn.Module],
+    name: str,
+    dense: DenseFFN | str | None,
+    inside: bool | None = None,
+) -> DenseFFN | str | None:
+    """How an FFN is to be swapped where it is, or why it can't be."""
     if not isinstance(dense, DenseFFN):
         return dense
     if not name and not isinstance(named[name], nn.TransformerEncoderLayer):
@@ -90,7 +112,8 @@ def _reason(named: dict[str, nn.Module], name: str, dense: DenseFFN | str | None
     mixture = next((outer for outer in _parents(name) if _is_mixture(named[outer])), None)
     if mixture is not None:
         return f"is inside the mixture of experts {mixture!r}, whose rows are gathered tokens"
-    return obstacle(named, name, dense) or difference(named[name], dense)
+    settled = settle(named[name], dense, inside)
+    return settled if isinstance(settled, str) else obstacle(named, name, settled) or settled
 
 
 def listed(model: nn.Module, reasons: Mapping[str, str]) -> str:
@@ -160,34 +183,37 @@ def decoder_around(named: dict[str, nn.Module], name: str) -> str | None:
             if isinstance(flag := getattr(holder, attribute, None), bool)
         ]
         kinds = [type(module).__name__ for module in named[outer].modules()]
-        if any(flags) or any("Causal" in kind for kind in kinds):
+        takes = (inspect.signature(module.forward).parameters for module in named[outer].modules())
+        cached = any("decode_cache" in parameters for parameters in takes)  # TimesFM's layers
+        if any(flags) or cached or any("Causal" in kind for kind in kinds):
             return outer
         if flags:
             return None
     return None
 
 
-def inverted_around(named: dict[str, nn.Module], name: str) -> str | None:
-    """Name of the module around that is known to take variates, not steps, as its rows."""
+def rows_around(named: dict[str, nn.Module], name: str) -> str | None:
+    """What an FFN has for rows, where a module around is known for other ones than time steps."""
     for outer in _parents(name):
-        kinds = [type(child).__name__ for child in named[outer].children()]
-        kind = type(named[outer])
-        names = [kind.__name__.lower(), kind.__module__.rpartition(".")[2].lower()]
-        if "DataEmbedding_inverted" in kinds or "itransformer" in names:
-            return outer
+        kind, inner = type(named[outer]), name[len(outer) :].lstrip(".")
+        for known, place, rows in NO_STEPS:
+            if known in {"", kind.__name__} and re.fullmatch(place, inner):
+                return rows
+        kinds = {type(child).__name__ for child in named[outer].children()}
+        names = {kind.__name__.lower(), kind.__module__.rpartition(".")[2].lower()}
+        if "itransformer" in names or {k for k in kinds if "Embedding" in k} == _INVERTED:
+            return "variates"
     return None
 
 
 def obstacle(named: dict[str, nn.Module], name: str, dense: DenseFFN) -> str | None:
     """Say what would be lost or untied if an FFN were swapped."""
     module = named[name]
-    own = list(dense.linears().values())
+    own = [part for ffn in dense.experts or [dense] for part in ffn.linears().values()]
     weights = [weight for part in own for weight in part.parameters()]
-    gone: list[nn.Module] = [*own, module]
+    gone: list[nn.Module] = [*own] if dense.inside else list(module.modules())
     if isinstance(module, nn.TransformerEncoderLayer):
-        gone[-1] = module.dropout
-    elif not isinstance(dense.up, nn.Conv1d):
-        gone = list(module.modules())
+        gone = [*own, module.dropout]
     changed = [type(part).__name__ for part in [module, *gone] if "forward" in vars(part)]
     hooked = [type(part).__name__ for part in gone if any(getattr(part, n, None) for n in _HOOKS)]
     hooked += ["weights" for weight in weights if any(getattr(weight, n, None) for n in _HOOKS)]
@@ -198,12 +224,15 @@ def obstacle(named: dict[str, nn.Module], name: str, dense: DenseFFN) -> str | N
         return f"has hooks, of {hooked[0]}, which would be lost: remove them first"
     for owner, holder in named.items():
         for attribute, value in vars(holder).items():
-            if attribute != "_modules" and _leads_to(value, module):
+            if attribute != "_modules" and any(_leads_to(value, part) for part in gone):
                 where = f"{owner}.{attribute}".lstrip(".")
                 return f"is also in {where}, which is no module: a swap would not reach it there"
     if len({weight.requires_grad for weight in weights}) > 1:
         return "has some weights frozen and others not"
-    if sum(weight is other for weight in weights for other in held) > len(weights):
+    children = [child for holder in named.values() for child in holder._modules.values()]
+    places = sum(child is part for child in children for part in own)
+    tied = sum(weight is other for weight in weights for other in held) > len(weights)
+    if tied or places > len(own):
         return "shares weights with another module, which would not stay tied"
     return None
 

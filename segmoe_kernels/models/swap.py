@@ -15,23 +15,26 @@ from torch._subclasses import FakeTensor
 from segmoe_kernels import validation as check
 from segmoe_kernels.layer import SegMoE
 from segmoe_kernels.models.adapters import (
+    MixtureOfSegments,
     SegMoEEncoderLayer,
-    TSLibEncoderLayer,
     check_masks,
     leave_encoder,
     mixes_steps,
+    put,
+    put_inside,
     refuse_rows,
 )
-from segmoe_kernels.models.dense import UNDERSTOOD, DenseFFN, difference, evaluating, read_ffn
+from segmoe_kernels.models.dense import UNDERSTOOD, DenseFFN, evaluating, read_ffn, settle
 from segmoe_kernels.models.official import read_schedule
 from segmoe_kernels.models.probe import Probe, check_inputs
+from segmoe_kernels.models.recipe import Place, read_recipe, swap_recipe
 from segmoe_kernels.models.search import (
     Match,
     decoder_around,
     find_ffns,
-    inverted_around,
     listed,
     obstacle,
+    settled_at,
     switch_cache_off,
 )
 
@@ -49,16 +52,17 @@ def _copy_into(layer: SegMoE, dense: DenseFFN, noise: float) -> None:
     experts = layer.experts
     assert experts is not None  # `_build` looked
     with torch.no_grad():
-        for name, linear in dense.linears().items():
-            weight = getattr(experts, f"{name}_proj")
-            one = linear.weight.flatten(1)  # a convolution's last dimension is 1
-            weight.copy_(one.expand_as(weight))
-            if noise:
-                # Not the standard deviation, which a single weight has none of.
-                weight.add_(torch.randn_like(weight) * (noise * one.square().mean().sqrt()))
-            bias = getattr(experts, f"{name}_proj_bias")
-            if bias is not None:
-                bias.zero_() if linear.bias is None else bias.copy_(linear.bias.expand_as(bias))
+        for e, ffn in enumerate(dense.experts or [dense] * layer.num_experts):
+            for name, linear in ffn.linears().items():
+                weight = getattr(experts, f"{name}_proj")[e]
+                weight.copy_(linear.weight.flatten(1))  # a convolution's last dimension is 1
+                if noise:
+                    # Not the standard deviation, which a single weight has none of.
+                    scale = noise * weight.square().mean().sqrt()
+                    weight.add_(torch.randn_like(weight) * scale)
+                bias = getattr(experts, f"{name}_proj_bias")
+                if bias is not None:
+                    bias[e].zero_() if linear.bias is None else bias[e].copy_(linear.bias)
 
 
 def _build(
@@ -88,6 +92,9 @@ def _build(
                 check.fail_value(function, name, f"{rule} weights are copied", repr(value))
         if layer.num_experts == 0:
             check.fail_value(function, "num_experts", "be at least 1 where weights are copied", 0)
+        if dense.experts and layer.num_experts != len(dense.experts):
+            rule = f"be the mixture's {len(dense.experts)} where its weights are copied"
+            check.fail_value(function, "num_experts", rule, layer.num_experts)
         _copy_into(layer, dense, noise)
         _compare(function, layer, dense, noise, {**own, **options})
     weights = [weight for linear in dense.linears().values() for weight in linear.parameters()]
@@ -100,6 +107,7 @@ def _compare(
 ) -> None:
     """Send some rows through the experts and the FFN that they were copied from."""
     exact = not noise and options["renormalize"] is True and options["shared_expert"] is None
+    exact &= not dense.experts
     weight = dense.up.weight
     if not exact or weight.is_meta or isinstance(weight, FakeTensor):
         return
@@ -154,23 +162,25 @@ def upcycle(ffn: nn.Module, num_experts: int, *, noise: float = 0.0, **options: 
 
 def _beside(ffn: nn.Module, dense: DenseFFN) -> str | None:
     """Say what of a module a `SegMoE` alone would lose."""
-    if isinstance(ffn, nn.TransformerEncoderLayer) or isinstance(dense.up, nn.Conv1d):
-        return "has attention beside its FFN: use replace_ffn(copy_weights=True)"
-    if getattr(dense.behind, "p", 0) > 0:
-        return "ends in a dropout, which would be lost: upcycle what is in front of it"
-    return obstacle({"": ffn}, "", dense) or difference(ffn, dense)
+    settled = settle(ffn, dense)
+    if isinstance(settled, str):
+        return settled
+    if settled.inside or isinstance(ffn, nn.TransformerEncoderLayer):
+        return "does more than its FFN: use replace_ffn(copy_weights=True)"
+    return obstacle({"": ffn}, "", settled)
 
 
 def replace_ffn(
     model: nn.Module,
     *,
-    segment_sizes: int | str | Sequence[int],
-    num_experts: int,
+    segment_sizes: int | str | Sequence[int] | None = None,
+    num_experts: int | None = None,
     match: Match = None,
     parts: Mapping[str, str] | None = None,
     copy_weights: bool = False,
     noise: float = 0.0,
     causal: bool | None = None,
+    recipe: Mapping[str, Any] | None = None,
     example_inputs: Any = None,
     **options: Any,
 ) -> list[str]:
@@ -208,6 +218,8 @@ def replace_ffn(
         noise: see `upcycle`; 0 without copy_weights.
         causal: see `SegMoE`; None: False, but refused in a decoder, whose experts would see the
             future.
+        recipe: of `swap_recipe`, alone: does to the model what was done to the one that it was
+            made of, for a checkpoint of that one.
         example_inputs: arguments of the model as a tuple, or as a dict by name; the first tensor
             is (B, T, ...) with at least 2 sequences.
         **options: of `SegMoE`, such as ``top_k`` and ``shared_expert``. ``aux_loss_weight`` and
@@ -220,11 +232,17 @@ def replace_ffn(
 
     Raises:
         TypeError: for an argument of the wrong type.
-        ValueError: if nothing matches, a match is not understood, sizes don't fit, or the model
-            would do something else than a model with experts of its time steps.
+        ValueError: if nothing matches, a match is not understood, sizes don't fit, a recipe can't
+            be followed, or the model would do something else than a model with experts of its time
+            steps.
     """
     name = "replace_ffn"
     check.check_module(name, "model", model)
+    if recipe is not None:
+        given = (segment_sizes, num_experts, match, parts, causal, example_inputs)
+        if copy_weights or noise or options or any(value is not None for value in given):
+            check.fail_value(name, "recipe", "be the only argument beside the model", "others")
+        return _follow(model, recipe)
     check.check_flag(name, "copy_weights", copy_weights)
     check.check_positive(name, "noise", noise, zero=True)
     if noise and not copy_weights:
@@ -233,7 +251,9 @@ def replace_ffn(
     _check_parts(parts)
     if example_inputs is not None:
         check_inputs(example_inputs)
-    found, left = find_ffns(model, match, parts)
+    # By their words, as what is no number is refused later.
+    of_steps = bool(causal) or (str(segment_sizes) != "1" and str(num_experts) != "0")
+    found, left = find_ffns(model, match, parts, of_steps=of_steps)
     sizes = read_schedule(name, "segment_sizes", segment_sizes, len(found))
     for weight in ("aux_loss_weight", "z_loss_weight"):
         if weight in options:
@@ -255,13 +275,40 @@ def replace_ffn(
     for layer in layers.values():
         layer.aux_loss_weight /= calls
         layer.z_loss_weight /= calls
-    _finish(model, layers, causal)
+    _finish(model, layers, dict.fromkeys(layers, causal is False))
     after = sum(parameter.numel() for parameter in model.parameters())
     # A warning, as logging shows no less by default, and a segment-wide shared expert is large.
     _LOGGER.warning(
         "replace_ffn: %d SegMoE in place of FFNs; from %s to %s parameters (%.1f x)",
         *(len(found), f"{before:,}", f"{after:,}", after / before),
     )
+    return list(found)
+
+
+def _follow(model: nn.Module, recipe: Mapping[str, Any]) -> list[str]:
+    """Do what a recipe says."""
+    name, named = "replace_ffn", dict(model.named_modules())
+    found: dict[str, DenseFFN] = {}
+    layers: dict[str, SegMoE] = {}
+    entries = dict(read_recipe(recipe))
+    for ffn, entry in entries.items():
+        kind = type(named[ffn]).__name__ if ffn in named else "none"
+        if kind != entry["ffn"]:
+            check.fail_value(
+                name, "recipe", f"fit the model, with a {entry['ffn']} at {ffn!r}", kind
+            )
+        dense = settled_at(named, ffn, read_ffn(named[ffn], entry["parts"]), entry["inside"])
+        if not isinstance(dense, DenseFFN):
+            rule = f"be for FFNs that this version understands, at {ffn!r}"
+            check.fail_value(name, "recipe", rule, dense or "none")
+        found[ffn] = dense
+        layers[ffn] = _build(name, dense, False, 0.0, entry["options"])
+        width = tuple(dense.up.weight.shape[1:2])
+        if (layers[ffn].d_model,) != width:
+            rule = f"have d_model={width[0]} at {ffn!r}, as the model"
+            check.fail_value(name, "recipe", rule, layers[ffn].d_model)
+    _apply(model, found, layers)
+    _finish(model, layers, {ffn: entry["may_look_ahead"] for ffn, entry in entries.items()})
     return list(found)
 
 
@@ -278,13 +325,9 @@ def _check_parts(parts: Any) -> None:
 
 
 def _check_around(model: nn.Module, layers: Mapping[str, SegMoE], causal: bool | None) -> None:
-    """Refuse what types and flags tell of rows that are no time steps, or may not look ahead."""
+    """Refuse what types and flags tell of rows that may not look ahead."""
     named = dict(model.named_modules())
     for name in (name for name, layer in layers.items() if mixes_steps(layer)):
-        if (outer := inverted_around(named, name)) is not None:
-            got = f"{type(named[outer]).__name__}, whose rows are variates"
-            rule = f"have time steps for rows at {name!r}"
-            check.fail_value("replace_ffn", "model", rule, got)
         if causal is None and (outer := decoder_around(named, name)) is not None:
             rule = f"be True or False for the decoder around {name!r} (False leaks the future)"
             got = f"None for {type(named[outer]).__name__}"
@@ -295,23 +338,30 @@ def _apply(model: nn.Module, found: Mapping[str, DenseFFN], layers: Mapping[str,
     """Put layers where FFNs are."""
     named = dict(model.named_modules())
     for name, layer in layers.items():
-        old, behind = named[name], found[name].behind
+        old, dense = named[name], found[name]
         layer.train(old.training)
+        layer._place = _place(old, dense)
         if isinstance(old, nn.TransformerEncoderLayer):
             _swap_encoder_layer(old, layer)
             continue
-        new: nn.Module = layer
-        if isinstance(found[name].up, nn.Conv1d):
-            new = TSLibEncoderLayer(old.attention, layer, old.norm1, old.norm2, old.dropout)
+        layer.register_forward_pre_hook(partial(refuse_rows, name))
+        if dense.inside:
+            put_inside(old, dense.linears(), layer)
         else:
-            layer.register_forward_pre_hook(partial(refuse_rows, name))
-            new = layer if behind is None else nn.Sequential(layer, behind)
-        _put(model, old, new.train(old.training))
+            put(model, old, MixtureOfSegments(layer) if dense.experts else layer)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
             # Its shortcut hands nested tensors to all layers, if only the first can take them.
             swapped = any(isinstance(layer, SegMoEEncoderLayer) for layer in module.layers)
             module.use_nested_tensor &= not swapped
+
+
+def _place(old: nn.Module, dense: DenseFFN) -> Place:
+    below = "seg_moe" if isinstance(old, nn.TransformerEncoderLayer) or dense.experts else ""
+    if dense.inside:
+        down = next(name for name, part in old.named_modules() if part is dense.down)
+        below = f"{down}.seg_moe"
+    return Place(type(old).__name__, dense.parts, dense.inside, below)
 
 
 def _apply_and_probe(
@@ -354,8 +404,11 @@ def _apply_and_probe(
     return calls
 
 
-def _finish(model: nn.Module, layers: Mapping[str, SegMoE], causal: bool | None) -> None:
-    """Guard what can go wrong in later calls: masks, causal calls, caches."""
+def _finish(
+    model: nn.Module, layers: Mapping[str, SegMoE], may_look_ahead: Mapping[str, bool]
+) -> None:
+    """Guard what can go wrong in later calls: masks, causal calls, caches; note the recipe."""
+    allowed = {layer for name, layer in layers.items() if may_look_ahead[name]}
     for module in model.modules():
         encoder = isinstance(module, nn.TransformerEncoder)
         inside: Any = module.layers if encoder else [module]
@@ -366,7 +419,10 @@ def _finish(model: nn.Module, layers: Mapping[str, SegMoE], causal: bool | None)
             if encoder:
                 module.register_forward_hook(leave_encoder, always_call=True)
         if isinstance(module, SegMoEEncoderLayer) and module.seg_moe in layers.values():
-            module.may_look_ahead = causal is False
+            module.may_look_ahead = module.seg_moe in allowed
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "save_pretrained"):  # of Hugging Face
+        config.segmoe = swap_recipe(model)
     if any(mixes_steps(layer) for layer in layers.values()):
         switch_cache_off(model)
         if "attention_mask" in inspect.signature(model.forward).parameters:
@@ -387,12 +443,3 @@ def _swap_encoder_layer(old: nn.TransformerEncoderLayer, layer: SegMoE) -> None:
     new = cast(SegMoEEncoderLayer, old)
     new.may_look_ahead = True  # till `_finish`, so that a probe may try
     new.seg_moe = layer
-
-
-def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module everywhere another one is."""
-    for parent in list(model.modules()):
-        # Not `named_children`, which names a module once.
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                setattr(parent, name, new)
