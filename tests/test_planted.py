@@ -55,3 +55,41 @@ def test_segments_find_what_a_single_patch_does_not_tell():
 
     token, segment = (sum(error(size, seed) for seed in (0, 1)) for size in (1, 4))
     assert segment < 0.8 * token
+
+
+def test_each_broken_series_is_broken_where_it_says():
+    whole = planted_series.planted(4, 2000, seed=1).values.reshape(-1, 4, 8)
+    broken = {
+        name: planted_series.planted(
+            4, 2000, 1, **{k: v for k, v in settings.items() if k not in {"offset", "step"}}
+        )
+        for name, settings in planted_series.BROKEN.items()
+    }
+    struck = (broken["spikes"].values - whole.reshape(-1, 1)) ** 2 > 1
+    assert struck.mean() == pytest.approx(0.01, rel=0.1)
+    # Noise along the code's shape alone: 1 of the 8 directions of a patch.
+    noise = broken["noisy-code"].values.reshape(-1, 4, 8) - whole
+    assert np.linalg.matrix_rank(noise.reshape(-1, 8), tol=1e-6) == 1
+    assert noise.var() * 8 == pytest.approx(1.2**2, rel=0.1)
+    # A law that holds in the halves of a block, whose patches are of different modes.
+    split = broken["split-blocks"]
+    error = (split.values - split.law)[128:].reshape(-1, 2, 16)
+    assert (error**2).mean((0, 2)) == pytest.approx([0.22, 0.22], rel=0.1)
+    shown = {}
+    for name in ("8-modes", "told-by-a-patch"):
+        means = (broken[name].law[128:]).reshape(-1, 4, 8)
+        shown[name] = np.linalg.matrix_rank(np.cov(means.reshape(-1, 32).T), tol=1e-3)
+    assert shown == {"8-modes": 32, "told-by-a-patch": 32}
+
+
+@pytest.mark.parametrize(("name", "look_back"), [("planted-4", 248), ("offset", 256)])
+def test_windows_of_all_splits_begin_at_one_phase(name, look_back):
+    series = data.load_series(name, seed=1)
+    values = planted_series.planted(4, seed=1).values
+    raw = series.values * series.std + series.mean
+    first = {"planted-4": 0, "offset": 16}[name]
+    for split in ("train", "val", "test"):
+        past = data.Windows(series, split, look_back, 64, torch.float64).batch(slice(0, 1))[0][0, 0]
+        start = int(np.flatnonzero(series.values[:, 0] == past[0].item())[0])
+        assert start % 32 == 0
+        assert raw[start : start + 9] == pytest.approx(values[start + first : start + first + 9])
