@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from examples.forecaster.report import read_csv  # noqa: E402  needs the path
+from examples.forecaster.stress_series import STRESS  # noqa: E402
 from examples.studies import report  # noqa: E402
 from examples.studies.paired import difference, horizons_of  # noqa: E402
 from examples.studies.specialisation import TITLES  # noqa: E402
@@ -113,8 +115,8 @@ def sizes() -> Figure:
     """Error over the segment size, and what the probe said."""
     rows = [*table("ablations.csv"), *table("sizes.csv")]
     advised = {
-        row["data"]: row["size"]
-        for row in report.read_csv(RESULTS / "advice" / "runs.csv")
+        row["data"]: int(row["size"])
+        for row in table("advice/runs.csv")
         if not row["data"].startswith("planted")
     }
     figure = Figure(figsize=(8.5, 2.6), layout="constrained")
@@ -182,25 +184,33 @@ def ablations() -> Figure:
 
 
 def failures() -> Figure:
-    """What segments of a block's size gain over token-wise experts, by what is broken."""
-    found = report.failure_runs(RESULTS / "failures")
-    pairs = {"P=4": "token", **report.REFERENCES}
-    rows = [
-        (data if one == "P=4" else f"{data},{one.removeprefix('P=4').strip(',')}", value)
-        for data in _names(found, "data")
-        for one, other in pairs.items()
-        if (value := difference(found, data, one, other)) is not None
-    ]
-    figure = Figure(figsize=(7, 0.7 + 0.28 * len(rows)), layout="constrained")
-    axis = figure.subplots()
-    for place, (_, value) in enumerate(rows):
-        reach = value.high - value.mean
-        axis.errorbar(value.mean, place, xerr=reach, fmt="o", markersize=4, color=COLOURS[2])
-    axis.axvline(0, color=GREY, linewidth=0.8)
-    axis.set_yticks(range(len(rows)), [name for name, _ in rows])
-    axis.invert_yaxis()
-    axis.set_xlabel("% of token-wise experts' MSE, segments of 4; 95 % interval")
+    """Series that are hard for segments, and what each kind makes of them."""
+    rows, found = table("failures.csv"), runs("failures")
+    figure = Figure(figsize=(9, 6.4), layout="constrained")
+    axes = figure.subplots(6, 2, gridspec_kw={"width_ratios": (3, 2)})
+    for (left, right), (name, make) in zip(axes, STRESS.items(), strict=True):
+        _snippet(left, make()[:240, 0], name)
+        variants = [n for n in _names(rows, "variant") if n != "dense" and "59" not in n]
+        for place, variant in enumerate(variants):
+            value, spread = relative(found, name, variant, "dense")
+            colour = COLOURS[1] if variant == "token" else COLOURS[2]
+            right.errorbar(place, value, spread, fmt="o", markersize=4, color=colour)
+        right.axhline(0, color=GREY, linewidth=0.8)
+        last = name == [*STRESS][-1]
+        right.set_xticks(range(len(variants)), variants if last else [""] * len(variants))
+        low, high = right.get_ylim()
+        right.set_ylim(min(low, -2), max(high, 2))
+    axes[0, 1].set_title("% of MSE against dense", fontsize=9)
     return figure
+
+
+def _snippet(axis: Axes, values: Any, name: str) -> None:
+    """A stretch of a series, with the borders of segments of 5 patches of 8."""
+    axis.plot(values, color=COLOURS[0], linewidth=0.8)
+    for border in range(0, len(values) + 1, 40):
+        axis.axvline(border, color=COLOURS[2], linewidth=0.4)
+    axis.set_title(name, fontsize=9, loc="left")
+    axis.set(xlim=(0, len(values)), xticks=[], yticks=[])
 
 
 def _columns(row: dict[str, Any], prefix: str) -> dict[str, Any]:

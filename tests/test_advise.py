@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from examples.forecaster.planted_series import planted
+from examples.forecaster import planted_series
 from segmoe_kernels import __main__ as command
 from segmoe_kernels.series import advise as module
 from segmoe_kernels.series.advise import advise, plot_advice
@@ -26,12 +26,12 @@ def short(monkeypatch):
 @pytest.mark.parametrize("block", [2, 3])
 @pytest.mark.usefixtures("short")
 def test_the_planted_size_is_found_where_windows_begin_with_a_block(block):
-    values = planted(block, 2500, seed=1).values
+    values = planted_series.planted(block, 2500, seed=1).values
     advice = advise(values, patch=8, step=8 * block, max_size=4)
     assert advice.size == block
-    assert advice.gains[block - 1] > 0.2
+    assert advice.gains[block - 1] > 0.15
     others = [gain for size, gain in enumerate(advice.gains, 1) if size != block]
-    assert advice.gains[block - 1] > max(others) + 0.1
+    assert advice.gains[block - 1] > 1.5 * max(others)
     anywhere = advise(values, patch=8, step=1, max_size=4)
     assert anywhere.size == 1
     assert "segments are unlikely to pay" in anywhere.reasons[-1]
@@ -39,8 +39,16 @@ def test_the_planted_size_is_found_where_windows_begin_with_a_block(block):
 
 @pytest.mark.usefixtures("short")
 def test_what_a_single_patch_tells_calls_for_no_segments():
-    values = planted(2, 2500, seed=1, told=True).values
-    advice = advise(values, patch=8, step=16, max_size=4)
+    """Four modes, each with a shape of its own and a map from a patch to the fourth after it."""
+    generator = np.random.default_rng(1)
+    turns = [0.9 * np.linalg.qr(generator.standard_normal((8, 8)))[0] for _ in range(4)]
+    modes, inner = generator.integers(0, 4, 5000), generator.standard_normal((5000, 8))
+    for number in range(4, 5000):
+        if generator.uniform() < 0.9:
+            modes[number] = modes[number - 4]
+        inner[number] = 0.44 * inner[number] + turns[modes[number]] @ inner[number - 4]
+    values = (inner + 3 * np.eye(8)[modes]).reshape(-1, 1)
+    advice = advise(values, patch=8, step=8, max_size=4)
     assert advice.size == 1
     assert advice.gains[0] > 0.2
     assert "token-wise" in advice.reasons[-1]
@@ -49,7 +57,7 @@ def test_what_a_single_patch_tells_calls_for_no_segments():
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("unit", [1e-9, 1e12])
 def test_advice_does_not_depend_on_units_or_constant_channels(unit):
-    values = planted(2, 500, seed=2).values
+    values = planted_series.planted(2, 500, seed=2).values
     expected = advise(values, patch=8, step=16, max_size=3)
     other = np.concatenate([values * unit + unit, np.full_like(values, 0.1)], axis=1)
     found = advise(other, patch=8, step=16, max_size=3)
@@ -63,15 +71,16 @@ def test_a_constant_series_has_nothing_to_gain():
     assert (advice.size, advice.gains) == (1, [0.0] * 8)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("seed", range(2))
 def test_noise_walks_and_pure_cycles_call_for_no_segments(seed):
     """The shortest series that are taken, too: what chance gains is no reason."""
-    wave = np.sin(2 * np.pi * np.arange(2000) / 24)[:, None]
+    wave = np.sin(2 * np.pi * np.arange(1000) / 24)[:, None]
     for values in (
-        noise(2000, 2, seed=seed),
+        noise(1000, 2, seed=seed),
         noise(256, 1, seed=seed),
-        noise(2000, 1, seed=seed).cumsum(0),
-        wave + 0.3 * noise(2000, 1, seed=seed),
+        noise(1000, 1, seed=seed).cumsum(0),
+        wave + 0.3 * noise(1000, 1, seed=seed),
         wave,
     ):
         assert advise(values, patch=4, max_size=4 if len(values) > 256 else 8).size == 1
@@ -110,7 +119,7 @@ def test_clusters_are_those_of_points_far_apart():
     points = np.repeat(places, 50, axis=0) + 0.1 * noise(200, 2)
     centres = module._cluster(points, np.random.default_rng(0))
     expected = points.reshape(4, 50, 2).mean(1)
-    assert sorted(map(tuple, centres)) == pytest.approx(sorted(map(tuple, expected)))
+    assert centres[np.lexsort(centres.round().T)] == pytest.approx(expected)
     alike = module._cluster(np.ones((9, 2)), np.random.default_rng(0))
     assert alike == pytest.approx(1.0)
 
@@ -128,6 +137,7 @@ def file(tmp_path):
     return path, values
 
 
+@pytest.mark.usefixtures("short")
 def test_command_prints_draws_and_refuses(file, tmp_path, capsys):
     path, values = file
     picture = tmp_path / "advice.png"

@@ -10,15 +10,15 @@ import dataclasses
 import math
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from examples.forecaster.planted_series import BROKEN, CODES, PATCH, planted
+from examples.forecaster.planted_series import CODES, PATCH, planted
 from examples.forecaster.sources import DATASETS, check_shape, find_or_download, read_values
+from examples.forecaster.stress_series import STRESS
 from segmoe_kernels.series import constant_channels
 
 FloatArray = npt.NDArray[np.float64]
@@ -26,8 +26,7 @@ IntArray = npt.NDArray[np.int64]
 
 MULTISCALE_PERIODS = (24, 96, 384)
 MULTISCALE_REGIME = 160
-# Patches in a block.
-PLANTED = {**{f"planted-{block}": block for block in CODES}, **dict.fromkeys(BROKEN, 4)}
+PLANTED = {f"planted-{block}": block for block in CODES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,14 +169,12 @@ def multiscale(num_rows: int = 12000, num_channels: int = 3, seed: int = 0) -> F
     return np.stack(channels, axis=1)
 
 
-def make_planted(name: str, seed: int) -> Series:
-    """Scale a planted series; splits and windows begin where a block does, if nothing is broken."""
-    settings: dict[str, Any] = {**BROKEN.get(name, {})}
-    block = PLANTED[name] * PATCH
-    offset, step = settings.pop("offset", 0), settings.pop("step", block)
-    values, law = (part[offset:] for part in planted(PLANTED[name], seed=seed, **settings))
+def make_planted(block: int, seed: int) -> Series:
+    """Scale a planted series; its splits and windows begin where a block does."""
+    values, law = planted(block, seed=seed)
+    name, step = f"planted-{block}", block * PATCH
     series = make_series(name, values)
-    train, val = (rows // block * block for rows in (series.splits.train[1], series.splits.val[1]))
+    train, val = (rows // step * step for rows in (series.splits.train[1], series.splits.val[1]))
     splits = Splits((0, train), (train, val), (val, len(values)))
     scaled = (law - series.mean) / series.std
     return dataclasses.replace(series, splits=splits, step=step, law=scaled)
@@ -187,7 +184,8 @@ def load_series(name: str, data_dir: Path | None = None, seed: int = 0) -> Serie
     """Load, generate or fetch a series and scale it.
 
     Args:
-        name: a key of `DATASETS` or of `PLANTED`, "multiscale", or the path of a csv file.
+        name: a key of `DATASETS` or of `STRESS`, "multiscale", "planted-2" to "planted-5", or the
+            path of a csv file.
         data_dir: where to look first.
         seed: of a planted series.
 
@@ -201,15 +199,17 @@ def load_series(name: str, data_dir: Path | None = None, seed: int = 0) -> Serie
     """
     if name == "multiscale":
         return make_series(name, multiscale())
+    if name in STRESS:
+        return make_series(name, STRESS[name]())
     if name in PLANTED:
-        return make_planted(name, seed)
+        return make_planted(PLANTED[name], seed)
     if name in DATASETS:
         values = read_values(find_or_download(name, data_dir))
         check_shape(name, values)
         return make_series(name, values)
     path = Path(name)
     if not path.is_file():
-        known = ", ".join([*DATASETS, "multiscale", *PLANTED])
+        known = ", ".join([*DATASETS, "multiscale", *STRESS, *PLANTED])
         raise ValueError(f"--data must be one of {known}, or a csv file, got {name!r}")
     return make_series(path.name, read_values(path))
 
@@ -240,9 +240,7 @@ class Windows:
         stride: int = 1,
     ) -> None:
         start, stop = getattr(series.splits, split)
-        # Back by whole steps, so that windows of all splits begin at the series' phase.
-        back = 0 if split == "train" else -(-look_back // series.step) * series.step
-        rows = series.values[max(0, start - back) : stop]
+        rows = series.values[start if split == "train" else max(0, start - look_back) : stop]
         if len(rows) < look_back + horizon:
             raise ValueError(
                 f"the {split} split of {series.name} must have at least look_back + horizon = "

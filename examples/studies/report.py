@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from examples.forecaster.data import PLANTED
 from examples.forecaster.report import read_csv, write_csv
+from examples.forecaster.stress_series import STRESS
 from examples.studies.baseline_report import (
     PAIRS,
     Others,
@@ -23,7 +24,7 @@ from examples.studies.baseline_report import (
     verdict,
 )
 from examples.studies.paired import difference, horizons_of
-from examples.studies.runs import BROKEN_KINDS, PLANTED_TEXT, REDUCED, REDUCED_FURTHER
+from examples.studies.runs import PLANTED_TEXT, REDUCED, REDUCED_FURTHER
 
 Record = Mapping[str, Any]
 DIFFERENCES = (
@@ -31,9 +32,9 @@ DIFFERENCES = (
     "`detectable` is the least difference that as many seeds show in 80 % of studies."
 )
 # Series that no linear map can be the best model of.
-GENERATED = ("multiscale", *PLANTED)
+GENERATED = ("multiscale", *STRESS, *PLANTED)
 # What a variant is compared with, where it isn't the first one.
-REFERENCES = {f"P=4{cut}": f"token{cut}" for cut in (" of 31", ", E=8", ", 36 epochs")}
+REFERENCES = dict.fromkeys(("P=5 of 59", "P=8 of 59"), "dense of 59")
 
 
 def read_runs(folder: Path) -> list[Record]:
@@ -41,14 +42,6 @@ def read_runs(folder: Path) -> list[Record]:
     path = folder / "runs.csv"
     rows = read_csv(path) if path.is_file() else []
     return sorted(rows, key=lambda row: (row["data"], row["variant"], row["seed"]))
-
-
-def failure_runs(folder: Path) -> list[Record]:
-    """Runs of broken series, and of the whole one, which another study has."""
-    records = read_runs(folder)
-    whole = read_runs(folder.with_name(folder.name.replace("failures", "planted")))
-    kept = [r for r in whole if r["data"] == "planted-4" and r["variant"] in BROKEN_KINDS]
-    return [*kept, *records] if records else []
 
 
 def summarise(records: Iterable[Record]) -> list[dict[str, Any]]:
@@ -151,7 +144,7 @@ def write_report(study: str, folder: Path, scale: str = "small") -> None:
     Raises:
         ValueError: if the folder has no result.
     """
-    records = failure_runs(folder) if study == "failures" else read_runs(folder)
+    records = read_runs(folder)
     if not records:
         raise ValueError(f"{folder} has no result yet: run the study first")
     rows = summarise(records)
@@ -159,11 +152,7 @@ def write_report(study: str, folder: Path, scale: str = "small") -> None:
     variants = ordered((row["variant"] for row in rows), first)
     against = variants[0]
     seeds = sorted({record["seed"] for record in records})
-    reduced = {
-        "baselines": REDUCED,
-        "planted": PLANTED_TEXT,
-        "failures": PLANTED_TEXT,
-    }.get(study, REDUCED_FURTHER)
+    reduced = {"baselines": REDUCED, "planted": PLANTED_TEXT}.get(study, REDUCED_FURTHER)
     flags = "--report"
     if scale == "full":
         reduced, flags = "", "--scale full --report"

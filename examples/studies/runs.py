@@ -11,8 +11,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 
+from examples.forecaster.data import PLANTED
 from examples.forecaster.model import ForecasterConfig
-from examples.forecaster.planted_series import BROKEN, CODES
+from examples.forecaster.stress_series import STRESS
 from examples.forecaster.training import TrainOptions, planted_settings
 
 HORIZONS = (96, 192, 336, 720)
@@ -69,6 +70,7 @@ BUDGETS = {
     "Weather": Budget(0.018, 24, 24, 11),
     "exchange_rate": Budget(0.35, 2, 1),
     "multiscale": Budget(0.6, 2, 2),
+    **dict.fromkeys(STRESS, Budget(0.7, 2, 1)),
     "ECL": Budget(0.0025, 96, 96, 1),
     "Traffic": Budget(0.0015, 96, 96, 1),
 }
@@ -211,7 +213,25 @@ def sizes(scale: str, device: str) -> Iterator[Run]:
     return changed(others, SIZES, 96, scale, device)
 
 
-# Seeds of series and training.
+STRESSED: dict[str, dict[str, object]] = {
+    "dense": {"ffn": "dense"},
+    "token": {"ffn": "token"},
+    "P=2": {"segment_sizes": 2},
+    "P=5": {"segment_sizes": 5},
+    "P=8": {"segment_sizes": 8},
+    # 59 patches, a prime: no segment size but 1 divides it.
+    "P=5 of 59": {"segment_sizes": 5, "look_back": 472},
+    "P=8 of 59": {"segment_sizes": 8, "look_back": 472},
+    "dense of 59": {"ffn": "dense", "look_back": 472},
+}
+
+
+def failures(scale: str, device: str) -> Iterator[Run]:
+    """Series that break what segment routing relies on, forecast without a roll-out."""
+    return changed(STRESS, STRESSED, 32, scale, device)
+
+
+# Blocks of the planted series, and seeds of series and training.
 PLANTED_SEEDS = range(5)
 PLANTED_KINDS: dict[str, dict[str, object]] = {
     "dense": {"ffn": "dense"},
@@ -220,45 +240,15 @@ PLANTED_KINDS: dict[str, dict[str, object]] = {
     "token": {"ffn": "token"},
     **{f"P={size}": {"segment_sizes": size} for size in range(2, 9)},
 }
-LONGER = 36
 
 
 def planted(scale: str, device: str) -> Iterator[Run]:
-    """Series that were made for segments of one size; ``scale`` makes no difference.
-
-    With blocks of 4 the main kinds are trained three times as long, too.
-    """
+    """Series that were made for segments of one size; ``scale`` makes no difference."""
     del scale
     for seed in PLANTED_SEEDS:
-        for block in CODES:
+        for data, block in PLANTED.items():
             config, options = planted_settings(block, seed, device)
             for variant, changes in PLANTED_KINDS.items():
-                run = Run(
-                    f"planted-{block}", variant, change(config, changes), options, (config.horizon,)
-                )
-                yield run
-                if block == 4 and variant in {"dense", "token", "P=4"}:
-                    long = dataclasses.replace(options, epochs=LONGER, patience=LONGER)
-                    yield dataclasses.replace(
-                        run, variant=f"{variant}, {LONGER} epochs", options=long
-                    )
-
-
-BROKEN_KINDS: dict[str, dict[str, object]] = {"token": {"ffn": "token"}, "P=4": {}}
-# 31 patches, a prime: the last segment is a short one.
-CUT_KINDS = {f"{name} of 31": {**PLANTED_KINDS[name], "look_back": 248} for name in BROKEN_KINDS}
-MORE_KINDS = {f"{name}, E=8": {**PLANTED_KINDS[name], "num_experts": 8} for name in BROKEN_KINDS}
-
-
-def failures(scale: str, device: str) -> Iterator[Run]:
-    """The series of blocks of 4 with one thing broken; what is whole is in `planted`."""
-    del scale
-    for seed in PLANTED_SEEDS:
-        config, options = planted_settings(4, seed, device)
-        for data in ("planted-4", *BROKEN):
-            kinds = CUT_KINDS if data == "planted-4" else BROKEN_KINDS
-            kinds = {**kinds, **MORE_KINDS} if data == "8-modes" else kinds
-            for variant, changes in kinds.items():
                 yield Run(data, variant, change(config, changes), options, (config.horizon,))
 
 

@@ -34,7 +34,7 @@ TRAIN, WINDOWS, STRETCHES, LEAST = 0.7, 6000, 20, 10
 # Steps of a window, and principal components that a longer patch is reduced to for the clusters.
 STEPS, WIDTH = 256, 8
 # Of the mean square of the columns.
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+RIDGES = (1e-3, 3e-2, 1.0)
 # A forecast with less error than this share of what there is to forecast is a perfect one.
 PERFECT = 1e-4
 
@@ -87,6 +87,7 @@ def advise(
     numbers = {"patch": patch, "step": step, "max_size": max_size}
     for argument, value in numbers.items():
         check.check_integer("advise", argument, value, 1)
+    check.check_flag("advise", "progress", progress)
     series = _checked_values(values, patch, step, max_size)
     constant = values.shape[1] - series.shape[1]
     reasons = [f"{constant} of {values.shape[1]} channels are constant and left out."]
@@ -125,7 +126,7 @@ def _checked_values(values: Any, patch: int, step: int, max_size: int) -> Array:
     # A window of an eighth of the rows is to be forecast, and some have to be scored.
     needed = max(8 * max_size * patch, round((LEAST * step + max_size * patch) / (1 - TRAIN)))
     if len(numbers) < needed:
-        rule = f"have at least {needed} steps for patches of {patch} and windows {step} apart"
+        rule = f"have at least {needed} steps at patch={patch}, step={step}, max_size={max_size}"
         check.fail_value("advise", "values", rule, len(numbers))
     numbers = numbers[:, ~constant_channels(numbers)]
     scaled = numbers / np.abs(numbers).max(0)
