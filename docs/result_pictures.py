@@ -112,12 +112,12 @@ def planted() -> Figure:
 
 
 def sizes() -> Figure:
-    """Error over the segment size, and what the advisor said."""
+    """Error over the segment size, and what the probe said."""
     rows = [*table("ablations.csv"), *table("sizes.csv")]
     advised = {
-        row["data"]: int(row["advised"])
-        for name in ("ablations_advice.csv", "sizes_advice.csv")
-        for row in table(name)
+        row["data"]: int(row["size"])
+        for row in table("advice/runs.csv")
+        if not row["data"].startswith("planted")
     }
     figure = Figure(figsize=(8.5, 2.6), layout="constrained")
     axes = figure.subplots(1, len(advised), sharey=True, squeeze=False)[0]

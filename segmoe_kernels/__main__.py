@@ -193,7 +193,7 @@ def doctor() -> int:
 
 
 def advise_command(options: argparse.Namespace) -> int:
-    """Print which segment sizes a file's series calls for, and why.
+    """Print which segment size a file's series calls for, and why.
 
     Returns:
         0, or 2 for a file that can't be used.
@@ -207,13 +207,12 @@ def advise_command(options: argparse.Namespace) -> int:
         advice = advise(
             values,
             patch=options.patch,
-            num_layers=options.layers,
-            look_back=options.look_back,
+            step=options.step,
             max_size=options.max_size,
+            progress=sys.stderr.isatty(),
         )
         if options.plot is not None:
-            figure = plot_advice(values, advice, patch=options.patch, look_back=options.look_back)
-            figure.savefig(options.plot, dpi=130)
+            plot_advice(advice, patch=options.patch).savefig(options.plot, dpi=130)
     except (ImportError, OSError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -224,7 +223,7 @@ def advise_command(options: argparse.Namespace) -> int:
     print(f"{len(values)} steps, {values.shape[1]} channels, patches of {options.patch}")
     for sentence in (*table.describe(), *advice.reasons):
         print(f"* {sentence}")
-    print(f"segment sizes: {','.join(map(str, advice.schedule))}")
+    print(f"segment size: {advice.size}")
     return 0
 
 
@@ -244,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     text = "print versions, devices and the backend that would run, and check it"
     commands.add_parser("doctor", help=text, description=f"{text.capitalize()}.")
-    text = "propose segment sizes for a series, from its autocorrelation and spectrum"
+    text = "say whether segments are likely to pay on a series, and propose their size"
     add = commands.add_parser(
         "advise",
         help=text,
@@ -253,8 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ).add_argument
     add("file", help="csv, plain or gzipped: a row for each step, a column for each channel")
     add("--patch", type=int, default=1, help="steps in a patch of the model")
-    add("--layers", type=int, default=4, help="how many sizes to propose")
-    add("--look-back", type=int, default=512, help="steps that the model sees")
+    add("--step", type=int, default=1, help="rows between forecasts, from row 0 on; 1: anywhere")
     add("--max-size", type=int, default=8, help="longest segment to consider, in patches")
     add("--plot", help="file for a picture; needs matplotlib")
     add("--json", action="store_true", help="print all of it as JSON")

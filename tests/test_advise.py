@@ -1,4 +1,4 @@
-"""The segment-size advisor: its estimates against plain formulas, and advice where it is known."""
+"""The probe of segment sizes: what was planted is found, what is not there is not, its parts."""
 
 import gzip
 import json
@@ -7,174 +7,121 @@ import sys
 import numpy as np
 import pytest
 
+from examples.forecaster import planted_series
 from segmoe_kernels import __main__ as command
-from segmoe_kernels.series.advise import (
-    advise,
-    autocorrelation,
-    features,
-    find_periods,
-    plot_advice,
-    size_scores,
-    spectrum,
-)
+from segmoe_kernels.series import advise as module
+from segmoe_kernels.series.advise import advise, plot_advice
 
 
 def noise(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape)
 
 
-def test_autocorrelation_is_the_plain_formula():
-    values = noise(300, 3).cumsum(0)
-    found = autocorrelation(values, 20)
-    for lag in range(21):
-        each = []
-        for column in (values - values.mean(0)).T:
-            each.append((column[lag:] * column[: len(column) - lag]).sum() / (column**2).sum())
-        assert found[lag] == pytest.approx(np.mean(each), rel=1e-9)
+@pytest.fixture
+def short(monkeypatch):
+    """Windows of 96 steps in place of 256: a tenth of the time."""
+    monkeypatch.setattr(module, "STEPS", 96)
 
 
-@pytest.mark.parametrize("constant", [7.0, 0.1, 1e9 + 0.1])
-def test_constant_channels_count_in_nothing(constant):
-    values = noise(800, 1).cumsum(0)
-    with_constant = np.concatenate([values, np.full((800, 1), constant)], axis=1)
-    plain, found = advise(values, patch=4), advise(with_constant, patch=4)
-    assert found.scores == pytest.approx(plain.scores)
-    assert found.reasons == ["1 of 2 channels are constant and left out.", *plain.reasons]
-    alone = advise(np.full((800, 2), constant), patch=4)
-    assert (alone.schedule, max(alone.scores), alone.periods) == ([1, 1, 1, 1], 0.0, [])
+@pytest.mark.parametrize("block", [2, 3])
+@pytest.mark.usefixtures("short")
+def test_the_planted_size_is_found_where_windows_begin_with_a_block(block):
+    values = planted_series.planted(block, 2500, seed=1).values
+    advice = advise(values, patch=8, step=8 * block, max_size=4)
+    assert advice.size == block
+    assert advice.gains[block - 1] > 0.15
+    others = [gain for size, gain in enumerate(advice.gains, 1) if size != block]
+    assert advice.gains[block - 1] > 1.5 * max(others)
+    anywhere = advise(values, patch=8, step=1, max_size=4)
+    assert anywhere.size == 1
+    assert "segments are unlikely to pay" in anywhere.reasons[-1]
 
 
-@pytest.mark.parametrize("unit", [1e-9, 1e-3, 1e12])
-def test_advice_does_not_depend_on_units(unit):
-    values = regimes(12, 8)
-    expected, found = advise(values, patch=8), advise(values * unit, patch=8)
-    assert found.scores == pytest.approx(expected.scores, rel=1e-6)
-    assert (found.schedule, found.reasons) == (expected.schedule, expected.reasons)
-    mixed = advise(values * unit + 1e3 * unit, patch=8)
-    assert mixed.scores == pytest.approx(expected.scores, rel=1e-6)
+@pytest.mark.usefixtures("short")
+def test_what_a_single_patch_tells_calls_for_no_segments():
+    """Four modes, each with a shape of its own and a map from a patch to the fourth after it."""
+    generator = np.random.default_rng(1)
+    turns = [0.9 * np.linalg.qr(generator.standard_normal((8, 8)))[0] for _ in range(4)]
+    modes, inner = generator.integers(0, 4, 5000), generator.standard_normal((5000, 8))
+    for number in range(4, 5000):
+        if generator.uniform() < 0.9:
+            modes[number] = modes[number - 4]
+        inner[number] = 0.44 * inner[number] + turns[modes[number]] @ inner[number - 4]
+    values = (inner + 3 * np.eye(8)[modes]).reshape(-1, 1)
+    advice = advise(values, patch=8, step=8, max_size=4)
+    assert advice.size == 1
+    assert advice.gains[0] > 0.2
+    assert "token-wise" in advice.reasons[-1]
 
 
-def test_scores_are_shares_where_a_cycle_cancels_in_a_segment():
-    """A cycle of three patches: the mean of three has next to no variance."""
-    values = np.sin(2 * np.pi * np.arange(4000) / 24)[:, None] + 0.01 * noise(4000, 1)
-    advice = advise(values, patch=8)
-    assert max(advice.scores) <= 1
-    assert "a cycle within 4 patches (24 steps) looks like noise" in advice.reasons[-1]
-    for second in np.linspace(-1, 1, 9):
-        scores = size_scores(np.array([1.0, -0.5, second, *[0.3] * 6]), 8)
-        assert all(0 <= score <= 1 for score in scores)
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("unit", [1e-9, 1e12])
+def test_advice_does_not_depend_on_units_or_constant_channels(unit):
+    values = planted_series.planted(2, 500, seed=2).values
+    expected = advise(values, patch=8, step=16, max_size=3)
+    other = np.concatenate([values * unit + unit, np.full_like(values, 0.1)], axis=1)
+    found = advise(other, patch=8, step=16, max_size=3)
+    assert found.gains == pytest.approx(expected.gains, abs=1e-3)
+    assert found.size == expected.size == 2
+    assert found.reasons[0] == "1 of 2 channels are constant and left out."
 
 
-def test_spectrum_is_shared_out_and_peaks_at_the_cycle():
-    values = np.sin(2 * np.pi * np.arange(4000) / 16)[:, None] + 0.1 * noise(4000, 1)
-    power = spectrum(values, 256)
-    assert power.sum() == pytest.approx(1.0, rel=1e-6)
-    assert power.argmax() == 256 // 16
+def test_a_constant_series_has_nothing_to_gain():
+    advice = advise(np.full((800, 2), 1e9 + 0.1), patch=4)
+    assert (advice.size, advice.gains) == (1, [0.0] * 8)
 
 
-@pytest.mark.parametrize("steps", [7, 24, 100])
-def test_a_cycle_is_found_without_its_multiples(steps):
-    values = np.sin(2 * np.pi * np.arange(6000) / steps)[:, None] + 0.5 * noise(6000, 2)
-    periods = find_periods(values, 400)
-    assert [period.steps for period in periods] == [steps]
-    assert periods[0].correlation > 0.6
-    assert periods[0].power > 0.3
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("seed", range(2))
+def test_noise_walks_and_pure_cycles_call_for_no_segments(seed):
+    """The shortest series that are taken, too: what chance gains is no reason."""
+    wave = np.sin(2 * np.pi * np.arange(1000) / 24)[:, None]
+    for values in (
+        noise(1000, 2, seed=seed),
+        noise(256, 1, seed=seed),
+        noise(1000, 1, seed=seed).cumsum(0),
+        wave + 0.3 * noise(1000, 1, seed=seed),
+        wave,
+    ):
+        assert advise(values, patch=4, max_size=4 if len(values) > 256 else 8).size == 1
 
 
-def test_two_cycles_are_found():
-    time = np.arange(8000)
-    values = np.sin(2 * np.pi * time / 24) + 1.5 * np.sin(2 * np.pi * time / 160)
-    found = {period.steps for period in find_periods(values[:, None] + 0.2 * noise(8000, 1), 400)}
-    assert any(abs(steps - 160) <= 2 for steps in found)
-    assert not find_periods(noise(8000, 2), 400)
-    assert not find_periods(noise(8000, 1).cumsum(0), 400)  # wanders, but has no cycle
+def test_ridge_regression_is_that_of_the_textbook():
+    """As least squares with rows below that ask for small maps."""
+    probe = module._Probe(noise(400, 1).astype(np.float32), 2, 1, 2)
+    columns, ridges = probe.past[:, :6], np.array([[0.1, 0.2, 0.3, 0.4, 0.5, 0.6]])
+    found = probe._fit(columns, probe.late[:, :6], ridges)
+    below = np.diag(np.sqrt(ridges[0] * len(columns) * (probe.past**2).mean()))
+    rows = np.vstack([columns, below])
+    aims = np.vstack([probe.ahead, np.zeros((6, 4))])
+    maps = np.linalg.lstsq(rows, aims)[0]
+    expected = ((probe.late[:, :6] @ maps - probe.truth) ** 2).mean(1)
+    assert found[0] == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_cycle_needs_four_standard_errors_of_noise():
-    """Cycles whose autocorrelation is two and a half, and six standard errors of white noise."""
-    for errors, found in ((2.5, []), (6, [24])):
-        share = errors / np.sqrt(6000)
-        wave = np.sqrt(2 * share / (1 - share)) * np.sin(2 * np.pi * np.arange(6000) / 24)
-        for seed in range(4):
-            periods = find_periods(wave[:, None] + noise(6000, 1, seed=seed), 100)
-            assert [period.steps for period in periods] == found
+def test_windows_are_of_their_part_in_the_order_of_time_and_segments_of_their_window():
+    series = np.arange(400, dtype=np.float32)[:, None] * [1.0, 2.0]
+    probe = module._Probe(series, 2, 7, 2)
+    # Look-back of 100 steps, 4 ahead: the first 280 rows fit.
+    assert probe.past.shape == (2 * len(range(0, 280 - 104 + 1, 7)), 100)
+    assert probe.late.shape == (2 * len(range(182, 400 - 104 + 1, 7)), 100)
+    assert probe.past[0] == pytest.approx(np.arange(100) - 49.5)
+    assert probe.ahead[1] == pytest.approx(2 * (np.arange(100, 104) - 49.5))
+    assert np.all(np.diff(probe.stretch) >= 0)
+    segments = module._segments(probe.past, probe.spread, 6)
+    assert segments.shape == (len(probe.past), 17, 6)
+    assert segments[0, 0] == pytest.approx((np.arange(6) - 49.5) / np.arange(100).std())
+    assert segments[0, -1, 4:] == pytest.approx(0.0)
 
 
-def test_features_of_a_hand_worked_patch():
-    values = np.array([[1.0], [2.0], [4.0], [5.0], [0.0], [0.0], [0.0], [0.0], [9.0]])
-    mean, spread, slope, rough = features(values, 4)[0]
-    assert (mean, spread) == (3.0, pytest.approx(np.std([1, 2, 4, 5])))
-    assert slope == pytest.approx(-1.5 * 1 - 0.5 * 2 + 0.5 * 4 + 1.5 * 5)
-    assert rough == pytest.approx((1 + 2 + 1) / 3)
-    assert features(values, 4).shape == (2, 4)  # the ninth step fills no patch
-
-
-@pytest.mark.parametrize("share", [0.3, 0.8])
-def test_scores_are_what_a_simulation_of_states_and_noise_gives(share):
-    """States that fade by 0.8 a patch, seen with noise: the share of one that the mean tells."""
-    decay, count = 0.8, 400_000
-    steps, state = noise(count) * np.sqrt(1 - decay**2), np.empty(count)
-    state[0] = 0.0
-    for i in range(1, count):
-        state[i] = decay * state[i - 1] + steps[i]
-    seen = np.sqrt(share) * state + np.sqrt(1 - share) * noise(count, seed=1)
-    correlation = share * decay ** np.arange(10.0)
-    correlation[0] = 1.0
-    scores = size_scores(correlation, 8)
-    for size in (1, 2, 5, 8):
-        whole = count // size * size
-        mean = seen[:whole].reshape(-1, size).mean(1)
-        told = [
-            np.corrcoef(mean, state[:whole].reshape(-1, size)[:, i])[0, 1] ** 2 for i in range(size)
-        ]
-        # The formula knows the state at lag 0 by a line, which lies a little below the curve.
-        assert scores[size - 1] == pytest.approx(share * np.mean(told), rel=0.12)
-
-
-def regimes(patches, patch, seed=0):
-    """Calm and rough stretches of so many patches each."""
-    generator = np.random.default_rng(seed)
-    state = np.repeat(generator.integers(0, 2, 6000 // patches), patches * patch)
-    return (generator.standard_normal(len(state)) * np.where(state, 1.0, 0.4))[:, None]
-
-
-def test_longer_states_call_for_longer_segments():
-    found = [advise(regimes(patches, 8), patch=8) for patches in (1, 3, 12, 48)]
-    highest = [int(np.argmax(advice.scores)) + 1 for advice in found]
-    assert highest[1:] == sorted(highest[1:])
-    assert highest[1] <= 2
-    assert highest[-1] >= 5
-    # States of one patch leave no trace in the next: nothing to route by.
-    assert [advice.best for advice in found] == [1, 4, 4, 4]
-
-
-def test_the_usual_size_is_left_where_the_series_says_so_plainly():
-    """States that have gone after two patches."""
-    advice = advise(regimes(2, 32), patch=32)
-    assert advice.best == 2
-    assert max(advice.scores) - advice.scores[3] > 0.05
-
-
-def test_noise_calls_for_no_segments_and_says_so():
-    advice = advise(noise(8000, 3), patch=8, num_layers=3)
-    assert advice.schedule == [1, 1, 1]
-    assert "next to nothing to route by" in advice.reasons[-1]
-    assert advice.periods == []
-
-
-def test_schedule_has_the_best_and_neighbours_as_good_longest_first():
-    advice = advise(regimes(12, 8), patch=8, num_layers=6)
-    top, scores = max(advice.scores), advice.scores
-    close = [size for size in range(1, 9) if scores[size - 1] >= top - 0.05]
-    assert advice.best == min(close, key=lambda size: abs(size - 4))
-    assert len(advice.schedule) == 6
-    assert advice.schedule == sorted(advice.schedule, reverse=True)
-    near = {
-        size
-        for size in (advice.best - 1, advice.best, advice.best + 1)
-        if scores[size - 1] >= 0.99 * scores[advice.best - 1]
-    }
-    assert set(advice.schedule) == near
+def test_clusters_are_those_of_points_far_apart():
+    places = np.array([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0], [9.0, 9.0]])
+    points = np.repeat(places, 50, axis=0) + 0.1 * noise(200, 2)
+    centres = module._cluster(points, np.random.default_rng(0))
+    expected = points.reshape(4, 50, 2).mean(1)
+    assert centres[np.lexsort(centres.round().T)] == pytest.approx(expected)
+    alike = module._cluster(np.ones((9, 2)), np.random.default_rng(0))
+    assert alike == pytest.approx(1.0)
 
 
 @pytest.fixture
@@ -190,22 +137,22 @@ def file(tmp_path):
     return path, values
 
 
+@pytest.mark.usefixtures("short")
 def test_command_prints_draws_and_refuses(file, tmp_path, capsys):
     path, values = file
     picture = tmp_path / "advice.png"
-    argv = ["advise", str(path), "--patch", "4", "--layers", "3", "--plot", str(picture)]
+    argv = ["advise", str(path), "--patch", "4", "--max-size", "2", "--plot", str(picture)]
     assert command.main(argv) == 0
     said = capsys.readouterr().out
     assert "2000 steps, 2 channels, patches of 4" in said
     assert "* Channels: one, two." in said
     assert "* Left out: date (time stamps)." in said
-    assert "Cycles of 24 steps" in said
-    expected = advise(values, patch=4, num_layers=3)
-    assert f"segment sizes: {','.join(map(str, expected.schedule))}" in said
+    expected = advise(values, patch=4, max_size=2)
+    assert f"segment size: {expected.size}" in said
     assert picture.stat().st_size > 5000
     assert command.main([*argv, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["scores"] == pytest.approx(expected.scores)
+    assert found["gains"] == pytest.approx(expected.gains)
     assert (found["columns"], found["left_out"]) == (["one", "two"], {"date": "time stamps"})
     assert found["notes"] == []
     assert command.main(["advise", str(tmp_path / "none.csv")]) == 2
@@ -217,18 +164,14 @@ def test_command_prints_draws_and_refuses(file, tmp_path, capsys):
         assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_picture_shows_the_scores_and_the_cycles(file):
-    _, values = file
-    advice = advise(values, patch=4)
-    left, middle, right = plot_advice(values, advice, patch=4).axes
-    assert [bar.get_height() for bar in right.patches] == pytest.approx(advice.scores)
-    for axis in (left, middle):
-        marks = [line.get_xdata()[0] for line in axis.lines[1:]]
-        assert marks == [period.steps for period in advice.periods]
+def test_progress_and_picture_show_every_size(capsys):
+    advice = advise(noise(400, 1), patch=2, max_size=3, progress=True)
+    assert capsys.readouterr().err.endswith("\rsegment size 3 of 3\n")
+    (axis,) = plot_advice(advice, patch=2).axes
+    assert [bar.get_height() / 100 for bar in axis.patches] == pytest.approx(advice.gains)
 
 
-def test_picture_says_what_to_install(file, monkeypatch):
-    _, values = file
+def test_picture_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install segmoe-kernels\[plots\]"):
-        plot_advice(values, advise(values))
+        plot_advice(advise(noise(400, 1), patch=2, max_size=2))

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from examples.forecaster import data, model, training
 from examples.forecaster import stress_series as stress
 from examples.studies import __main__ as study
-from examples.studies import baseline_report, closed_form, paired, report
+from examples.studies import advice, baseline_report, closed_form, paired, report
 from examples.studies import runs as studies
 
 
@@ -390,12 +390,11 @@ def test_runs_of_files_that_are_not_there_are_left_out(small_study, monkeypatch,
     assert "SEGMOE_DATA=FOLDER with electricity.csv" in capsys.readouterr().err
 
 
-def test_advice_is_judged_against_the_best_size(tmp_path, capsys):
-    """On noise the advisor says 1; made-up errors have their best at 6, and 4 within 1 % of it."""
+def test_a_report_of_one_seed_tells_no_difference_and_flags_too_little_training(tmp_path, capsys):
     folder = tmp_path / "sizes"
     rows = [
         {
-            "data": "white-noise",
+            "data": "multiscale",
             "variant": f"P={size}",
             "seed": 0,
             "mse_96": {6: 1.0, 4: 1.005}.get(size, 1.2),
@@ -410,14 +409,12 @@ def test_advice_is_judged_against_the_best_size(tmp_path, capsys):
     ]
     report.write_csv(folder / "runs.csv", rows)
     linear = {"model": "linear", "mse": 0.75, "horizon": 96, "look_back": 512, "test_stride": 2}
-    report.write_csv(tmp_path / "closed_form.csv", [{"data": "white-noise", **linear}])
+    report.write_csv(tmp_path / "closed_form.csv", [{"data": "multiscale", **linear}])
     report.write_report("sizes", folder)
     shown = capsys.readouterr().out
-    assert "| white-noise | 6 | 1 | +20.0% | +0.5% | +20.0% |" in shown
-    assert "Within 1 % of the best: advice 0 of 1, P = 4 1 of 1." in shown
     assert "| P=6 against P=4 | -0.5 | - |" in shown
     assert "no difference is told from it" in shown
-    assert "is below every model: white-noise (0.7500 against 1.0000)." in shown
+    assert "is below every model: multiscale (0.7500 against 1.0000)." in shown
 
 
 @pytest.mark.parametrize("name", stress.STRESS)
@@ -429,6 +426,38 @@ def test_stress_series_are_finite_repeat_and_differ_by_seed(name):
     assert np.array_equal(values, make())
     assert not np.array_equal(values, make(seed=1))
     assert data.load_series(name).name == name
+
+
+def test_advice_is_counted_and_asked_once(tmp_path, monkeypatch, capsys):
+    """Hits are sizes of a block where windows begin with one, and segments at all elsewhere."""
+    asked = []
+
+    def ask(question, _):
+        asked.append(question)
+        size = {"a block": 4, "later": 1, "anywhere": 2}[question.windows]
+        gains = {f"gain_{n}": 0.1 * (n == 6) for n in range(1, 9)}
+        errors = {f"error_{n}": 0.01 for n in range(1, 9)}
+        return {**question._asdict(), "size": size, **gains, **errors, "cpu_s": 2.0}
+
+    sizes = [
+        {"data": "x", "variant": f"P={n}", "mse": {6: 1.1, 3: 1.0}.get(n, 1.2)} for n in range(1, 9)
+    ]
+    for name, rows in (("ablations", sizes), ("sizes", [{**sizes[0], "data": "y"}])):
+        report.write_csv(tmp_path / f"{name}.csv", rows)
+    monkeypatch.setattr(advice, "ask", ask)
+    monkeypatch.setattr(advice, "RESULTS", tmp_path)
+    assert advice.main(["--results", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "| planted-4 | 3 of 3 (29% to 100%) | 0 of 3 (0% to 71%) | 1 of 1 (3% to 100%) |" in shown
+    )
+    assert "| all | 3 of 12 (5% to 57%) |" in shown
+    assert "| x | 2 | +10.0% ± 1.0% at 6 | +20.0% | +10.0% | +20.0% | +16.2% |" in shown
+    assert "| y |" not in shown
+    count = len(asked)
+    assert advice.main(["--results", str(tmp_path)]) == 0
+    assert len(asked) == count == len(set(asked))
+    assert (tmp_path / "advice.md").read_text() in shown + capsys.readouterr().out
 
 
 def test_a_run_without_its_row_is_repeated_by_its_name(small_study, tmp_path):

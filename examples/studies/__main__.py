@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not options.report:
             run_all(options, folder)
-        write_report(options.study, folder, options.data_dir, options.scale)
+        write_report(options.study, folder, options.scale)
     except (DataUnavailableError, DivergedError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

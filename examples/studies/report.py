@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from examples.forecaster.data import PLANTED, load_series
-from examples.forecaster.model import ForecasterConfig
+from examples.forecaster.data import PLANTED
 from examples.forecaster.report import read_csv, write_csv
 from examples.forecaster.stress_series import STRESS
 from examples.studies.baseline_report import (
@@ -26,7 +25,6 @@ from examples.studies.baseline_report import (
 )
 from examples.studies.paired import difference, horizons_of
 from examples.studies.runs import PLANTED_TEXT, REDUCED, REDUCED_FURTHER
-from segmoe_kernels.series.advise import advise
 
 Record = Mapping[str, Any]
 DIFFERENCES = (
@@ -140,73 +138,7 @@ def plot_relative(
     figure.savefig(path, dpi=150)
 
 
-def judge_advice(
-    rows: Sequence[Mapping[str, Any]], data_dir: Path | None
-) -> list[dict[str, float | str]]:
-    """What the advisor would have taken, and 4 for all, against the best size in hindsight.
-
-    The advisor sees the rows that models train on. Only data sets with all sizes count.
-
-    Returns:
-        A row for each data set: sizes, and errors relative to the best one's, less 1.
-    """
-    judged: list[dict[str, float | str]] = []
-    for data in dict.fromkeys(row["data"] for row in rows):
-        errors = {
-            int(row["variant"][2:]): row["mse"]
-            for row in rows
-            if row["data"] == data and row["variant"].startswith("P=")
-        }
-        if set(errors) != set(range(1, 9)):
-            continue
-        series = load_series(data, data_dir)
-        values = series.values[slice(*series.splits.train)]
-        advised = advise(values, patch=ForecasterConfig.patch).best
-        best = min(errors, key=lambda size: errors[size])
-        judged.append(
-            {
-                "data": data,
-                "best": best,
-                "advised": advised,
-                "advised_over_best": errors[advised] / errors[best] - 1,
-                "four_over_best": errors[4] / errors[best] - 1,
-                "worst_over_best": max(errors.values()) / errors[best] - 1,
-            }
-        )
-    return judged
-
-
-def describe_advice(judged: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines of the table of `judge_advice`."""
-    if not judged:
-        return []
-    head = [
-        "",
-        "What `python -m segmoe_kernels advise` calls best for the training rows, in all layers, "
-        "against the best size in hindsight (of the mean over seeds):",
-        "",
-        "| data | best P | advised P | MSE over the best | P = 4 over the best | worst P |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    lines = [
-        f"| {row['data']} | {row['best']} | {row['advised']} | {row['advised_over_best']:+.1%} "
-        f"| {row['four_over_best']:+.1%} | {row['worst_over_best']:+.1%} |"
-        for row in judged
-    ]
-    near = {
-        key: sum(row[key] <= 0.01 for row in judged)
-        for key in ("advised_over_best", "four_over_best")
-    }
-    total = (
-        f"Within 1 % of the best: advice {near['advised_over_best']} of {len(judged)}, "
-        f"P = 4 {near['four_over_best']} of {len(judged)}."
-    )
-    return [*head, *lines, "", total]
-
-
-def write_report(
-    study: str, folder: Path, data_dir: Path | None = None, scale: str = "small"
-) -> None:
+def write_report(study: str, folder: Path, scale: str = "small") -> None:
     """Write ``<study>.md``, ``.csv`` and ``.png`` beside the folder of results.
 
     Raises:
@@ -242,11 +174,6 @@ def write_report(
     if default:
         sizes = ", ".join(map(str, default[0]["segment_sizes"]))
         lines += ["", f"`default`: segments of {sizes} patches, from the first layer to the last."]
-    if study in {"ablations", "sizes"}:
-        judged = judge_advice(rows, data_dir)
-        lines += describe_advice(judged)
-        if judged:
-            write_csv(folder.with_name(f"{folder.name}_advice.csv"), judged)
     write_csv(folder.with_suffix(".csv"), rows)
     text = "\n".join(lines) + "\n"
     folder.with_suffix(".md").write_text(text, encoding="utf-8")
