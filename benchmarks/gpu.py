@@ -119,7 +119,7 @@ STAGES = (
         (
             f"{_LAYER} --shapes llm --parts routed",
             "benchmarks.etth1",
-            f"{_LAYER} --shapes headline",
+            f"{_LAYER} --shapes 128-8-2-5-1e6,weather-base-p4",
             "tests.sanitize --deadline {left}",
         ),
     ),
