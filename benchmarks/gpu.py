@@ -328,7 +328,7 @@ def rehearse(out: Path) -> int:
                 }
                 text = {"rehearsal": True, "environment": environment(), "stages": stages}
                 out.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
-    kernel_cache.pack(BUILD, KERNELS)
+            kernel_cache.pack(BUILD, KERNELS)  # what there is, should the rest be stopped
     print(f"{KERNELS}: {KERNELS.stat().st_size / 2**20:.1f} MiB; report in {out}")
     return int(bad > 0)
 
