@@ -30,7 +30,7 @@ def run_host(*words):
 def rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("host")
     cases = dict.fromkeys(case for case, _ in LIMITS)
-    words = ["--cases", *cases, "--providers", "segmoe", "official", "--rounds", "40"]
+    words = ["--cases", *cases, "--providers", "segmoe", "official", "--rounds", "80"]
     run_host("table", *words, "--json", str(folder / "host.json"))
     return {(row["case"], row["pass"], row["provider"]): row for row in rows_of(folder, "host")}
 
